@@ -1,0 +1,11 @@
+"""Train your own language model from raw text to a chatbot; every artefact is a Hugging Face artefact.
+
+Importing hfllm registers its GPT with transformers, so that `AutoModelForCausalLM.from_pretrained(folder)` opens it.
+"""
+
+from .model import GPTConfig, GPTForCausalLM, GPTForSequenceClassification, GPTModel
+
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["GPTConfig", "GPTForCausalLM", "GPTForSequenceClassification", "GPTModel", "__version__"]

@@ -1,0 +1,589 @@
+"""A GPT for transformers: the book's architecture (chapters 3 to 5) and today's, by one configuration.
+
+The order and the names are those of transformers' Llama, so that whoever knows one knows both. Shapes are stated in the
+order (batch, heads, time, channels): B rows, H query heads, K key and value heads, T positions, D channels per head,
+C channels of the residual stream, V vocabulary.
+
+This file travels with every checkpoint: it imports third-party packages and `.configuration_gpt` only.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices, packed_sequence_mask_function
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_gpt import GPTConfig
+
+
+class GPTRMSNorm(nn.Module):
+    """Root mean square normalisation (Zhang and Sennrich 2019), computed in float32."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def build_norm(config: GPTConfig) -> nn.Module:
+    if config.norm_type == "layer_norm":
+        return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+    return GPTRMSNorm(config.hidden_size, eps=config.norm_eps)
+
+
+class GPTMLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.gated_mlp:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj.is_residual_output = True
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.gated = config.gated_mlp
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.gated:
+            return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class GPTRotaryEmbedding(nn.Module):
+    """Rotary positions (Su et al. 2021), with transformers' scalings by `config.rope_parameters`."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: GPTConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """The D / 2 angular frequencies, in radians per position, and the scaling of cos and sin (1: none)."""
+        base = config.rope_parameters["rope_theta"]
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / (base**exponent), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        emb = torch.cat((freqs, freqs), dim=-1)  # (B, T, D / 2) -> (B, T, D)
+        cos = emb.cos() * self.attention_scaling
+        sin = emb.sin() * self.attention_scaling
+        return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (i, i + D/2) of channels by 90 degrees."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn queries (B, H, T, D) and keys (B, K, T, D) by their positions' angles; cos and sin are (B, T, D)."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+
+
+def repeat_kv(hidden_states: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Give each query head its own copy of its key or value head: (B, K, T, D) -> (B, K * num_groups, T, D)."""
+    return hidden_states if num_groups == 1 else hidden_states.repeat_interleave(num_groups, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as chapter 3 writes it: softmax(query @ key.T * scaling + mask) @ value, and the weights."""
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+
+    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()  # (B, H, T, D) -> (B, T, H, D)
+    return attn_output, attn_weights
+
+
+class GPTAttention(nn.Module):
+    """Causal multi-head attention (Vaswani et al. 2017); key and value heads are shared if there are fewer of them."""
+
+    def __init__(self, config: GPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        query_size = config.num_attention_heads * self.head_dim
+        key_value_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        self.o_proj.is_residual_output = True
+        self.q_norm = GPTRMSNorm(self.head_dim, eps=config.norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = GPTRMSNorm(self.head_dim, eps=config.norm_eps) if config.use_qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[FlashAttentionKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+
+        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
+        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)  # (B, T, C) -> (B, K, T, D)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+
+        if position_embeddings is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()  # (B, T, H, D) -> (B, T, C)
+        return self.o_proj(attn_output), attn_weights
+
+
+class GPTDecoderLayer(GradientCheckpointingLayer):
+    """A block: attention, then the MLP, each normalised before and added to the residual stream after."""
+
+    def __init__(self, config: GPTConfig, layer_idx: int):
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        self.self_attn = GPTAttention(config, layer_idx)
+        self.mlp = GPTMLP(config)
+        self.input_layernorm = build_norm(config)
+        self.post_attention_layernorm = build_norm(config)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = hidden_states + self.residual_dropout(attn_output)
+        return hidden_states + self.residual_dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+@auto_docstring(custom_intro="Weights, plans and what transformers may do with a GPT.")
+class GPTPreTrainedModel(PreTrainedModel):
+    config: GPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GPTDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": GPTDecoderLayer, "attentions": GPTAttention}
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        # Each block adds twice to the residual stream, so its two output layers start smaller by 1/sqrt(2 * depth): the
+        # stream's variance then does not grow with depth (Radford et al. 2019, section 2.3). The mark sits on the
+        # Linear because only modules with uninitialised parameters of their own come through here.
+        if getattr(module, "is_residual_output", False):
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, mean=0.0, std=std)
+
+
+@auto_docstring(custom_intro="The GPT without a head: token ids to the last layer's hidden states.")
+class GPTModel(GPTPreTrainedModel):
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.learned_positions = config.position_embedding_type == "learned"
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if self.learned_positions:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        else:
+            self.rotary_emb = GPTRotaryEmbedding(config)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(
+            [GPTDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = build_norm(config)
+        self.gradient_checkpointing = False
+
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Positions, counted from 0. Where they restart within a row, a new document starts, and documents in one row
+            do not see each other, with or without an attention mask or a cache.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        if isinstance(attention_mask, dict):  # `generate` prepares one for a static cache
+            causal_mask = attention_mask["full_attention"]
+        else:
+            causal_mask = self._build_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
+        if position_ids is None:
+            position_ids = self._count_positions(inputs_embeds, attention_mask, past_key_values)
+
+        position_embeddings = None
+        hidden_states = inputs_embeds
+        if self.learned_positions:
+            self._check_positions(position_ids)
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        else:
+            position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        hidden_states = self.embedding_dropout(hidden_states)
+
+        for decoder_layer in self.layers:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+    def _build_mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor | None:
+        """The causal mask in the form the attention backend wants, which also keeps packed documents apart.
+
+        transformers looks for restarting positions only when there is neither a mask nor a cache, and with one lets
+        documents see each other without a word. Here a mask of ones, a padding mask and an empty cache change nothing.
+        """
+        documents = self._find_documents(attention_mask, position_ids, past_key_values)
+        mask_arguments = {"config": self.config, "inputs_embeds": inputs_embeds}
+        if documents is None:
+            return create_causal_mask(**mask_arguments, attention_mask=attention_mask, past_key_values=past_key_values)
+        if "flash" in self.config._attn_implementation and inputs_embeds.shape[0] > 1:
+            raise ValueError(
+                f"{self.config._attn_implementation!r} keeps packed documents apart in a batch of one row only. "
+                "Load the model with attn_implementation='sdpa', or pass one row at a time."
+            )
+        if attention_mask is None or (not is_tracing(attention_mask) and bool(attention_mask.all())):
+            return create_causal_mask(
+                **mask_arguments, attention_mask=None, past_key_values=None, position_ids=position_ids
+            )
+        return create_causal_mask(
+            **mask_arguments,
+            attention_mask=attention_mask,
+            past_key_values=None,
+            and_mask_function=packed_sequence_mask_function(documents.expand(inputs_embeds.shape[0], -1)),
+        )
+
+    @staticmethod
+    def _find_documents(
+        attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, past_key_values: Cache | None
+    ) -> torch.Tensor | None:
+        """The number (B, T) of the document that each token belongs to; None if no row holds more than one."""
+        is_decoding = past_key_values is not None and (
+            getattr(past_key_values, "is_compileable", False) or past_key_values.get_seq_length() > 0
+        )
+        if position_ids is None or position_ids.shape[-1] == 1 or is_decoding:
+            return None
+        if attention_mask is None:
+            return find_packed_sequence_indices(position_ids)
+        if attention_mask.dim() != 2 or attention_mask.shape[-1] != position_ids.shape[-1]:
+            return None
+        # Padding may repeat positions: a restart counts only between two tokens that are not padding.
+        is_text = attention_mask.bool()
+        restarts = (position_ids.diff(dim=-1) != 1) & is_text[:, 1:] & is_text[:, :-1]
+        if not is_tracing(restarts) and not restarts.any():
+            return None
+        return nn.functional.pad(restarts.cumsum(-1), (1, 0))
+
+    @staticmethod
+    def _count_positions(
+        inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        """Positions (B or 1, T) of the new tokens: after the cached ones, and counted without padding on the left."""
+        length = inputs_embeds.shape[1]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and isinstance(seen, int):
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            return positions[:, seen : seen + length].to(inputs_embeds.device)
+        return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+
+    def _check_positions(self, position_ids: torch.Tensor):
+        """An embedding table answers a position beyond it with a device-side assert; say it in words instead."""
+        # Reading values would stall a GPU: there, only the number of positions is checked.
+        length = position_ids.shape[-1]
+        if not is_tracing(position_ids) and position_ids.device.type == "cpu" and position_ids.numel() > 0:
+            length = max(length, int(position_ids.max()) + 1)
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"Position {length - 1} is beyond the {self.config.max_position_embeddings} learned positions of this "
+                "model. Shorten the input (truncation=True, max_length=...), or train with a larger "
+                "max_position_embeddings; rotary positions have no such table."
+            )
+
+
+@auto_docstring(custom_intro="The GPT with its language modeling head: token ids to the next token's logits.")
+class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.model = GPTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Usually `input_ids` itself: the model shifts them. -100 marks what is not learned. Labels that are shifted
+            already go in as `shift_labels`; the loss is the mean over labels, or, with `num_items_in_batch`, their sum
+            divided by that number.
+
+        Example:
+
+        ```python
+        >>> import hfllm
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        >>> model = AutoModelForCausalLM.from_pretrained("out/demo")
+        >>> tokenizer = AutoTokenizer.from_pretrained("out/demo")
+        >>> inputs = tokenizer("import os", return_tensors="pt")
+        >>> print(tokenizer.decode(model.generate(**inputs, max_new_tokens=30)[0]))
+        ```"""
+        shift_labels = kwargs.pop("shift_labels", None)
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
+
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=None if shift_labels is None else shift_labels.contiguous(),
+            )
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+@auto_docstring(custom_intro="The GPT with a linear classifier on each row's last token that is not padding.")
+class GPTForSequenceClassification(GPTPreTrainedModel):
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GPTModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        last_token = self._find_last_token(input_ids, attention_mask, hidden_states)
+        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        logits = self.score(hidden_states[rows, last_token])  # (B, T, C) -> (B, num_labels)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _find_last_token(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """The index (B,) of each row's last token that is not padding, on whichever side the padding is.
+
+        The attention mask decides. Only without one does the pad token's id, which is wrong where a text may contain
+        that id (pad == eos); a single row without either is taken whole.
+        """
+        batch_size, length = hidden_states.shape[:2]
+        if attention_mask is not None and attention_mask.dim() == 2:
+            is_text = attention_mask[:, -length:].bool()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            is_text = input_ids != self.config.pad_token_id
+        elif batch_size == 1 or input_ids is None:
+            return torch.full((batch_size,), length - 1, device=hidden_states.device)
+        else:
+            raise ValueError(
+                f"Cannot tell text from padding in {batch_size} rows: pass attention_mask, or set config.pad_token_id."
+            )
+        positions = torch.arange(length, device=hidden_states.device)
+        return (positions * is_text.to(hidden_states.device)).argmax(-1)
+
+
+__all__ = ["GPTForCausalLM", "GPTForSequenceClassification", "GPTModel", "GPTPreTrainedModel"]
