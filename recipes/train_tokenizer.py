@@ -1,0 +1,249 @@
+"""Chapter 2, first half: train a tokenizer, a byte-level BPE, on your own text.
+
+On a laptop, offline, on the source of Python's standard library (ten seconds on two cores):
+
+    python recipes/train_tokenizer.py --config recipes/configs/tokenizer_demo.yaml --output_dir out/tokenizer
+
+On your own text (a .txt, .jsonl, .json, .csv or .parquet file, or a folder of them), beside GPT-2's tokenizer:
+
+    python recipes/train_tokenizer.py --dataset my.txt --vocab_size 8192 --output_dir out/tokenizer \\
+        --compare_with openai-community/gpt2
+
+On a dataset of the Hub:
+
+    python recipes/train_tokenizer.py --dataset roneneldan/TinyStories --vocab_size 8192 --output_dir out/tokenizer
+
+A tokenizer uses all cores of one machine and no accelerator, so `accelerate launch` has no part in it.
+`--help` explains every option.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
+
+from hfllm.arguments import run, save_arguments
+from hfllm.data.corpus import load_corpus, split_documents
+from hfllm.tokenization import (
+    CHAT_TEMPLATE,
+    RESERVED_TOKENS,
+    SPLIT_PATTERN,
+    format_tokenizer_report,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    tokenizer_report,
+    train_bpe,
+)
+
+
+@dataclass
+class TokenizerArguments:
+    dataset: str = HfArg(
+        default="stdlib", help="A Hub id, local files or a folder, or 'stdlib': this Python's library."
+    )
+    dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
+    split: str = HfArg(default="train", help="Split of the Hub dataset.")
+    text_column: str = HfArg(default="text", help="Column or JSON key of the text.")
+    on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with a record that is broken.")
+    validation_fraction: float = HfArg(
+        default=0.05, help="Share of the bytes held back, by whole documents. Give pretrain.py the same."
+    )
+    vocab_size: int = HfArg(default=4096, help="Number of ids, with the reserved tokens and the 256 bytes.")
+    max_bytes: int = HfArg(default=2**30, help="Train on at most so many bytes of text.")
+    compare_with: list[str] | None = HfArg(
+        default=None, help="Other tokenizers to measure on the held-out text: folders or Hub ids."
+    )
+    cache_dir: str | None = HfArg(default=None, help="Where prepared documents are kept.")
+    output_dir: str = HfArg(default="out/tokenizer", help="The tokenizer's folder.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Replace another tokenizer that stands there.")
+    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+
+
+REPORT_FILE = "tokenizer_report.json"
+# What a tokenizer's folder may hold; a folder with anything else in it is never replaced.
+TOKENIZER_FILES = {
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "arguments.yaml", REPORT_FILE),
+}
+# What pretrain_demo.yaml says already, so that the command printed at the end need not.
+PRETRAIN_DEMO = {"dataset": "stdlib", "dataset_config": None, "split": "train", "text_column": "text"}
+PRETRAIN_DEMO |= {"on_bad_record": "error", "validation_fraction": 0.03}
+MEASURED_BYTES = 20_000_000  # of held-out text: enough for three digits, and seconds rather than minutes
+
+
+def main(args: TokenizerArguments) -> None:
+    logging.basicConfig(format="%(message)s")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("A tokenizer is trained by one process: start this recipe with python, not accelerate launch.")
+    output_dir = Path(args.output_dir).expanduser().resolve()
+    check_output_dir(output_dir)
+    others = {name: load_tokenizer(name, require_eos=False) for name in args.compare_with or []}
+
+    # 1. Text to documents. What is held back here is what pretrain.py validates on, so the tokenizer has not seen it.
+    corpus = load_corpus(
+        args.dataset,
+        dataset_config=args.dataset_config,
+        split=args.split,
+        text_column=args.text_column,
+        on_bad_record=args.on_bad_record,
+        cache_dir=args.cache_dir,
+    )
+    training, held_out = split_documents(corpus, validation_fraction=args.validation_fraction)
+    print(
+        f"{args.dataset}: {corpus.account['documents']:,} documents, {corpus.account['bytes']:,} bytes, "
+        f"sha256 {corpus.fingerprint[:16]}",
+        flush=True,
+    )
+
+    # 2. The tokenizer: the one that stands there, if it was made from the same text in the same way, or a new one
+    made_from = {
+        "corpus_sha256": corpus.fingerprint,
+        "validation_fraction": args.validation_fraction,
+        "vocab_size": args.vocab_size,
+        "max_bytes": args.max_bytes,
+        "rules_sha256": hashlib.sha256((SPLIT_PATTERN + CHAT_TEMPLATE).encode()).hexdigest(),
+    }
+    tokenizer = find_tokenizer(output_dir, made_from, overwrite=args.overwrite_output_dir)
+    is_new = tokenizer is None
+    if tokenizer is None:
+        print("Training ...", flush=True)
+        started = time.perf_counter()
+        tokenizer = train_bpe(
+            texts_of(training), args.vocab_size, max_bytes=args.max_bytes, show_progress=sys.stderr.isatty()
+        )
+        print(f"Trained {len(tokenizer):,} ids in {time.perf_counter() - started:.1f} s.", flush=True)
+    else:
+        print(f"{args.output_dir} holds this very tokenizer already.", flush=True)
+
+    # 3. How well it compresses text it has not seen
+    measured_on = "held-out documents" if len(held_out) else "training documents"
+    texts = first_bytes(texts_of(held_out if len(held_out) else training), MEASURED_BYTES)
+    report = {
+        "made_from": made_from,
+        "fingerprint": tokenizer_fingerprint(tokenizer),
+        "corpus": corpus.account,
+        "measured_on": measured_on,
+        **tokenizer_report(tokenizer, texts, others=others),
+    }
+    print(f"\nOn {measured_on}:\n{format_tokenizer_report(report)}\n")
+
+    # 4. The tokenizer as everybody's tools open it, with the numbers beside it
+    if is_new:
+        write_tokenizer(output_dir, tokenizer, report, args)
+    else:
+        write_report(output_dir, report)
+    print(
+        f"""{args.output_dir}/tokenizer.json         the tokenizer; ids 0 to {len(RESERVED_TOKENS) - 1} are reserved: \
+{" ".join(RESERVED_TOKENS)}
+{args.output_dir}/{REPORT_FILE}  the numbers above
+
+Next, pretrain a model on it:
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
+        --config recipes/configs/pretrain_demo.yaml {describe_dataset(args)}--tokenizer {shlex.quote(args.output_dir)} \
+--output_dir out/demo"""
+    )
+
+
+def texts_of(documents: datasets.Dataset) -> Iterator[str]:
+    """The documents' texts, long ones in the parts they are stored in, which are cut between two words."""
+    for batch in documents.iter(batch_size=256):
+        yield from batch["text"]
+
+
+def first_bytes(texts: Iterator[str], max_bytes: int) -> Iterator[str]:
+    num_bytes = 0
+    for text in texts:
+        yield text
+        num_bytes += len(text.encode("utf-8"))
+        if num_bytes >= max_bytes:
+            return
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """Fail now rather than after the work: the folder must be one that can be written, and that is ours to replace."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file; name a folder, e.g. out/tokenizer.")
+    if output_dir.is_dir() and (foreign := sorted({child.name for child in output_dir.iterdir()} - TOKENIZER_FILES)):
+        raise ValueError(
+            f"--output_dir {output_dir} holds other things than a tokenizer ({', '.join(foreign[:5])}). "
+            "A tokenizer has a folder of its own: name a new one, e.g. out/tokenizer."
+        )
+    partial = partial_folder(output_dir)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # left behind by a run that was killed
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir} cannot be written: {error}. Name another folder.") from error
+    partial.rmdir()
+
+
+def partial_folder(output_dir: Path) -> Path:
+    return output_dir.with_name(output_dir.name + ".partial")
+
+
+def find_tokenizer(output_dir: Path, made_from: dict[str, Any], *, overwrite: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the folder if it is the one asked for; None if there is none, or it is to be overwritten."""
+    if overwrite or not output_dir.is_dir() or not any(output_dir.iterdir()):
+        return None
+    try:
+        report = json.loads((output_dir / REPORT_FILE).read_text(encoding="utf-8"))
+        tokenizer = load_tokenizer(output_dir)
+        if report["fingerprint"] != tokenizer_fingerprint(tokenizer):
+            difference = "its tokenizer.json is not the one that its report describes"
+        elif changed := [name for name, value in made_from.items() if report["made_from"].get(name) != value]:
+            difference = ", ".join(f"{name} {report['made_from'].get(name)} -> {made_from[name]}" for name in changed)
+        else:
+            return tokenizer
+    except (OSError, ValueError, KeyError) as error:
+        difference = f"it has no {REPORT_FILE} that says how it was made ({error})"
+    raise ValueError(
+        f"--output_dir {output_dir} holds another tokenizer: {difference}. "
+        "Name another folder, or replace it with --overwrite_output_dir."
+    )
+
+
+def write_tokenizer(
+    output_dir: Path, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any], args: TokenizerArguments
+) -> None:
+    """Write into a folder beside, then rename: a run that is interrupted leaves no half a tokenizer."""
+    partial = partial_folder(output_dir)
+    partial.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(partial)
+    save_arguments(args, partial / "arguments.yaml")
+    write_report(partial, report)
+    if output_dir.exists():
+        replaced = output_dir.with_name(output_dir.name + ".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        output_dir.rename(replaced)
+        partial.rename(output_dir)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(output_dir)
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    beside = folder.with_name(f"{folder.name}.{REPORT_FILE}")
+    beside.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(folder / REPORT_FILE)
+
+
+def describe_dataset(args: TokenizerArguments) -> str:
+    """The options that name the text and what is held back of it, where pretrain_demo.yaml says something else."""
+    given = [name for name, value in PRETRAIN_DEMO.items() if getattr(args, name) != value]
+    return "".join(f"--{name} {shlex.quote(str(getattr(args, name)))} " for name in given)
+
+
+if __name__ == "__main__":
+    run(main, TokenizerArguments, description=__doc__)
