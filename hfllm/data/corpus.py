@@ -1,0 +1,278 @@
+"""Dataset name -> documents: a Hub id, local files or folders, or the standard library of the running Python."""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .cache import cached_dataset
+from .records import Record
+from .sampler import rows_at
+from .sources import find_source
+
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1  # part of the cache's address: raise it when the same sources would give other files
+PART_CHARACTERS = 1 << 16
+BATCH_BYTES = 8 << 20  # text in memory before it is written out
+BATCH_PARTS = 1 << 16
+NUM_EXAMPLES = 10  # bad records whose place is kept in the account
+SCHEMA = pa.schema([("text", pa.large_string()), ("document", pa.int64())])
+
+# Where a long document may be cut, best first. Encoding its parts one by one must give the tokens of the whole, so the
+# cut has to fall between two pre-tokens, and no look-ahead may notice that the text ends there. A run of whitespace is
+# where the GPT-2, Llama 3 and Qwen patterns look ahead (`\s+(?!\S)`); a single newline or space between two other
+# characters is no run. They end a pre-token after the newline (some take a slash along) and begin one before the space.
+# The third way may cost a token; a text that offers none of them is cut anywhere.
+CUTS = [re.compile(".*" + place, re.DOTALL) for place in (r"\S\n(?=[^\s/])", r"\S(?= \S)", r"\s(?=\S)")]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents on disk and what is known of them.
+
+    `documents` has the columns `text` and `document`. Consecutive rows with the same number are the parts of one
+    document: its text is their concatenation. `fingerprint` is a sha256 over the documents' texts, their boundaries
+    and their order. `account` says what was read and what was left out.
+    """
+
+    documents: datasets.Dataset
+    fingerprint: str
+    account: dict[str, Any]
+
+
+def load_corpus(
+    dataset: str,
+    *,
+    dataset_config: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    on_bad_record: str = "error",
+    cache_dir: str | os.PathLike | None = None,
+) -> Corpus:
+    """The documents of a dataset, read once in bounded memory and then found again by the content of their sources.
+
+    `dataset` is `stdlib` (the source of the running Python's standard library), a file or folder, several of them
+    separated by commas, or the id of a dataset on the Hub. A .txt file is a document, with its line ends untouched; so
+    is a line of .jsonl, an object of .json (a list or lines), a row of .csv or .parquet. Of a folder, all such files
+    below it are read, in sorted order. NUL characters are text; a byte-order mark at a file's start is not.
+
+    A record without text (corrupt JSON, no such column, bytes that are not UTF-8, ...) is an error with its file and
+    line, or, with `on_bad_record="skip"`, left out and counted. Empty documents are dropped and counted.
+    """
+    if on_bad_record not in ("error", "skip"):
+        raise ValueError(f"on_bad_record={on_bad_record!r}: it is either 'error' or 'skip'.")
+    source = find_source(dataset, dataset_config=dataset_config, split=split, text_column=text_column)
+    made_from = {"contents": source.contents, "text_column": text_column, "on_bad_record": on_bad_record}
+    documents, account = cached_dataset(
+        "corpus",
+        {**made_from, "format_version": FORMAT_VERSION},
+        lambda path: _write_documents(path, source.records, dataset=dataset, on_bad_record=on_bad_record),
+        cache_dir=cache_dir,
+    )
+    account = {"name": dataset, **source.account, **account}
+    if account["bad_records"]:
+        first = account["bad_record_examples"][0]
+        logger.warning("%s: %s bad records were skipped, first %s", dataset, f"{account['bad_records']:,}", first)
+    return Corpus(documents, account.pop("fingerprint"), account)
+
+
+def cut_into_parts(pieces: Iterable[str]) -> Iterator[str]:
+    """A document's text in parts of at most PART_CHARACTERS, cut where a tokenizer does not notice (see CUTS).
+
+    How the text comes in pieces makes no difference.
+    """
+    buffer = ""
+    for piece in pieces:
+        buffer += piece
+        start = 0
+        while len(buffer) - start > PART_CHARACTERS:
+            end = _cut_position(buffer, start)
+            yield buffer[start:end]
+            start = end
+        buffer = buffer[start:]
+    if buffer:
+        yield buffer
+
+
+def _cut_position(text: str, start: int) -> int:
+    """The last good place in the second half of the part that begins at `start`."""
+    lowest, highest = start + PART_CHARACTERS // 2, start + PART_CHARACTERS
+    for pattern in CUTS:
+        if match := pattern.match(text, lowest, highest + 1):  # one more character, for the pattern to look ahead at
+            return match.end()
+    return highest
+
+
+def _write_documents(path: Path, records: Iterable[Record], *, dataset: str, on_bad_record: str) -> dict[str, Any]:
+    """Write the records' documents as an Arrow stream, and return the account."""
+    account: dict[str, Any] = {"documents": 0, "parts": 0, "bytes": 0, "empty_documents": 0}
+    account |= {"bad_records": 0, "bad_record_examples": [], "records_without_column": 0}
+    fingerprint = hashlib.sha256()
+    parts: list[bytes] = []
+    numbers: list[int] = []
+    num_waiting = 0  # bytes in `parts`
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        for record in _good_records(records, account, on_bad_record=on_bad_record):
+            digest = hashlib.sha256()
+            num_bytes = 0
+            for part in cut_into_parts(record.text):
+                parts.append(part.encode())
+                numbers.append(account["documents"])
+                digest.update(parts[-1])
+                num_bytes += len(parts[-1])
+                num_waiting += len(parts[-1])
+                account["parts"] += 1
+                if num_waiting >= BATCH_BYTES or len(parts) >= BATCH_PARTS:
+                    writer.write_batch(_record_batch(parts, numbers))
+                    parts, numbers, num_waiting = [], [], 0
+            if num_bytes:
+                fingerprint.update(digest.digest())
+                account["documents"] += 1
+                account["bytes"] += num_bytes
+            else:
+                account["empty_documents"] += 1
+        writer.write_batch(_record_batch(parts, numbers))
+    if not account["documents"]:
+        raise ValueError(_nothing_left(dataset, account))
+    return {**account, "fingerprint": fingerprint.hexdigest()}
+
+
+def _record_batch(parts: list[bytes], numbers: list[int]) -> pa.RecordBatch:
+    return pa.record_batch([pa.array(parts, pa.large_string()), pa.array(numbers, pa.int64())], schema=SCHEMA)
+
+
+def _good_records(records: Iterable[Record], account: dict[str, Any], *, on_bad_record: str) -> Iterator[Record]:
+    """The records that have text; the others stop the reading or are counted in the account."""
+    for record in records:
+        if record.problem is None:
+            yield record
+            continue
+        message = f"{record.place}: {record.problem}"
+        if on_bad_record == "error":
+            first_step = "Name the right one with text_column" if record.lacks_column else "Mend it"
+            raise ValueError(f"{message}. {first_step}, or leave such records out with on_bad_record='skip'.")
+        account["bad_records"] += 1
+        account["records_without_column"] += record.lacks_column
+        if len(account["bad_record_examples"]) < NUM_EXAMPLES:
+            account["bad_record_examples"].append(message)
+
+
+def _nothing_left(dataset: str, account: dict[str, Any]) -> str:
+    """What to say when no document is left."""
+    num_bad, num_empty = account["bad_records"], account["empty_documents"]
+    if not num_bad:
+        return f"{dataset!r} has no text: {num_empty:,} documents, all of them empty."
+    first = account["bad_record_examples"][0]
+    if num_bad == account["records_without_column"] and not num_empty:
+        return f"No record of {dataset!r} has the column asked for. The first: {first}."
+    return f"Nothing is left of {dataset!r}: {num_bad:,} bad records, {num_empty:,} empty. The first bad one: {first}."
+
+
+def split_documents(corpus: Corpus, *, validation_fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The documents to train on, in a fixed pseudo-random order, and those to validate on.
+
+    Documents are chosen by a hash of their content, so the choice does not depend on their order, and equal documents
+    are on the same side. Validation takes them, as they come by that hash, while they fit into `validation_fraction`
+    of the bytes; if none fits, the smallest. A single document is cut instead, as in the book: its last
+    `validation_fraction` of the characters validates.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction={validation_fraction}: it is at least 0 and less than 1.")
+    starts, num_bytes, digests = _documents_index(corpus.documents)
+    if validation_fraction == 0:
+        held_out: np.ndarray = np.zeros(len(starts), dtype=bool)
+    elif len(starts) == 1:
+        return _cut_in_two(corpus.documents, validation_fraction)
+    else:
+        held_out = _hold_out(num_bytes, digests, validation_fraction)
+        share = num_bytes[held_out].sum() / num_bytes.sum()
+        if share > 2 * validation_fraction:
+            logger.warning("Validation takes %.0f %% of the bytes: the documents are few and long.", 100 * share)
+    # Files that are neighbours are alike. The seed is fixed because the split belongs to the data, not to a run.
+    training = np.flatnonzero(~held_out)
+    training = training[rows_at(np.arange(len(training)), num_rows=len(training), seed=0)]
+    rows_of = partial(_rows_of, starts=starts, ends=np.append(starts[1:], len(corpus.documents)))
+    validation = np.flatnonzero(held_out)
+    return corpus.documents.select(rows_of(training)), corpus.documents.select(rows_of(validation))
+
+
+def _documents_index(documents: datasets.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per document: the row of its first part, its bytes, and 64 bits of the sha256 of its text."""
+    starts: list[int] = []
+    num_bytes: list[int] = []
+    digests: list[int] = []
+    number, digest, row = None, hashlib.sha256(), 0
+    for batch in documents.with_format("arrow").iter(batch_size=256):
+        for text, document in zip(batch["text"], batch["document"].to_pylist()):
+            if document != number:
+                if starts:
+                    digests.append(int.from_bytes(digest.digest()[:8]))
+                number, digest = document, hashlib.sha256()
+                starts.append(row)
+                num_bytes.append(0)
+            buffer = text.as_buffer()
+            digest.update(buffer)
+            num_bytes[-1] += buffer.size
+            row += 1
+    digests.append(int.from_bytes(digest.digest()[:8]))
+    return np.array(starts), np.array(num_bytes), np.array(digests, dtype=np.uint64)
+
+
+def _hold_out(num_bytes: np.ndarray, digests: np.ndarray, fraction: float) -> np.ndarray:
+    """A mask of the documents to validate on."""
+    distinct, group = np.unique(digests, return_inverse=True)  # sorted by digest: the order in which they are taken
+    if len(distinct) == 1:
+        raise ValueError(
+            f"All {len(digests):,} documents are the same text, so nothing is left to validate on. "
+            "Keep one of them, or choose validation_fraction=0."
+        )
+    group_bytes = np.bincount(group, weights=num_bytes).astype(np.int64)
+    remaining = fraction * num_bytes.sum()
+    taken: np.ndarray = np.zeros(len(distinct), dtype=bool)
+    for index, size in enumerate(group_bytes.tolist()):
+        if size <= remaining:
+            taken[index] = True
+            remaining -= size
+    if not taken.any():
+        taken[group_bytes.argmin()] = True
+    return taken[group]
+
+
+def _rows_of(order: np.ndarray, *, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The rows of the documents in the given order, the parts of each in theirs."""
+    lengths = (ends - starts)[order]
+    first_places = np.cumsum(lengths) - lengths
+    return np.repeat(starts[order] - first_places, lengths) + np.arange(lengths.sum())
+
+
+def _cut_in_two(documents: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The single document's first characters and its last ones."""
+    batches = documents.with_format("arrow").iter(batch_size=256)
+    lengths = np.concatenate([pc.utf8_length(batch["text"]).to_numpy() for batch in batches])
+    total = int(lengths.sum())
+    if total < 2:
+        raise ValueError("The corpus is a single character: it cannot be split. Choose validation_fraction=0.")
+    cut = min(max(int(total * (1 - fraction)), 1), total - 1)
+    row = int(np.searchsorted(np.cumsum(lengths), cut, side="right"))  # the part that has the cut before its end
+    within = cut - int(lengths[:row].sum())
+    part = documents[row]
+    sides = [[documents.select(range(row))], []]
+    for side, text in zip(sides, (part["text"][:within], part["text"][within:])):
+        if text:
+            side.append(datasets.Dataset.from_list([{**part, "text": text}], features=documents.features))
+    if row + 1 < len(documents):  # `datasets` cannot select an empty range at the end
+        sides[1].append(documents.select(range(row + 1, len(documents))))
+    training, validation = map(datasets.concatenate_datasets, sides)
+    return training, validation
