@@ -1,0 +1,1 @@
+"""What a training loop calls: the optimizer, the learning rate, checkpoints, evaluation, throughput."""

@@ -1,0 +1,401 @@
+"""Checkpoints that are whole or do not exist.
+
+    checkpoints/step-00000100/
+        model.safetensors       parameters and persistent buffers by name; a tied one once, under its first name
+        optimizer.safetensors   "<parameter>.<what>", e.g. "model.norm.weight.exp_avg"
+        state.json              what the training loop handed over, and the optimizer's plain numbers
+        manifest.json           size and sha256 of the three above, written last
+
+A checkpoint is written into `step-00000100.tmp`, flushed to the disk and then renamed: at every moment the folder
+either holds it complete or does not hold it. `step-00000100.broken` failed verification and was set aside;
+`step-00000100.replaced` is giving way to a new one of that step. The files are the same whatever wrote them, one
+process or many, DDP or FSDP2, compiled or not, so that any of these can resume from any other. Nothing is pickled.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from .devices import on_main_process
+
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+FILES = (MODEL, OPTIMIZER, STATE)
+
+
+def save_checkpoint(
+    directory: str | Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    accelerator: Accelerator,
+    keep: int | None = None,
+) -> Path:
+    """Write `directory/step-<state["step"]>`, then delete all but the `keep` newest; to be called by every process.
+
+    `model` and `optimizer` are those `accelerator.prepare` returned, `state` is whatever else the loop needs to go on,
+    in types that JSON knows. If the disk is full, every process gets an OSError and the older checkpoints stay.
+    """
+    if "step" not in state:
+        raise ValueError(f"A checkpoint is named after its step; the state has only the keys {sorted(state)}.")
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep={keep} would delete the checkpoint just written; keep 1 or more, or None for all.")
+    model, optimizer = _bare(model, optimizer, accelerator)
+    is_fresh = not optimizer.state
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered by all, held by the main process
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
+    if is_fresh:  # torch then takes a step of length zero, which the optimizer would count
+        optimizer.state.clear()
+        optimizer_state["state"] = {}
+
+    def write() -> Path:
+        tied = _tied_names(model)
+        tensors = {name: tensor.contiguous() for name, tensor in model_state.items() if name not in tied}
+        optimizer_tensors: dict[str, torch.Tensor] = {}
+        optimizer_numbers: dict[str, float] = {}
+        for parameter, values in optimizer_state["state"].items():
+            for name, value in values.items():
+                (optimizer_tensors if torch.is_tensor(value) else optimizer_numbers)[f"{parameter}.{name}"] = value
+        content = {
+            "state": state,
+            "optimizer": {
+                "class": type(optimizer).__name__,
+                "parameters": list(optimizer_state["state"]),
+                "numbers": optimizer_numbers,
+                "param_groups": optimizer_state["param_groups"],
+            },
+        }
+        if accelerator.scaler is not None:
+            content["grad_scaler"] = accelerator.scaler.state_dict()
+        path = Path(directory) / f"step-{state['step']:08d}"
+        _write(path, tensors, optimizer_tensors, content)
+        _delete_old(path, keep)
+        return path
+
+    return on_main_process(accelerator, write)
+
+
+def latest_checkpoint(
+    directory: str | Path, *, verify: bool = True, accelerator: Accelerator | None = None
+) -> Path | None:
+    """The newest sound checkpoint in `directory`, or None; a broken one is set aside with a warning that says why.
+
+    `verify=False` skips the sha256, which reads every byte, and looks at names and sizes only. In a run of several
+    processes pass the `accelerator`: the main one looks, and all get its answer.
+    """
+
+    def find() -> Path | None:
+        folder = Path(directory)
+        _put_back_replaced(folder)
+        checkpoints = _checkpoints(folder)
+        for path in reversed(checkpoints):
+            fault = _fault(path, verify=verify)
+            if fault is None:
+                return path
+            _set_aside(path, fault)
+        if checkpoints:
+            logger.warning("No sound checkpoint is left in %s.", folder)
+        return None
+
+    return on_main_process(accelerator, find)
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    identity: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Put model and optimizer back as they were, to the last bit, and return the loop's state; for every process.
+
+    `identity` is compared with `state["identity"]` before anything is loaded, see `check_same_run`.
+    Only the main process reads the files, so they need not be visible to the others. The files are taken for the ones
+    that were written: `latest_checkpoint` verifies them.
+    """
+    path = Path(path)
+    model, optimizer = _bare(model, optimizer, accelerator)
+    optimizer.zero_grad(set_to_none=True)  # torch makes room for the state of an optimizer only without gradients
+    names = {id(parameter): _plain(name) for name, parameter in model.named_parameters()}
+    # Filled by the main process, from where torch sends each process its part.
+    tensors: dict[str, torch.Tensor] = {}
+    optimizer_state: dict[str, Any] = {}
+
+    def read() -> dict[str, Any]:
+        if fault := _fault(path, verify=False):
+            raise ValueError(f"The checkpoint {path} is broken: {fault}. Resume from another one.")
+        content = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if identity is not None:
+            check_same_run(content["state"].get("identity", {}), identity, path)
+        saved = content["optimizer"]
+        tensors.update(load_file(path / MODEL))
+        _check_model(path, model, tensors)
+        groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+        _check_optimizer(path, type(optimizer).__name__, groups, saved)
+
+        for name, first_name in _tied_names(model).items():
+            tensors[name] = tensors[first_name]
+        optimizer_state["state"] = {name: {} for name in saved["parameters"]}
+        for name, value in (load_file(path / OPTIMIZER) | saved["numbers"]).items():
+            parameter, _, what = name.rpartition(".")
+            # load_file maps the file into memory; the clone is the optimizer's own, aligned, and outlives the file.
+            optimizer_state["state"][parameter][what] = value.clone() if torch.is_tensor(value) else value
+        optimizer_state["param_groups"] = saved["param_groups"]
+        return content
+
+    content = on_main_process(accelerator, read)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
+    set_model_state_dict(model, tensors, options=options)
+    options.strict = False  # a parameter that had no gradient yet has no state to restore ...
+    set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
+    for group in optimizer.param_groups:  # JSON knows no tuples, such as the betas
+        group |= {name: tuple(value) for name, value in group.items() if isinstance(value, list) and name != "params"}
+    for parameter in list(optimizer.state):
+        if names[id(parameter)] not in content["optimizer"]["parameters"]:
+            del optimizer.state[parameter]  # ... and keeps none of the zeros that torch made room with
+    if accelerator.scaler is not None:
+        if "grad_scaler" in content:
+            accelerator.scaler.load_state_dict(content["grad_scaler"])
+        else:
+            logger.warning("%s was written without float16: the loss scale starts anew.", path)
+    return content["state"]
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: str | Path) -> None:
+    """Refuse to go on from a checkpoint of another run: its weights under another schedule or data are neither's.
+
+    Both are flat dicts of what makes a run that run: its model, its data, its seed and its schedule.
+    """
+    differences = [
+        f"    {name}: {saved.get(name)!r} in the checkpoint, {current.get(name)!r} now"
+        for name in saved | current
+        if saved.get(name) != current.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{path} belongs to another run:\n" + "\n".join(differences) + "\n"
+            "Resume with the run's own arguments, give another --output_dir, or start anew with --overwrite_output_dir."
+        )
+
+
+def _bare(
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Model and optimizer without what accelerate put around them; under FSDP2 the parameters stay sharded."""
+    kind = accelerator.distributed_type
+    is_fsdp1 = kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    if is_fsdp1 or kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"Checkpoints are written under DDP and FSDP2, not under {'FSDP1' if is_fsdp1 else kind.value}. "
+            "FSDP2 shards as ZeRO-3 does: set distributed_type: FSDP and fsdp_version: 2 in the accelerate file."
+        )
+    return accelerator.unwrap_model(model, keep_torch_compile=False), getattr(optimizer, "optimizer", optimizer)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_orig_mod.", "")  # what torch.compile puts before the names of a compiled layer
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Each further name of a tied tensor, and its first one."""
+    first_names: dict[int, str] = {}
+    tied = {}
+    for name, tensor in itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    ):
+        first_name = first_names.setdefault(id(tensor), _plain(name))
+        if first_name != _plain(name):
+            tied[_plain(name)] = first_name
+    return tied
+
+
+def _write(path: Path, tensors: dict, optimizer_tensors: dict, content: dict[str, Any]) -> None:
+    temporary, replaced = path.with_suffix(".tmp"), path.with_suffix(".replaced")
+    advice = (
+        "The older checkpoints are untouched. Make room (or keep fewer of them), or mend whatever else is the cause; "
+        "then start again, and the run resumes."
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _put_back_replaced(path.parent)
+        for leftover in [*path.parent.glob("step-*.tmp"), *path.parent.glob("step-*.replaced")]:
+            shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed while it saved
+        # The header of a safetensors file takes some 150 bytes a tensor.
+        num_bytes = sum(tensor.nbytes + 512 for tensor in [*tensors.values(), *optimizer_tensors.values()])
+        num_bytes += len(json.dumps(content)) + 64 * 1024
+        if num_bytes > (free := shutil.disk_usage(path.parent).free):
+            raise OSError(f"it needs {num_bytes / 2**20:,.1f} MiB, and its disk has {free / 2**20:,.1f} MiB left")
+
+        temporary.mkdir()
+        save_file(tensors, temporary / MODEL, metadata={"format": "pt"})
+        save_file(optimizer_tensors, temporary / OPTIMIZER)
+        _write_json(temporary / STATE, content)
+        files = {}
+        for name in FILES:
+            _flush(temporary / name)
+            files[name] = {"num_bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
+        manifest = {"format_version": FORMAT_VERSION, "files": files, "versions": _versions()}
+        _write_json(temporary / MANIFEST, manifest)
+        _flush(temporary / MANIFEST)
+        _flush(temporary)
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{path} could not be written: {error}. {advice}") from error
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _put_back_replaced(directory: Path) -> None:
+    """Undo the first of the two renames that replace a checkpoint, if the run was killed before the second."""
+    for replaced in directory.glob("step-*.replaced"):
+        if not replaced.with_suffix("").exists():
+            replaced.rename(replaced.with_suffix(""))
+
+
+def _delete_old(path: Path, keep: int | None) -> None:
+    if keep is None:
+        return
+    older = [other for other in _checkpoints(path.parent) if other != path]
+    for other in older[: max(0, len(older) + 1 - keep)]:
+        try:
+            # Renamed first: if this process is killed here, half a folder is taken for what it is.
+            shutil.rmtree(other.rename(other.with_suffix(".tmp")))
+        except OSError as error:
+            logger.warning("The old checkpoint %s could not be deleted: %s.", other, error)
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """The folders that claim to be checkpoints, oldest step first."""
+    paths = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _fault(path: Path, *, verify: bool) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version = int(manifest["format_version"])
+        expected = {name: (manifest["files"][name]["num_bytes"], manifest["files"][name]["sha256"]) for name in FILES}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} was written by a newer hfllm (format {version}; this one knows {FORMAT_VERSION}). Update hfllm."
+        )
+    for name, (num_bytes, sha256) in expected.items():
+        if not (path / name).exists():
+            return f"{name} is missing"
+        if (size := (path / name).stat().st_size) != num_bytes:
+            return f"{name} has {size:,} bytes instead of {num_bytes:,}"
+        if verify and _sha256(path / name) != sha256:
+            return f"{name} has changed since it was written (its sha256 differs)"
+    return None
+
+
+def _set_aside(path: Path, fault: str) -> None:
+    aside = path.with_suffix(".broken")
+    for number in itertools.count(2):
+        if not aside.exists():
+            break
+        aside = path.with_suffix(f".broken-{number}")
+    try:
+        path.rename(aside)
+        logger.warning("The checkpoint %s is broken and now called %s: %s.", path, aside.name, fault)
+    except OSError as error:
+        logger.warning("The checkpoint %s is broken: %s. (It could not be renamed: %s.)", path, fault, error)
+
+
+def _check_model(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    tied = _tied_names(model)
+    wanted = {_plain(name): tensor for name, tensor in model.state_dict().items() if _plain(name) not in tied}
+    faults = []
+    for name in wanted | tensors:
+        if name not in tensors:
+            faults.append(f"{name} is missing from the checkpoint")
+        elif name not in wanted:
+            faults.append(f"{name} is not in the model")
+        elif (saved := _kind(tensors[name])) != (own := _kind(wanted[name])):
+            faults.append(f"{name} is {saved} in the checkpoint and {own} in the model")
+    if faults:
+        more = f" ({len(faults) - 1:,} more tensors differ)" if len(faults) > 1 else ""
+        raise ValueError(
+            f"{path} does not fit the model: {faults[0]}{more}. "
+            "Resume with the arguments of the run that wrote it, or give this run another output_dir."
+        )
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _check_optimizer(path: Path, name: str, groups: list[list[str]], saved: dict[str, Any]) -> None:
+    advice = "Resume with the arguments of the run that wrote it, or give this run another output_dir."
+    if saved["class"] != name:
+        raise ValueError(f"{path} holds the state of {saved['class']}, and the optimizer is {name}. {advice}")
+    own_group = {parameter: index for index, group in enumerate(groups) for parameter in group}
+    saved_group = {name: index for index, group in enumerate(saved["param_groups"]) for name in group["params"]}
+    if own_group != saved_group:
+        differ = [name for name in own_group | saved_group if own_group.get(name) != saved_group.get(name)]
+        raise ValueError(
+            f"{path} does not fit the optimizer: {differ[0]} is in parameter group {saved_group.get(differ[0])} there "
+            f"and {own_group.get(differ[0])} here, counted from 0 ({len(differ):,} parameters differ). {advice}"
+        )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to the disk before we go on."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("hfllm", "torch", "transformers", "accelerate", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a checkout on the path is not installed
+            versions[name] = importlib.metadata.version(name)
+    return versions

@@ -1,0 +1,94 @@
+"""What a training step needs besides the gradient: parameter groups, AdamW, and the learning rate of each step."""
+
+import math
+
+import torch
+from torch import nn
+
+
+SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
+    """Sort the trainable parameters into what decays (matrices, the token embedding) and what does not.
+
+    Norms and biases set a scale and an offset, and a learned position is seen in every row: pulling them towards zero
+    regularises nothing. A tied parameter is listed once, under the first of its names; a frozen one not at all.
+    """
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():  # tied parameters come once
+        if parameter.requires_grad:
+            is_position = "embed_positions" in name.split(".")
+            (decayed if parameter.ndim >= 2 and not is_position else kept).append(parameter)
+    if not decayed and not kept:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter: each one has requires_grad=False. "
+            "Unfreeze the ones to train before you build the optimizer."
+        )
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_adamw(
+    model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float], epsilon: float
+) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`, in its fused kernel.
+
+    One step over 30 million parameters on two CPU cores: 48 ms fused, 224 ms as a loop, 567 ms with foreach.
+    """
+    groups = parameter_groups(model, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
+
+
+def learning_rate_at(
+    step: int,
+    *,
+    learning_rate: float,
+    max_steps: int,
+    warmup_steps: int = 0,
+    schedule: str = "cosine",
+    min_lr_ratio: float = 0.0,
+    decay_steps: int | None = None,
+) -> float:
+    """The learning rate of optimizer step `step`, counted from 0: a function of the step and of nothing else.
+
+    Warm-up rises in equal parts, `learning_rate * (step + 1) / warmup_steps`, so that no step is wasted on a rate of
+    zero. From step `warmup_steps` on the rate falls to `min_lr_ratio * learning_rate`, which it would reach at
+    `max_steps`; the last step, `max_steps - 1`, stands one part above it. The courses and names are transformers':
+
+    - "cosine" and "linear" fall all the way, "constant" does not fall;
+    - "warmup_stable_decay" stays up and falls over the last `decay_steps` (a fifth of `max_steps` unless given) as
+      1 - sqrt(progress), the best of the shapes tried by Hägele et al. 2024 (https://arxiv.org/abs/2405.18392).
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"There is no schedule {schedule!r}; it is one of {', '.join(SCHEDULES)}.")
+    if not 0 <= min_lr_ratio <= 1:
+        raise ValueError(f"min_lr_ratio is a fraction of the learning rate, between 0 and 1; it is {min_lr_ratio}.")
+    if schedule != "warmup_stable_decay":
+        if decay_steps is not None:
+            raise ValueError(f"decay_steps belongs to the schedule 'warmup_stable_decay'; this one is {schedule!r}.")
+        decay_steps = max_steps - warmup_steps
+    elif decay_steps is None:
+        decay_steps = max_steps // 5
+    if min(warmup_steps, decay_steps) < 0 or warmup_steps + decay_steps > max_steps:
+        decay = f" and decay_steps={decay_steps:,}" if schedule == "warmup_stable_decay" else ""
+        raise ValueError(
+            f"warmup_steps={warmup_steps:,}{decay} do not fit into max_steps={max_steps:,}. "
+            "Take fewer of them, or train for longer."
+        )
+
+    if step < warmup_steps:
+        return learning_rate * (step + 1) / warmup_steps
+    progress = (step - (max_steps - decay_steps)) / max(1, decay_steps)  # 0 where the fall begins, 1 at max_steps
+    progress = min(max(progress, 0.0), 1.0)
+    match schedule:
+        case "cosine":
+            height = (1 + math.cos(math.pi * progress)) / 2
+        case "linear":
+            height = 1 - progress
+        case "constant":
+            height = 1.0
+        case "warmup_stable_decay":
+            height = 1 - math.sqrt(progress)
+    return learning_rate * (min_lr_ratio + (1 - min_lr_ratio) * height)

@@ -1,0 +1,541 @@
+import errno
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import hfllm
+from hfllm.training import checkpoint as checkpoint_module
+from hfllm.training.checkpoint import check_same_run, latest_checkpoint, load_checkpoint, save_checkpoint
+from hfllm.training.optimization import build_adamw
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def build(config, seed=0, learning_rate=1e-2):
+    torch.manual_seed(seed)
+    model = hfllm.GPTForCausalLM(config)
+    optimizer = build_adamw(model, learning_rate=learning_rate, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
+    return model, optimizer
+
+
+def train(model, optimizer, steps, vocab_size=64):
+    for step in steps:
+        input_ids = torch.randint(vocab_size, (2, 16), generator=torch.Generator().manual_seed(step))
+        model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def everything(model, optimizer) -> dict[str, torch.Tensor]:
+    """Every tensor of model and optimizer by name."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def assert_identical(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def small(step: float = 0.0, size: int = 8):
+    """A model whose every weight, and an optimizer whose every average, is the number of the step."""
+    model = nn.Linear(size, size)
+    optimizer = build_adamw(model, learning_rate=0.1, weight_decay=0.0, betas=(0.9, 0.95), epsilon=1e-8)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, step)
+        averages = {name: torch.full_like(parameter, step) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **averages}
+    return model, optimizer
+
+
+def save_small(directory, step, accelerator, **options) -> Path:
+    model, optimizer = small(step)
+    return save_checkpoint(
+        directory, model=model, optimizer=optimizer, state={"step": step}, accelerator=accelerator, **options
+    )
+
+
+def assert_whole(path: Path, accelerator, size: int = 8) -> int:
+    """Load it and find in every tensor the step it claims."""
+    model, optimizer = small(size=size)
+    step = load_checkpoint(path, model=model, optimizer=optimizer, accelerator=accelerator)["step"]
+    assert path.name == f"step-{step:08d}"
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    assert len(values) == 6
+    for tensor in [*model.parameters(), *values]:
+        assert (tensor == step).all()
+    return step
+
+
+# Saving and resuming
+
+
+def test_three_steps_saved_and_three_more_are_six_steps_bitwise(tiny_config, tmp_path, accelerator):
+    straight = build(tiny_config)
+    train(*straight, range(6))
+
+    model, optimizer = build(tiny_config)
+    train(model, optimizer, range(3))
+    state = {"step": 3, "tokens": 96, "best_loss": 0.1 + 0.2, "text": "naïve"}
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, state=state, accelerator=accelerator)
+    fresh, fresh_optimizer = build(tiny_config, seed=1, learning_rate=9.0)
+    assert load_checkpoint(path, model=fresh, optimizer=fresh_optimizer, accelerator=accelerator) == state
+    assert_identical(everything(model, optimizer), everything(fresh, fresh_optimizer))
+    assert fresh_optimizer.param_groups[0]["lr"] == 1e-2 and fresh_optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    train(fresh, fresh_optimizer, range(3, 6))
+    assert_identical(everything(*straight), everything(fresh, fresh_optimizer))
+
+
+def test_what_accelerate_prepared_resumes_bitwise_too(tiny_config, tmp_path, accelerator):
+    model, optimizer = accelerator.prepare(*build(tiny_config))
+    train(model, optimizer, range(2))
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, state={"step": 2}, accelerator=accelerator)
+    fresh, fresh_optimizer = accelerator.prepare(*build(tiny_config, seed=1))
+    load_checkpoint(path, model=fresh, optimizer=fresh_optimizer, accelerator=accelerator)
+    assert_identical(everything(model, optimizer), everything(fresh, fresh_optimizer))
+
+
+def test_saving_changes_nothing_in_the_running_training(tiny_config, tmp_path, accelerator):
+    straight = build(tiny_config)
+    train(*straight, range(2))
+    model, optimizer = build(tiny_config)
+    for step in range(2):
+        save_checkpoint(tmp_path, model=model, optimizer=optimizer, state={"step": step}, accelerator=accelerator)
+        train(model, optimizer, [step])
+    assert_identical(everything(*straight), everything(model, optimizer))
+
+
+def test_a_checkpoint_before_the_first_step_resumes_bitwise(tiny_config, tmp_path, accelerator):
+    straight = build(tiny_config)
+    path = save_checkpoint(
+        tmp_path, model=straight[0], optimizer=straight[1], state={"step": 0}, accelerator=accelerator
+    )
+    fresh = build(tiny_config, seed=1)
+    load_checkpoint(path, model=fresh[0], optimizer=fresh[1], accelerator=accelerator)
+    train(*straight, range(2))
+    train(*fresh, range(2))
+    assert_identical(everything(*straight), everything(*fresh))
+
+
+def test_the_folder_holds_safetensors_and_json_alone_and_a_tied_weight_once(tiny_config, tmp_path, accelerator):
+    model, optimizer = build(tiny_config)
+    train(model, optimizer, range(1))
+    path = save_checkpoint(
+        tmp_path / "checkpoints", model=model, optimizer=optimizer, state={"step": 1}, accelerator=accelerator
+    )
+    assert path == tmp_path / "checkpoints" / "step-00000001"
+    files = sorted(file.name for file in path.iterdir())
+    assert files == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert load_file(path / "model.safetensors").keys() == model.state_dict().keys() - {"lm_head.weight"}
+    with safe_open(path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # so that transformers opens it
+    averages = load_file(path / "optimizer.safetensors")
+    assert torch.equal(averages["model.embed_tokens.weight.exp_avg"], optimizer.state[model.lm_head.weight]["exp_avg"])
+
+
+def test_transformers_opens_the_weights_of_a_checkpoint(tiny_config, tmp_path, accelerator):
+    model, optimizer = build(tiny_config)
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, state={"step": 0}, accelerator=accelerator)
+    tiny_config.save_pretrained(path)
+    opened = hfllm.GPTForCausalLM.from_pretrained(path)
+    assert_identical(model.state_dict(), opened.state_dict())
+    assert opened.lm_head.weight.data_ptr() == opened.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("what", ["model", "layers"])
+def test_a_compiled_model_leaves_the_same_files_and_loads_them(tiny_config, tmp_path, accelerator, what):
+    def compiled(model):
+        if what == "model":
+            return torch.compile(model, backend="eager")
+        for index, layer in enumerate(model.model.layers):
+            model.model.layers[index] = torch.compile(layer, backend="eager")
+        return model
+
+    paths = []
+    for name in ("plain", "compiled"):
+        model, optimizer = build(tiny_config)
+        train(model, optimizer, range(1))
+        model = compiled(model) if name == "compiled" else model
+        paths.append(
+            save_checkpoint(
+                tmp_path / name, model=model, optimizer=optimizer, state={"step": 1}, accelerator=accelerator
+            )
+        )
+    for file in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        assert (paths[0] / file).read_bytes() == (paths[1] / file).read_bytes()
+
+    fresh, fresh_optimizer = build(tiny_config, seed=1)
+    load_checkpoint(paths[0], model=compiled(fresh), optimizer=fresh_optimizer, accelerator=accelerator)
+    for left, right in zip(fresh.parameters(), model.parameters(), strict=True):
+        assert torch.equal(left, right)
+    assert_identical(everything(nn.Module(), optimizer), everything(nn.Module(), fresh_optimizer))
+
+
+def test_frozen_parameters_and_those_without_a_gradient_yet_resume(tmp_path, accelerator):
+    def build_three():
+        model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("used", "unused", "frozen")})
+        model["frozen"].weight.requires_grad_(False)
+        return model, build_adamw(model, learning_rate=0.1, weight_decay=0.0, betas=(0.9, 0.95), epsilon=1e-8)
+
+    model, optimizer = build_three()
+    model["used"](torch.ones(2)).sum().backward()
+    optimizer.step()
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, state={"step": 1}, accelerator=accelerator)
+    fresh, fresh_optimizer = build_three()
+    load_checkpoint(path, model=fresh, optimizer=fresh_optimizer, accelerator=accelerator)
+    assert_identical(everything(model, optimizer), everything(fresh, fresh_optimizer))
+
+
+def test_the_loss_scale_of_float16_is_part_of_it(tmp_path, accelerator, monkeypatch):
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=512.0))
+    path = save_small(tmp_path, 1, accelerator)
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu"))
+    assert_whole(path, accelerator)
+    assert accelerator.scaler.get_scale() == 512.0
+
+
+def test_only_the_newest_are_kept_and_the_steps_count_not_the_names(tmp_path, accelerator):
+    for step in (7, 99_999_999, 100_000_000):
+        save_small(tmp_path, step, accelerator, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-100000000", "step-99999999"]
+    assert latest_checkpoint(tmp_path).name == "step-100000000"
+
+
+def test_a_step_saved_again_replaces_the_first(tmp_path, accelerator):
+    save_small(tmp_path, 1, accelerator)
+    model, optimizer = small(1)
+    save_checkpoint(tmp_path, model=model, optimizer=optimizer, state={"step": 1, "new": True}, accelerator=accelerator)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    state = load_checkpoint(latest_checkpoint(tmp_path), model=model, optimizer=optimizer, accelerator=accelerator)
+    assert state["new"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"state": {"tokens": 1}}, r"named after its step; .* \['tokens'\]"),
+        ({"state": {"step": 1}, "keep": 0}, "keep=0"),
+    ],
+)
+def test_what_makes_no_checkpoint_is_refused(tmp_path, accelerator, options, message):
+    model, optimizer = small()
+    with pytest.raises(ValueError, match=message):
+        save_checkpoint(tmp_path, model=model, optimizer=optimizer, accelerator=accelerator, **options)
+
+
+# Checkpoints that do not fit
+
+
+@pytest.mark.parametrize(
+    "saved, own, message",
+    [
+        (
+            nn.Linear(3, 2),
+            nn.Linear(4, 2),
+            r"weight is \(2, 3\) float32 in the checkpoint and \(2, 4\) float32 in the model",
+        ),
+        (nn.Linear(3, 2), nn.Linear(3, 2).bfloat16(), r"weight is .*float32 .* bfloat16 .* \(1 more tensors differ\)"),
+        (nn.Linear(3, 2, bias=False), nn.Linear(3, 2), "bias is missing from the checkpoint"),
+        (nn.Linear(3, 2), nn.Linear(3, 2, bias=False), "bias is not in the model"),
+    ],
+)
+def test_the_first_tensor_that_does_not_fit_is_named(tmp_path, accelerator, saved, own, message):
+    optimizers = [torch.optim.AdamW(model.parameters()) for model in (saved, own)]
+    path = save_checkpoint(tmp_path, model=saved, optimizer=optimizers[0], state={"step": 0}, accelerator=accelerator)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(path, model=own, optimizer=optimizers[1], accelerator=accelerator)
+
+
+def test_another_optimizer_or_grouping_is_refused(tmp_path, accelerator):
+    path = save_small(tmp_path, 1, accelerator)
+    model, _ = small()
+    for optimizer, message in [
+        (torch.optim.SGD(model.parameters()), "holds the state of AdamW, and the optimizer is SGD"),
+        (torch.optim.AdamW(model.parameters()), "bias is in parameter group 1 there and 0 here"),
+        (torch.optim.AdamW([model.weight]), "bias is in parameter group 1 there and None here"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(path, model=model, optimizer=optimizer, accelerator=accelerator)
+
+
+def test_a_run_with_other_arguments_is_refused_and_told_each_difference():
+    saved = {"seed": 1, "learning_rate": 1e-3, "dataset": "stdlib"}
+    check_same_run(saved, dict(saved), "step-00000001")
+    with pytest.raises(ValueError, match="step-00000001 belongs to another run") as error:
+        check_same_run(saved, {"seed": 2, "learning_rate": 1e-3, "schedule": "linear"}, "step-00000001")
+    assert str(error.value).splitlines()[1:4] == [
+        "    seed: 1 in the checkpoint, 2 now",
+        "    dataset: 'stdlib' in the checkpoint, None now",
+        "    schedule: None in the checkpoint, 'linear' now",
+    ]
+
+
+# Broken checkpoints
+
+
+def flip_a_byte(file: Path):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "has changed since it was written": flip_a_byte,
+    r"has [1-9][\d,]* bytes instead of": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "has 0 bytes instead of": lambda file: file.write_bytes(b""),
+    "is missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("fault", DAMAGES)
+def test_a_damaged_file_is_named_and_the_checkpoint_before_it_is_taken(tmp_path, accelerator, caplog, file, fault):
+    for step in (1, 2, 3):
+        save_small(tmp_path, step, accelerator)
+    DAMAGES[fault](tmp_path / "step-00000003" / file)
+    latest = latest_checkpoint(tmp_path)
+    assert assert_whole(latest, accelerator) == 2
+    assert re.search(f"{file} {fault}", caplog.text)
+    assert "step-00000003.broken" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000001",
+        "step-00000002",
+        "step-00000003.broken",
+    ]
+
+
+@pytest.mark.parametrize(
+    "damage, fault",
+    [
+        (Path.unlink, "manifest.json is missing"),
+        (lambda file: file.write_text(file.read_text()[:50]), "manifest.json cannot be read"),
+        (lambda file: file.write_text("[]"), "manifest.json cannot be read"),
+        (lambda file: file.write_bytes(b"\xff\xfe\x00"), "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_manifest_is_named_too(tmp_path, accelerator, caplog, damage, fault):
+    for step in (1, 2):
+        save_small(tmp_path, step, accelerator)
+    damage(tmp_path / "step-00000002" / "manifest.json")
+    assert assert_whole(latest_checkpoint(tmp_path), accelerator) == 1
+    assert fault in caplog.text
+
+
+def test_without_verification_only_a_changed_byte_goes_unseen(tmp_path, accelerator):
+    for step in (1, 2, 3):
+        save_small(tmp_path, step, accelerator)
+    flip_a_byte(tmp_path / "step-00000002" / "model.safetensors")
+    (tmp_path / "step-00000003" / "optimizer.safetensors").unlink()
+    assert latest_checkpoint(tmp_path, verify=False).name == "step-00000002"
+    assert latest_checkpoint(tmp_path).name == "step-00000001"
+
+
+def test_no_checkpoint_at_all_is_none_and_no_sound_one_is_said(tmp_path, accelerator, caplog):
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    assert caplog.text == ""
+    (save_small(tmp_path, 1, accelerator) / "state.json").unlink()
+    assert latest_checkpoint(tmp_path) is None
+    assert "No sound checkpoint is left" in caplog.text
+
+
+def test_a_step_that_breaks_twice_is_set_aside_twice(tmp_path, accelerator):
+    for _ in range(2):
+        (save_small(tmp_path, 1, accelerator) / "state.json").unlink()
+        latest_checkpoint(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001.broken", "step-00000001.broken-2"]
+
+
+def test_a_checkpoint_of_a_newer_format_is_left_where_it_is(tmp_path, accelerator):
+    manifest = save_small(tmp_path, 1, accelerator) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(ValueError, match=r"written by a newer hfllm .format 2"):
+        latest_checkpoint(tmp_path)
+    assert manifest.exists()
+
+
+def test_loading_a_broken_one_by_name_is_refused(tmp_path, accelerator):
+    path = save_small(tmp_path, 1, accelerator)
+    (path / "optimizer.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is broken: optimizer.safetensors is missing"):
+        assert_whole(path, accelerator)
+
+
+# A full disk
+
+
+def test_without_room_nothing_is_written_and_the_message_says_how_much(tmp_path, accelerator, monkeypatch):
+    save_small(tmp_path, 1, accelerator, keep=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1024))
+    with pytest.raises(OSError, match=r"step-00000002 could not be written: it needs 0\.1 MiB, .* has 0\.0 MiB left"):
+        save_small(tmp_path, 2, accelerator, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_disk_that_fills_up_meanwhile_loses_the_new_checkpoint_only(tmp_path, accelerator, monkeypatch):
+    def fill_up(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_small(tmp_path, 1, accelerator, keep=1)
+    for name in ("_flush", "_write_json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint_module, name, fill_up)
+            with pytest.raises(
+                OSError, match=r"could not be written: .*No space left.* older checkpoints are untouched"
+            ):
+                save_small(tmp_path, 2, accelerator, keep=1)
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert assert_whole(latest_checkpoint(tmp_path), accelerator) == 1
+
+
+def test_an_output_folder_that_is_gone_or_closed_is_said(tmp_path, accelerator):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/checkpoints/step-00000001 could not be written: .*Not a directory"):
+        save_small(tmp_path / "file" / "checkpoints", 1, accelerator)
+
+
+@pytest.fixture
+def disk_of_three_mebibytes(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("mount") or sys.platform != "linux", reason="mounts a tmpfs")
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_disk_that_is_really_full(disk_of_three_mebibytes, accelerator, monkeypatch, is_told):
+    folder = disk_of_three_mebibytes
+    if not is_told:  # as with a quota: the free space is there, and may not be used
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 0, 1 << 40))
+
+    def save(step):
+        model, optimizer = small(step, size=400)  # 1.9 MB with its averages: one fits, two do not
+        save_checkpoint(folder, model=model, optimizer=optimizer, state={"step": step}, accelerator=accelerator, keep=1)
+
+    save(1)
+    with pytest.raises(OSError, match="it needs 1.9 MiB" if is_told else "could not be written: .*No space left"):
+        save(2)
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    assert assert_whole(latest_checkpoint(folder), accelerator, size=400) == 1
+
+
+# Being killed
+
+
+class PowerCut(BaseException):
+    """Like kill -9: nothing catches it, nothing cleans up."""
+
+
+def test_a_stop_at_any_operation_of_a_save_leaves_a_whole_checkpoint(tmp_path, accelerator, monkeypatch):
+    operations = [(os, "fsync"), (os, "rename"), (Path, "rename"), (Path, "mkdir"), (Path, "write_text")]
+    operations += [(checkpoint_module, "save_file"), (shutil, "rmtree")]
+    survivors = []
+    for steps in [(1, 2), (1, 1)]:  # a new step, and the same step again
+        for stop_at in itertools.count(1):
+            folder = tmp_path / f"{steps}-{stop_at}"
+            save_small(folder, steps[0], accelerator, keep=1)
+            count = 0
+
+            def counted(function):
+                def call(*args, **kwargs):
+                    nonlocal count
+                    count += 1
+                    if count == stop_at:  # noqa: B023
+                        raise PowerCut
+                    return function(*args, **kwargs)
+
+                return call
+
+            with monkeypatch.context() as patch:
+                for owner, name in operations:
+                    patch.setattr(owner, name, counted(getattr(owner, name)))
+                try:
+                    save_small(folder, steps[1], accelerator, keep=1)
+                    finished = True
+                except PowerCut:
+                    finished = False
+            survivors.append((steps, stop_at, assert_whole(latest_checkpoint(folder), accelerator)))
+            save_small(folder, 3, accelerator, keep=1)  # the next save clears up what was left behind
+            assert [path.name for path in folder.iterdir()] == ["step-00000003"]
+            if finished:
+                break
+    assert {step for steps, _, step in survivors if steps == (1, 2)} == {1, 2}
+    assert len(survivors) > 20
+
+
+def kill_saves(folder: str, num_kills: int) -> None:
+    """Kill a process that saves in a loop, again and again, and report what each left behind.
+
+    Runs in a process of its own, that has computed nothing: torch's threads do not survive a fork.
+    """
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    size = 256
+    rng = random.Random(0)
+    outcomes = []
+    for _ in range(num_kills):
+        saved, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            latest = latest_checkpoint(folder)
+            first = 1 + (assert_whole(latest, accelerator, size) if latest else 0)
+            for step in itertools.count(first):
+                model, optimizer = small(step, size)
+                save_checkpoint(
+                    folder, model=model, optimizer=optimizer, state={"step": step}, accelerator=accelerator, keep=2
+                )
+                os.write(tell, b"x")
+        start = time.perf_counter()
+        os.close(tell)
+        assert os.read(saved, 1) == b"x"  # one save is done, and took about as long as the next ones
+        time.sleep(rng.uniform(0, 3) * (time.perf_counter() - start))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(saved)
+        was_saving = any(path.suffix == ".tmp" for path in Path(folder).iterdir())
+        latest = latest_checkpoint(folder)
+        assert latest is not None
+        outcomes.append({"step": assert_whole(latest, accelerator, size), "was_saving": was_saving})
+    print(json.dumps(outcomes))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("num_kills", [8, pytest.param(60, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments_always_leaves_a_whole_checkpoint(tmp_path, num_kills):
+    code = f"from {__name__} import kill_saves; kill_saves({str(tmp_path)!r}, {num_kills})"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "broken" not in result.stderr  # none ever stood under its final name unfinished
+    outcomes = json.loads(result.stdout.splitlines()[-1])
+    steps = [outcome["step"] for outcome in outcomes]
+    assert len(steps) == num_kills
+    assert all(before < after for before, after in itertools.pairwise(steps))  # each went on where the last one was
+    assert sum(outcome["was_saving"] for outcome in outcomes) > num_kills / 4  # the kills did hit saves
