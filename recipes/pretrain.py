@@ -1,0 +1,581 @@
+"""Chapters 2 to 5: pretrain a GPT from random weights on your own text.
+
+On a laptop, offline, on the source of Python's standard library (about seven minutes on two cores):
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
+        --config recipes/configs/pretrain_demo.yaml --tokenizer out/tokenizer --output_dir out/demo
+
+On your own text, on one GPU:
+
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/pretrain.py \\
+        --config recipes/configs/pretrain_demo.yaml --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
+
+The same command again goes on where the run was interrupted. `--help` explains every option; how many devices, how they
+share the work and in which precision is the accelerate file's business alone.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
+
+from hfllm.arguments import parse_overrides, run, save_arguments
+from hfllm.data.corpus import Corpus, load_corpus, split_documents
+from hfllm.data.packing import Rows, prepare_rows
+from hfllm.data.sampler import rows_of_step
+from hfllm.model import GPTConfig, GPTForCausalLM
+from hfllm.report import append_to_log, plot_curves, read_log
+from hfllm.tokenization import document_encoder, load_tokenizer, tokenizer_fingerprint
+from hfllm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from hfllm.training.devices import start_accelerator
+from hfllm.training.evaluation import evaluate_rows, score_rows
+from hfllm.training.interruption import EXIT_CODE, StopRequest
+from hfllm.training.lock import run_lock
+from hfllm.training.optimization import build_adamw, learning_rate_at
+from hfllm.training.throughput import ThroughputMeter, flops_per_token, peak_flops, peak_memory_bytes
+
+
+@dataclasses.dataclass
+class PretrainArguments:
+    # Text
+    dataset: str = HfArg(default="stdlib", help="A Hub id, a local file or folder, or 'stdlib': this Python's library.")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
+    split: str = HfArg(default="train", help="Split of the Hub dataset to train on.")
+    validation_split: str | None = HfArg(default=None, help="Split to evaluate on; default: hold documents back.")
+    validation_fraction: float = HfArg(default=0.05, help="Share of the bytes held back, by whole documents.")
+    text_column: str = HfArg(default="text", help="Column or JSON key of the text.")
+    on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with a record that is broken.")
+    tokenizer: str | None = HfArg(default=None, help="Folder or Hub id of the tokenizer; default: that of --model.")
+    block_size: int = HfArg(default=256, help="Tokens per training row; also the longest context the model learns.")
+    stride: int | None = HfArg(
+        default=None, help="Cut windows of block_size every so many tokens (chapter 2), instead of packing documents."
+    )
+    cache_dir: str | None = HfArg(default=None, help="Where prepared documents and rows are kept.")
+
+    # Model
+    model: str | None = HfArg(default=None, help="Folder or Hub id of a model to go on from; default: random weights.")
+    preset: Literal["modern", "book"] = HfArg(default="modern", help="'modern' is a Qwen3, 'book' is a GPT-2.")
+    num_hidden_layers: int = HfArg(default=6, help="Blocks.")
+    hidden_size: int = HfArg(default=384, help="Width of the model.")
+    num_attention_heads: int = HfArg(default=6, help="Query heads.")
+    num_key_value_heads: int | None = HfArg(default=None, help="Key and value heads; default: as many.")
+    config_overrides: list[str] | None = HfArg(
+        default=None, help="Further fields of GPTConfig, e.g. attention_bias=false residual_dropout=0.1"
+    )
+
+    # Optimization
+    max_steps: int | None = HfArg(default=None, help="Optimizer steps; default: num_train_epochs.")
+    num_train_epochs: float = HfArg(default=1.0, help="Passes over the rows, if max_steps is not given.")
+    per_device_train_batch_size: int = HfArg(default=8, help="Rows per device and forward pass.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
+    learning_rate: float = HfArg(default=1e-3, help="Highest learning rate.")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = HfArg(
+        default="cosine", help="Course of the learning rate after warm-up."
+    )
+    warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
+    decay_steps: int | None = HfArg(default=None, help="Steps of warmup_stable_decay's final fall; default: a fifth.")
+    min_lr_ratio: float = HfArg(default=0.1, help="The lowest learning rate, as a share of the highest.")
+    weight_decay: float = HfArg(default=0.1, help="Decoupled decay of the matrices.")
+    adam_beta1: float = HfArg(default=0.9, help="Decay of AdamW's mean.")
+    adam_beta2: float = HfArg(default=0.95, help="Decay of AdamW's variance.")
+    adam_epsilon: float = HfArg(default=1e-8, help="AdamW's epsilon.")
+    max_grad_norm: float = HfArg(default=1.0, help="Longest gradient, by its global norm; 0 does not clip.")
+    seed: int = HfArg(default=42, help="Of the initial weights, the order of rows and dropout.")
+    torch_compile: bool = HfArg(default=False, help="Compile the blocks: slower to start, faster to train.")
+
+    # What is written, and when
+    output_dir: str = HfArg(default="out/pretrain", help="The run's folder. A run that stands there goes on.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Delete the run that stands there and start anew.")
+    logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
+    eval_steps: int = HfArg(default=100, help="Steps between two evaluations.")
+    per_device_eval_batch_size: int = HfArg(default=16, help="Rows per device in evaluation.")
+    eval_train_rows: int = HfArg(default=0, help="Also evaluate on so many training rows, without dropout.")
+    save_steps: int = HfArg(default=200, help="Steps between two checkpoints.")
+    save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept.")
+    sample_prompt: str = HfArg(default="", help="What the samples begin with; default: the start of a document.")
+    sample_tokens: int = HfArg(default=64, help="Tokens of the sample after each evaluation; 0: none.")
+    report_to: list[str] | None = HfArg(default=None, help="Trackers, by accelerate's names: tensorboard trackio wandb")
+    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+
+    def check(self) -> None:
+        """Stop at the door what is wrong whatever the text and the tokenizer are."""
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
+        for name in (*counts, "block_size", "logging_steps", "eval_steps", "save_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: give at least 1.")
+        if self.max_steps is not None:
+            self.learning_rate_at(0, self.max_steps)
+
+    def learning_rate_at(self, step: int, max_steps: int) -> float:
+        return learning_rate_at(
+            step,
+            learning_rate=self.learning_rate,
+            max_steps=max_steps,
+            warmup_steps=self.warmup_steps,
+            schedule=self.lr_scheduler_type,
+            min_lr_ratio=self.min_lr_ratio,
+            decay_steps=self.decay_steps,
+        )
+
+
+# A resumed run is the same run only with the same of these (and the same data, tokenizer and model).
+FIXED_ARGUMENTS = (
+    *("block_size", "stride", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "decay_steps"),
+    *("min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+)
+MAX_SKIPPED_IN_A_ROW = 10  # updates whose gradient was not finite; after so many it is no accident
+
+
+@dataclasses.dataclass
+class Data:
+    """What chapter 2 hands on: the rows, and who made them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Rows
+    validation: Rows
+    corpus_sha256: str
+
+
+def main(args: PretrainArguments) -> None:
+    args.check()
+    output_dir = Path(args.output_dir)
+
+    # 1. Devices: how many processes there are, and what they share, is what `accelerate launch` was told.
+    accelerator = start_accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        project_dir=args.output_dir,
+    )
+    with run_lock(output_dir, accelerator=accelerator), StopRequest(accelerator) as stop_request:
+        if args.overwrite_output_dir:
+            delete_earlier_run(output_dir, accelerator)
+
+        # 2. The tokenizer and the model's shape: what cannot work together stops here, before the work starts.
+        tokenizer = load_tokenizer(args.tokenizer or args.model or "out/tokenizer")
+        config = build_config(args, tokenizer)
+
+        # 3. Text to rows
+        data = prepare_data(args, tokenizer, accelerator)
+        rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        max_steps = args.max_steps or math.ceil(args.num_train_epochs * len(data.train) / rows_per_step)
+        args.learning_rate_at(0, max_steps)  # a schedule that does not fit stops here
+
+        # 4. Random weights, or those of --model
+        torch.manual_seed(args.seed)
+        model = build_model(args, config)
+        flops = flops_per_token(model, block_size=args.block_size)
+        describe(args, accelerator, model, data, rows_per_step, max_steps)
+
+        # 5. The optimizer, and what model and optimizer become on these devices
+        optimizer = build_adamw(
+            model,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+            epsilon=args.adam_epsilon,
+        )
+        model, optimizer = accelerator.prepare(model, optimizer)
+
+        # 6. Where this folder's run stopped, or the beginning
+        identity = identify(args, config, data, rows_per_step)
+        state = {"step": 0, "train_tokens": 0, "seconds": 0.0, "skipped_updates": 0, "identity": identity}
+        checkpoint = latest_checkpoint(output_dir / "checkpoints", accelerator=accelerator)
+        if checkpoint is not None:
+            state = load_checkpoint(
+                checkpoint, model=model, optimizer=optimizer, accelerator=accelerator, identity=identity
+            )
+            accelerator.print(f"Going on from step {state['step']:,}, saved in {checkpoint}.")
+        elif list((output_dir / "checkpoints").glob("step-*")):
+            raise ValueError(
+                f"No sound checkpoint is left in {output_dir / 'checkpoints'}, only broken ones. Put a sound one "
+                "there, or start anew with --overwrite_output_dir."
+            )
+        if state["step"] >= max_steps and (output_dir / "metrics.json").exists():
+            accelerator.print(f"The run in {output_dir} ended at step {state['step']:,}: nothing to do.")
+            return
+
+        # 7. The loop, and at its end the model as everybody's tools open it, with the numbers
+        accelerator.init_trackers("hfllm", config={name: str(value) for name, value in vars(args).items()})
+        if accelerator.is_main_process:
+            save_arguments(args, output_dir / "arguments.yaml")
+            tokenizer.save_pretrained(output_dir)
+        throughput = train(args, accelerator, model, optimizer, data, state, max_steps, stop_request)
+        accelerator.end_training()
+        if state["step"] < max_steps:
+            accelerator.print(
+                f"Stopped at step {state['step']:,} of {max_steps:,}. The same command goes on from here."
+            )
+            sys.exit(EXIT_CODE)
+        finish(args, accelerator, model, data, state, throughput, flops)
+
+
+def train(
+    args: PretrainArguments,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Data,
+    state: dict,
+    max_steps: int,
+    stop_request: StopRequest,
+) -> float | None:
+    """Take the steps from `state["step"]` to `max_steps`, with `state` kept up to date; returns tokens per second."""
+    num_parts = args.gradient_accumulation_steps * accelerator.num_processes  # of a step's rows
+    rows_per_step = args.per_device_train_batch_size * num_parts
+    order = {"rows_per_step": rows_per_step, "num_rows": len(data.train), "seed": args.seed}
+    cut = {
+        "process_index": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+        "accumulation": args.gradient_accumulation_steps,
+    }
+    checkpoints = Path(args.output_dir) / "checkpoints"
+    meter = ThroughputMeter(accelerator.device)
+    num_skipped_in_a_row = 0
+    interval_nats, interval_targets = torch.zeros((), device=accelerator.device), 0
+
+    if state["step"] == 0:
+        evaluate(args, accelerator, model, data, state)
+    model.train()
+    progress = tqdm(
+        total=max_steps,
+        initial=state["step"],
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
+        disable=not accelerator.is_main_process,
+    )
+    for step in range(state["step"], max_steps):
+        step_start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate_at(step, max_steps)
+        # Dropout, like the order of rows, is a function of seed and step, so that a resumed run repeats it exactly.
+        torch.manual_seed(np.random.SeedSequence((args.seed, step, accelerator.process_index)).generate_state(1)[0])
+
+        # The loss of a step is the sum over its targets divided by their count, however its rows are cut into parts:
+        # each part divides its own sum by the whole step's count. accelerate then divides by the accumulation steps and
+        # DDP by the number of processes, so the count is that much smaller.
+        [step_rows] = rows_of_step(step, **order)
+        num_targets = int(data.train.num_targets[step_rows].sum())
+        for rows in rows_of_step(step, **order, **cut):
+            batch = {name: tensor.to(accelerator.device) for name, tensor in data.train.batch(rows).items()}
+            with accelerator.accumulate(model):
+                loss = model(**batch, use_cache=False, num_items_in_batch=num_targets / num_parts).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+                    num_skipped_in_a_row = 0 if torch.isfinite(grad_norm) else num_skipped_in_a_row + 1
+                    if num_skipped_in_a_row > 0:
+                        optimizer.zero_grad()  # an update without gradients changes nothing
+                optimizer.step()
+                optimizer.zero_grad()
+            interval_nats += loss.detach() * (num_targets / num_parts)
+
+        # The step is done: count it, and tell.
+        num_tokens = rows_per_step * args.block_size
+        meter.step(num_tokens)
+        state["step"] = step + 1
+        state["train_tokens"] += num_tokens
+        state["skipped_updates"] += num_skipped_in_a_row > 0
+        state["seconds"] += time.perf_counter() - step_start
+        interval_targets += num_targets
+        progress.update()
+        is_last = state["step"] == max_steps
+        is_stopping = stop_request.agreed()
+        if state["step"] % args.logging_steps == 0 or is_last:
+            record = {
+                "step": state["step"],
+                "loss": accelerator.reduce(interval_nats).item() / interval_targets,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "grad_norm": float(grad_norm),
+                "tokens_per_second": meter.read(),
+                "train_tokens": state["train_tokens"],
+            }
+            log(args, accelerator, record, progress)
+            interval_nats.zero_()
+            interval_targets = 0
+        if num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise ValueError(
+                f"The gradient was not finite {num_skipped_in_a_row} times in a row, up to step {state['step']:,}; "
+                f"those updates were skipped. Start again from the last checkpoint with a lower --learning_rate than "
+                f"{args.learning_rate}, or look at the data of these steps."
+            )
+        with meter.paused():
+            if state["step"] % args.eval_steps == 0 or is_last:
+                evaluate(args, accelerator, model, data, state)
+            if state["step"] % args.save_steps == 0 or is_last or is_stopping:
+                save_checkpoint(
+                    checkpoints,
+                    model=model,
+                    optimizer=optimizer,
+                    state=state,
+                    accelerator=accelerator,
+                    keep=args.save_total_limit,
+                )
+        if is_stopping:
+            break
+    progress.close()
+    return meter.overall()
+
+
+def delete_earlier_run(output_dir: Path, accelerator: Accelerator) -> None:
+    """Delete what a run of ours writes, and nothing else that may lie in the folder."""
+    if accelerator.is_main_process:
+        shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+        for name in ("log.jsonl", "metrics.json", "curves.png", "model.safetensors", "config.json", "samples.txt"):
+            (output_dir / name).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+
+
+def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> GPTConfig:
+    if args.model is not None:
+        config = AutoConfig.from_pretrained(args.model)
+    else:
+        overrides = parse_overrides(args.config_overrides or [], GPTConfig().to_dict())
+        special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        fields = {
+            "vocab_size": len(tokenizer),
+            "num_hidden_layers": args.num_hidden_layers,
+            "hidden_size": args.hidden_size,
+            "num_attention_heads": args.num_attention_heads,
+            "num_key_value_heads": args.num_key_value_heads,
+            "max_position_embeddings": args.block_size,
+        }
+        config = GPTConfig.from_preset(args.preset, **{**fields, **special_ids, **overrides})
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer):,} ids, but the model's vocab_size is {config.vocab_size:,}: it has no "
+            "embedding for the last ones. Use the model's own tokenizer, or leave vocab_size out."
+        )
+    if args.block_size > config.max_position_embeddings:
+        raise ValueError(
+            f"block_size={args.block_size:,} is longer than the model's {config.max_position_embeddings:,} positions. "
+            f"Choose a block_size of at most {config.max_position_embeddings:,}."
+        )
+    return config
+
+
+def prepare_data(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Data:
+    """Documents, split before anything else, then encoded and cut into rows; the main process does it for all."""
+
+    def load(split: str) -> Corpus:
+        return load_corpus(
+            args.dataset,
+            dataset_config=args.dataset_config,
+            split=split,
+            text_column=args.text_column,
+            on_bad_record=args.on_bad_record,
+            cache_dir=args.cache_dir,
+        )
+
+    def prepare(name: str, documents: datasets.Dataset, corpus: Corpus) -> Rows:
+        return prepare_rows(
+            documents,
+            document_encoder(tokenizer),
+            block_size=args.block_size,
+            stride=args.stride,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            vocab_size=len(tokenizer),
+            token_bytes=lambda token_id: len(tokenizer.convert_ids_to_tokens(token_id)),  # a character a byte
+            key=f"{corpus.fingerprint} {tokenizer_fingerprint(tokenizer)} {name} {args.validation_fraction}",
+            allow_short=name == "validation",
+            cache_dir=args.cache_dir,
+            progress=accelerator.is_main_process,
+        )
+
+    with accelerator.main_process_first():
+        corpus = load(args.split)
+        if args.validation_split is None:
+            if not args.validation_fraction:
+                raise ValueError("There is nothing to evaluate on: give a --validation_fraction or --validation_split.")
+            train, held_out = split_documents(corpus, validation_fraction=args.validation_fraction)
+            rows = {"train": prepare("train", train, corpus), "validation": prepare("validation", held_out, corpus)}
+        else:
+            held_out_corpus = load(args.validation_split)
+            rows = {
+                "train": prepare("whole", corpus.documents, corpus),
+                "validation": prepare("validation", held_out_corpus.documents, held_out_corpus),
+            }
+    accelerator.print(
+        f"{corpus.account['name']}: {corpus.account['documents']:,} documents, "
+        f"{corpus.account['bytes']:,} bytes, sha256 {corpus.fingerprint[:16]}"
+    )
+    for name, some in rows.items():
+        accelerator.print(f"  {name}: {some.summary()}")
+    return Data(tokenizer, rows["train"], rows["validation"], corpus.fingerprint)
+
+
+def build_model(args: PretrainArguments, config: GPTConfig) -> PreTrainedModel:
+    if args.model is not None:
+        # Training needs float32 weights, whatever precision the checkpoint was exported in.
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    else:
+        model = GPTForCausalLM(config)
+    if args.torch_compile:
+        for layer in model.model.layers:  # one graph serves all blocks, so it is compiled once
+            layer.compile()
+    return model
+
+
+def describe(
+    args: PretrainArguments,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    data: Data,
+    rows_per_step: int,
+    max_steps: int,
+) -> None:
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_embedding = model.get_input_embeddings().weight.numel()
+    tied = "tied to the head" if model.config.tie_word_embeddings else "beside a head of the same size"
+    num_tokens = rows_per_step * args.block_size
+    accelerator.print(
+        f"Model: {num_parameters:,} parameters, of which {num_embedding:,} in the token embedding, {tied}.\n"
+        f"Training: {max_steps:,} steps of {num_tokens:,} tokens ({rows_per_step} rows of {args.block_size}), "
+        f"{max_steps * rows_per_step / len(data.train):.2f} passes over {len(data.train):,} rows, "
+        f"on {accelerator.num_processes} x {accelerator.device.type} in {accelerator.mixed_precision}."
+    )
+
+
+def identify(args: PretrainArguments, config: GPTConfig, data: Data, rows_per_step: int) -> dict:
+    """What makes a run this run and no other; a checkpoint of another one is refused."""
+    identity = {f"model.{name}": value for name, value in config.to_dict().items()}
+    for volatile in ("transformers_version", "architectures", "auto_map", "dtype", "use_cache"):
+        identity.pop(f"model.{volatile}", None)
+    return {
+        **json.loads(json.dumps(identity)),
+        "corpus_sha256": data.corpus_sha256,
+        "tokenizer_sha256": tokenizer_fingerprint(data.tokenizer),
+        "rows": len(data.train),
+        "rows_per_step": rows_per_step,
+        **{name: getattr(args, name) for name in FIXED_ARGUMENTS},
+    }
+
+
+def evaluate(
+    args: PretrainArguments, accelerator: Accelerator, model: torch.nn.Module, data: Data, state: dict
+) -> dict:
+    """Nats per token and bits per byte over every validation token, and a sample of what the model writes."""
+    result = evaluate_rows(model, data.validation, batch_size=args.per_device_eval_batch_size, accelerator=accelerator)
+    record = {"step": state["step"], "eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
+    if args.eval_train_rows:
+        rows = np.arange(min(args.eval_train_rows, len(data.train)))
+        record["eval_train_loss"], _ = score_rows(
+            model, data.train, rows, batch_size=args.per_device_eval_batch_size, accelerator=accelerator
+        )
+    log(args, accelerator, record)
+    if args.sample_tokens and state["step"] > 0 and accelerator.is_main_process:
+        text = sample(args, accelerator.unwrap_model(model), data.tokenizer)
+        tqdm.write(f"    sample: {text!r}")
+        with (Path(args.output_dir) / "samples.txt").open("a", encoding="utf-8") as file:
+            file.write(f"--- step {state['step']}\n{text}\n")
+
+
+@torch.no_grad()
+def sample(args: PretrainArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the model writes after the prompt, one token drawn after the other."""
+    was_training = model.training
+    model.eval()
+    prompt = tokenizer(args.sample_prompt, return_tensors="pt").input_ids
+    if prompt.shape[1] == 0:
+        prompt = torch.tensor([[tokenizer.eos_token_id]])
+    room = model.config.max_position_embeddings - prompt.shape[1]
+    tokens = model.generate(
+        prompt.to(model.device), max_new_tokens=min(args.sample_tokens, room), do_sample=True, temperature=0.8, top_k=50
+    )
+    model.train(was_training)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def log(args: PretrainArguments, accelerator: Accelerator, record: dict, progress: tqdm | None = None) -> None:
+    """One line of log.jsonl, the same to the trackers, and a word on the terminal."""
+    accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+    if not accelerator.is_main_process:
+        return
+    append_to_log(Path(args.output_dir) / "log.jsonl", record)
+    if "eval_loss" in record:
+        tqdm.write(
+            f"step {record['step']:,}: validation {record['eval_loss']:.4f} nats per token, "
+            f"{record['eval_bits_per_byte']:.4f} bits per byte"
+        )
+    elif progress is not None:
+        speed = record["tokens_per_second"]
+        text = f"loss {record['loss']:.3f}" + (f", {speed:,.0f} tokens/s" if speed else "")
+        progress.set_postfix_str(text, refresh=False)
+
+
+def finish(
+    args: PretrainArguments,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    data: Data,
+    state: dict,
+    throughput: float | None,
+    flops: int,
+) -> None:
+    """Save the model, `metrics.json` and the curves, and tell where they lie."""
+    output_dir = Path(args.output_dir)
+    result = evaluate_rows(model, data.validation, batch_size=args.per_device_eval_batch_size, accelerator=accelerator)
+    weights = accelerator.get_state_dict(model)
+    if not accelerator.is_main_process:
+        return
+    bare = accelerator.unwrap_model(model)
+    bare.save_pretrained(output_dir, state_dict=weights)
+    num_parameters = sum(parameter.numel() for parameter in bare.parameters())
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    peak = peak_flops(accelerator.device, dtype)
+    metrics = {
+        "eval_loss": result.loss,
+        "eval_perplexity": result.perplexity,
+        "eval_bits_per_byte": result.bits_per_byte,
+        "eval_tokens": result.num_tokens,
+        "eval_bytes": result.num_bytes,
+        "train_steps": state["step"],
+        "train_tokens": state["train_tokens"],
+        "train_seconds": round(state["seconds"], 1),
+        "skipped_updates": state["skipped_updates"],
+        "tokens_per_second": throughput,
+        "mfu": throughput and throughput * flops / (peak * accelerator.num_processes),
+        "peak_flops_per_device": peak,
+        "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+        "num_parameters": num_parameters,
+        "dataset": args.dataset,
+        "corpus_sha256": data.corpus_sha256,
+        "tokenizer_sha256": tokenizer_fingerprint(data.tokenizer),
+        "seed": args.seed,
+    }
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=str(output_dir))
+    speed = f" at {throughput:,.0f} tokens/s, {metrics['mfu']:.0%} of what it can multiply" if throughput else ""
+    print(
+        f"""
+{state["train_tokens"]:,} tokens in {state["seconds"] / 60:.1f} minutes{speed}.
+Validation: {result.loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte.
+
+{output_dir}/model.safetensors   the model, {num_parameters:,} parameters, with its tokenizer and code beside it
+{output_dir}/curves.png          the curves; log.jsonl holds their numbers, metrics.json the final ones
+{output_dir}/checkpoints         to go on from, with a larger --max_steps
+
+Next, let it write:
+    python recipes/generate.py --model {output_dir} --prompt "{args.sample_prompt or "import "}"
+or open it in Python:
+    import hfllm; from transformers import pipeline
+    pipeline("text-generation", "{output_dir}")("{args.sample_prompt or "import "}")"""
+    )
+
+
+if __name__ == "__main__":
+    run(main, PretrainArguments, description=__doc__)

@@ -1,0 +1,270 @@
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import hfllm
+from hfllm.data import load_corpus, split_documents
+from hfllm.report import read_log
+
+
+def losses_of(output_dir) -> list[float]:
+    return [entry["loss"] for entry in read_log(Path(output_dir) / "log.jsonl") if "loss" in entry]
+
+
+def test_a_run_leaves_what_everybodys_tools_open(run_pretrain, small):
+    metrics = run_pretrain(**small, sample_prompt="the cat")
+    out = small["output_dir"]
+    assert {path.name for path in out.iterdir()} >= {
+        *("model.safetensors", "config.json", "generation_config.json", "modeling_gpt.py", "configuration_gpt.py"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("arguments.yaml", "metrics.json", "log.jsonl", "curves.png", "checkpoints"),
+    }
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert type(model) is hfllm.GPTForCausalLM
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.vocab_size == len(tokenizer) == 300
+    assert metrics["train_tokens"] == 12 * 4 * 32
+    assert metrics["num_parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    [answer] = pipeline("text-generation", str(out))("the cat", max_new_tokens=4)
+    assert answer["generated_text"].startswith("the cat")
+
+
+def test_the_loss_falls(run_pretrain, small):
+    metrics = run_pretrain(**{**small, "max_steps": 60, "eval_steps": 60, "save_steps": 60, "learning_rate": 1e-2})
+    losses = losses_of(small["output_dir"])
+    assert losses[0] == pytest.approx(math.log(300), rel=0.02)
+    assert losses[-1] < 0.5 * losses[0]
+    assert metrics["eval_loss"] < 0.5 * losses[0]
+
+
+def test_bits_per_byte_is_the_code_length_of_the_held_out_documents(run_pretrain, small):
+    """Counted again by hand: one document after the other, each with its start and end token."""
+    # A row holds every held-out document whole, so packing may not change what each is scored at.
+    metrics = run_pretrain(**{**small, "block_size": 1024, "per_device_train_batch_size": 1})
+    model = AutoModelForCausalLM.from_pretrained(small["output_dir"])
+    tokenizer = AutoTokenizer.from_pretrained(small["output_dir"])
+    corpus = load_corpus(str(small["dataset"]), cache_dir=small["cache_dir"])
+    _, held_out = split_documents(corpus, validation_fraction=0.2)
+    nats = num_tokens = num_bytes = 0
+    for text in held_out["text"]:
+        ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        log_probabilities = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+        nats -= log_probabilities[torch.arange(len(ids) - 1), ids[1:]].sum().item()
+        num_tokens += len(ids) - 1
+        num_bytes += len(text.encode())
+    assert metrics["eval_tokens"] == num_tokens
+    assert metrics["eval_bytes"] == num_bytes
+    assert metrics["eval_loss"] == pytest.approx(nats / num_tokens, rel=1e-6)
+    assert metrics["eval_bits_per_byte"] == pytest.approx(nats / num_bytes / math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "accumulation"), [(4, 2), (2, 4), (1, 8)])
+def test_a_step_has_one_loss_however_its_rows_are_cut(run_pretrain, small, tmp_path, rows, accumulation):
+    """The rows hold different numbers of targets, so a mean of means would show."""
+    options = {**small, "max_steps": 4, "warmup_steps": 0, "eval_steps": 4, "learning_rate": 1e-2}
+    run_pretrain(**{**options, "output_dir": tmp_path / "whole", "per_device_train_batch_size": 8})
+    parts = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+    run_pretrain(**{**options, "output_dir": tmp_path / "parts", **parts})
+    whole, cut = (read_log(tmp_path / name / "log.jsonl") for name in ("whole", "parts"))
+    for key in ("loss", "grad_norm"):
+        values = [[entry[key] for entry in log if key in entry] for log in (whole, cut)]
+        np.testing.assert_allclose(values[0], values[1], rtol=2e-6)
+
+
+def test_the_first_loss_is_a_hand_count_over_the_steps_rows(run_pretrain, small):
+    """The sum over all targets of the step divided by their number, from the saved weights of a run without steps."""
+    options = {**small, "max_steps": 1, "warmup_steps": 0, "learning_rate": 0.0, "eval_steps": 1, "seed": 7}
+    run_pretrain(**options)
+    recipe = run_pretrain.recipe
+    model = AutoModelForCausalLM.from_pretrained(small["output_dir"])  # the rate is 0: still the first weights
+    args = recipe.PretrainArguments(
+        **{name: str(value) if name.endswith("dir") else value for name, value in options.items()}
+    )
+    args.dataset = str(args.dataset)
+    data = recipe.prepare_data(args, AutoTokenizer.from_pretrained(small["output_dir"]), recipe.start_accelerator())
+    [rows] = recipe.rows_of_step(0, rows_per_step=4, num_rows=len(data.train), seed=7)
+    nats, targets = 0.0, 0
+    for row in rows:
+        batch = data.train.batch(np.array([row]))
+        log_probabilities = model(
+            batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        ).logits.log_softmax(-1)
+        for index, label in enumerate(batch["shift_labels"][0].tolist()):
+            if label != -100:
+                nats -= log_probabilities[0, index, label].item()
+                targets += 1
+    assert losses_of(small["output_dir"]) == [pytest.approx(nats / targets, rel=1e-5)]
+
+
+@pytest.mark.parametrize("preset", ["modern", "book"])
+def test_a_run_that_was_cut_ends_with_the_very_weights_of_one_that_was_not(run_pretrain, small, tmp_path, preset):
+    """Dropout and the order of rows included."""
+    options = {**small, "preset": preset, "config_overrides": ["residual_dropout=0.1", "attention_dropout=0.1"]}
+    run_pretrain(**{**options, "output_dir": tmp_path / "straight"})
+    cut = {**options, "output_dir": tmp_path / "cut", "save_steps": 5}
+    recipe = run_pretrain.recipe
+    original = recipe.StopRequest.agreed
+    recipe.StopRequest.agreed = lambda self: read_log(tmp_path / "cut" / "log.jsonl")[-1]["step"] == 6
+    with pytest.raises(SystemExit) as stopped:
+        run_pretrain(**cut)
+    recipe.StopRequest.agreed = original
+    assert stopped.value.code == 143
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    run_pretrain(**cut)
+    straight, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "cut"))
+    for name in straight:
+        assert torch.equal(straight[name], resumed[name]), name
+    assert losses_of(tmp_path / "straight") == losses_of(tmp_path / "cut")
+
+
+def test_a_finished_run_has_nothing_to_do(run_pretrain, small, capsys):
+    run_pretrain(**small)
+    weights = (small["output_dir"] / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    run_pretrain(**small)
+    assert "nothing to do" in capsys.readouterr().out
+    assert (small["output_dir"] / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_a_finished_run_goes_on_with_more_steps(run_pretrain, small):
+    run_pretrain(**small)
+    metrics = run_pretrain(**{**small, "max_steps": 15})
+    assert metrics["train_steps"] == 15
+
+
+def test_overwriting_starts_anew_and_keeps_what_is_not_ours(run_pretrain, small):
+    run_pretrain(**small)
+    (small["output_dir"] / "notes.txt").write_text("mine")
+    metrics = run_pretrain(**{**small, "max_steps": 6, "overwrite_output_dir": True})
+    assert metrics["train_steps"] == 6
+    assert (small["output_dir"] / "notes.txt").read_text() == "mine"
+    assert len(losses_of(small["output_dir"])) == 6
+
+
+def test_going_on_from_a_model_starts_at_its_loss(run_pretrain, small, tmp_path):
+    first = run_pretrain(**small)
+    run_pretrain(**{**small, "output_dir": tmp_path / "second", "model": small["output_dir"], "learning_rate": 1e-4})
+    log = read_log(tmp_path / "second" / "log.jsonl")
+    assert log[0]["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-6)
+
+
+def test_windows_of_one_long_text_train_and_are_scored_once(run_pretrain, small, tmp_path):
+    text = tmp_path / "long.txt"
+    text.write_text("the cat sees a dog. my bird likes one fish. " * 60)
+    metrics = run_pretrain(**{**small, "dataset": text, "stride": 8, "validation_fraction": 0.25})
+    tokenizer = AutoTokenizer.from_pretrained(small["output_dir"])
+    held_out = text.read_text()[int(len(text.read_text()) * 0.75) :]
+    assert metrics["eval_tokens"] == len(tokenizer.encode(held_out, add_special_tokens=False)) - 1
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing_and_in_the_end_stops_the_run(run_pretrain, small, monkeypatch):
+    recipe = run_pretrain.recipe
+    monkeypatch.setattr(
+        recipe.Accelerator, "clip_grad_norm_", lambda self, parameters, max_norm: torch.tensor(float("nan"))
+    )
+    with pytest.raises(ValueError, match="not finite 10 times in a row, up to step 10"):
+        run_pretrain(**small)
+    weights = load_file(small["output_dir"] / "checkpoints" / "step-00000006" / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def make(folder: Path, name: str, content: bytes) -> Path:
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+BAD_INPUT = {
+    "no such dataset": ({"dataset": "nowhere.txt"}, r"nowhere\.txt"),
+    "an empty file": (lambda folder: {"dataset": make(folder, "empty.txt", b"")}, r"empty\.txt"),
+    "shorter than a row": (
+        lambda folder: {"dataset": make(folder, "short.txt", b"a few words only")},
+        "smaller block_size",
+    ),
+    "not UTF-8": (lambda folder: {"dataset": make(folder, "latin.txt", b"caf\xe9 " * 100)}, r"latin\.txt"),
+    "a corrupt JSON line": (
+        lambda folder: {"dataset": make(folder, "bad.jsonl", b'{"text": "fine"}\n{"text": \n')},
+        r"bad\.jsonl.*line 2",
+    ),
+    "no such column": ({"text_column": "body"}, "'body'.*text"),
+    "no such tokenizer": ({"tokenizer": "./nowhere"}, "nowhere"),
+    "heads that do not divide": ({"hidden_size": 30, "num_attention_heads": 4}, "hidden_size=30 is not a multiple"),
+    "an unknown field": ({"config_overrides": ["atention_bias=true"]}, "did you mean 'attention_bias'"),
+    "a vocabulary too small": ({"config_overrides": ["vocab_size=100"]}, "300 ids.*vocab_size is 100"),
+    "a block longer than the positions": (
+        {"config_overrides": ["max_position_embeddings=16"]},
+        "block_size=32.*16 positions",
+    ),
+    "no rows": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size 0"),
+    "more warm-up than steps": ({"warmup_steps": 100}, "warmup_steps=100"),
+    "nothing held back": ({"validation_fraction": 0.0}, "nothing to evaluate on"),
+    "a file in the way": (lambda folder: {"output_dir": make(folder, "file", b"")}, "cannot be used"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_stops_before_the_work_starts(run_pretrain, small, tmp_path, wrong, message):
+    wrong = wrong(tmp_path) if callable(wrong) else wrong
+    with pytest.raises((ValueError, OSError)) as error:
+        run_pretrain(**{**small, **wrong})
+    assert re.search(message, str(error.value), re.DOTALL), error.value
+    assert not (small["output_dir"] / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 64}, "model.hidden_size: 32 in the checkpoint, 64 now"),
+        ({"learning_rate": 0.5}, "learning_rate: 0.001 in the checkpoint, 0.5 now"),
+        ({"per_device_train_batch_size": 8}, "rows_per_step: 4 in the checkpoint, 8 now"),
+        ({"validation_fraction": 0.3}, "rows: "),
+    ],
+)
+def test_a_run_that_exists_with_another_shape_is_refused(run_pretrain, small, change, message):
+    run_pretrain(**small)
+    with pytest.raises(ValueError, match="--overwrite_output_dir") as error:
+        run_pretrain(**{**small, **change, "max_steps": 20})
+    assert message in str(error.value)
+
+
+def test_a_tracker_gets_what_the_log_gets(run_pretrain, small):
+    run_pretrain(**small, report_to="tensorboard")
+    assert list(small["output_dir"].rglob("events.out.tfevents*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_stops_and_the_same_command_goes_on(small, signal_number):
+    """The command of the README, through accelerate's launcher, stopped by a real signal."""
+    root = Path(__file__).parents[2]
+    options = {**small, "max_steps": 400, "eval_steps": 400, "save_steps": 1000}
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"),
+        *("recipes/pretrain.py", *(f"--{name}={value}" for name, value in options.items())),
+    ]
+    log = small["output_dir"] / "log.jsonl"
+    process = subprocess.Popen(command, cwd=root, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 5):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    subprocess.run(["pkill", f"-{int(signal_number)}", "-g", str(process.pid)], check=True)
+    assert process.wait(60) != 0
+    deadline = time.monotonic() + 60
+    while not list((small["output_dir"] / "checkpoints").glob("step-????????")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    subprocess.run(command, cwd=root, check=True, timeout=240)
+    assert json.loads((small["output_dir"] / "metrics.json").read_text())["train_steps"] == 400
+    assert len(losses_of(small["output_dir"])) == 400
