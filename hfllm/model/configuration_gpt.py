@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm_type": "layer_norm",
         "norm_eps": 1e-5,
         "use_qk_norm": False,
-        "hidden_act": "gelu_new",
+        "hidden_act": "gelu_pytorch_tanh",  # GPT-2's "gelu_new", in one kernel
         "gated_mlp": False,
         "attention_bias": True,
         "attention_output_bias": True,

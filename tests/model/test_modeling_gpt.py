@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import hfllm
+from hfllm.model.modeling_gpt import RMSNormFunction, RotaryFunction
 from tests.conftest import make_tiny_config
 
 
@@ -135,6 +136,37 @@ def test_soft_capped_logits_stay_within_the_cap():
     plain = model(ids).logits
     model.config.final_logit_softcapping = 0.5
     torch.testing.assert_close(model(ids).logits, 0.5 * torch.tanh(plain / 0.5))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 5, 3, 8)])
+def test_the_written_out_norm_has_autograds_values_and_gradients(shape):
+    """In float64, against torch.nn.RMSNorm and by finite differences."""
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    norm = nn.RMSNorm(8, eps=1e-6, dtype=torch.float64)
+    nn.init.normal_(norm.weight)
+    torch.testing.assert_close(RMSNormFunction.apply(x, norm.weight, 1e-6), norm(x))
+    assert torch.autograd.gradcheck(lambda x, weight: RMSNormFunction.apply(x, weight, 1e-6), (x, norm.weight))
+
+
+def test_the_written_out_rotation_has_autograds_values_and_gradients():
+    x, angles = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True), torch.randn(2, 1, 5, 4).double()
+    cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+    pairs = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)  # Su et al., eq. 13
+    torch.testing.assert_close(RotaryFunction.apply(x, cos, sin), torch.cat([pairs.real, pairs.imag], -1))
+    assert torch.autograd.gradcheck(lambda x: RotaryFunction.apply(x, cos, sin), (x,))
+
+
+def test_gradients_are_those_of_qwen3():
+    ours = hfllm.GPTForCausalLM(make_tiny_config("modern"))
+    fields = {name: value for name, value in ours.config.to_dict().items() if name in Qwen3Config().to_dict()}
+    qwen3 = Qwen3ForCausalLM(Qwen3Config(**{**fields, "model_type": "qwen3"}))
+    qwen3.load_state_dict(ours.state_dict())
+    ids = random_ids(3, 20)
+    for model in (ours, qwen3):
+        model(ids, labels=ids).loss.backward()
+    expected = dict(qwen3.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=1e-4)
 
 
 # Initial weights
@@ -396,6 +428,7 @@ def test_a_reader_without_hfllm_opens_the_folder_with_trust_remote_code(tiny_mod
 import sys, torch
 sys.modules["hfllm"] = None  # importing it is an error, as if it were not installed
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+torch.set_num_threads(1)
 folder = {str(tmp_path / "model")!r}
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 expected = torch.load({str(tmp_path / "expected.pt")!r})
