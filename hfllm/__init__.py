@@ -4,8 +4,9 @@ Importing hfllm registers its GPT with transformers, so that `AutoModelForCausal
 """
 
 from .model import GPTConfig, GPTForCausalLM, GPTForSequenceClassification, GPTModel
+from .tokenization import train_bpe
 
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["GPTConfig", "GPTForCausalLM", "GPTForSequenceClassification", "GPTModel", "__version__"]
+__all__ = ["GPTConfig", "GPTForCausalLM", "GPTForSequenceClassification", "GPTModel", "__version__", "train_bpe"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TextStreamer, set_seed
 from transformers.hf_argparser import HfArg
+from transformers.utils.logging import disable_progress_bar
 
 import hfllm  # noqa: F401  (registers the model with the Auto classes)
 from hfllm.arguments import run
@@ -35,7 +36,7 @@ class GenerateArguments:
 
 
 def main(args: GenerateArguments) -> None:
-    # 1. The model, on the best device there is, and its tokenizer
+    # 1. The model and its tokenizer
     model = load_model(args.model)
     tokenizer = load_tokenizer(args.model)
 
@@ -72,6 +73,8 @@ def main(args: GenerateArguments) -> None:
 
 
 def load_model(model: str) -> PreTrainedModel:
+    """The model, on the best device there is; what is no model says so."""
+    disable_progress_bar()
     if Path(model).is_dir() and not (Path(model) / "config.json").exists():
         found = sorted(path.name for path in Path(model).iterdir())[:10]
         raise ValueError(

@@ -40,7 +40,7 @@ from hfllm.report import append_to_log, plot_curves, read_log
 from hfllm.tokenization import document_encoder, load_tokenizer, tokenizer_fingerprint
 from hfllm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from hfllm.training.devices import start_accelerator
-from hfllm.training.evaluation import evaluate_rows, score_rows
+from hfllm.training.evaluation import Evaluation, evaluate_rows, score_rows
 from hfllm.training.interruption import EXIT_CODE, StopRequest
 from hfllm.training.lock import run_lock
 from hfllm.training.optimization import build_adamw, learning_rate_at
@@ -57,7 +57,9 @@ class PretrainArguments:
     validation_fraction: float = HfArg(default=0.05, help="Share of the bytes held back, by whole documents.")
     text_column: str = HfArg(default="text", help="Column or JSON key of the text.")
     on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with a record that is broken.")
-    tokenizer: str | None = HfArg(default=None, help="Folder or Hub id of the tokenizer; default: that of --model.")
+    tokenizer: str | None = HfArg(
+        default=None, help="Folder or Hub id of the tokenizer; default: that of --model, or out/tokenizer."
+    )
     block_size: int = HfArg(default=256, help="Tokens per training row; also the longest context the model learns.")
     stride: int | None = HfArg(
         default=None, help="Cut windows of block_size every so many tokens (chapter 2), instead of packing documents."
@@ -131,10 +133,10 @@ class PretrainArguments:
 
 
 # A resumed run is the same run only with the same of these (and the same data, tokenizer and model).
-FIXED_ARGUMENTS = (
-    *("block_size", "stride", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "decay_steps"),
-    *("min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-)
+FIXED_ARGUMENTS = ("block_size", "stride", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "decay_steps")
+FIXED_ARGUMENTS += ("min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+SHAPE_ARGUMENTS = ("preset", "num_hidden_layers", "hidden_size", "num_attention_heads")
+SHAPE_ARGUMENTS += ("num_key_value_heads", "config_overrides")
 MAX_SKIPPED_IN_A_ROW = 10  # updates whose gradient was not finite; after so many it is no accident
 
 
@@ -161,6 +163,11 @@ def main(args: PretrainArguments) -> None:
     with run_lock(output_dir, accelerator=accelerator), StopRequest(accelerator) as stop_request:
         if args.overwrite_output_dir:
             delete_earlier_run(output_dir, accelerator)
+        elif (output_dir / "config.json").exists() and not (output_dir / "arguments.yaml").exists():
+            raise ValueError(
+                f"{output_dir} holds a model that no run of this recipe made, and would be overwritten. Choose another "
+                "--output_dir, or overwrite it with --overwrite_output_dir."
+            )
 
         # 2. The tokenizer and the model's shape: what cannot work together stops here, before the work starts.
         tokenizer = load_tokenizer(args.tokenizer or args.model or "out/tokenizer")
@@ -235,11 +242,8 @@ def train(
     num_parts = args.gradient_accumulation_steps * accelerator.num_processes  # of a step's rows
     rows_per_step = args.per_device_train_batch_size * num_parts
     order = {"rows_per_step": rows_per_step, "num_rows": len(data.train), "seed": args.seed}
-    cut = {
-        "process_index": accelerator.process_index,
-        "num_processes": accelerator.num_processes,
-        "accumulation": args.gradient_accumulation_steps,
-    }
+    cut = {"accumulation": args.gradient_accumulation_steps}
+    cut |= {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     checkpoints = Path(args.output_dir) / "checkpoints"
     meter = ThroughputMeter(accelerator.device)
     num_skipped_in_a_row = 0
@@ -248,13 +252,9 @@ def train(
     if state["step"] == 0:
         evaluate(args, accelerator, model, data, state)
     model.train()
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file gets a line now and then
     progress = tqdm(
-        total=max_steps,
-        initial=state["step"],
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
-        disable=not accelerator.is_main_process,
+        total=max_steps, initial=state["step"], mininterval=interval, disable=not accelerator.is_main_process
     )
     for step in range(state["step"], max_steps):
         step_start = time.perf_counter()
@@ -271,7 +271,9 @@ def train(
         for rows in rows_of_step(step, **order, **cut):
             batch = {name: tensor.to(accelerator.device) for name, tensor in data.train.batch(rows).items()}
             with accelerator.accumulate(model):
-                loss = model(**batch, use_cache=False, num_items_in_batch=num_targets / num_parts).loss
+                # transformers' own models compute a loss only if there are `labels`, and then prefer `shift_labels`.
+                labels = batch["shift_labels"]
+                loss = model(**batch, labels=labels, use_cache=False, num_items_in_batch=num_targets / num_parts).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
@@ -305,28 +307,25 @@ def train(
             log(args, accelerator, record, progress)
             interval_nats.zero_()
             interval_targets = 0
-        if num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise ValueError(
-                f"The gradient was not finite {num_skipped_in_a_row} times in a row, up to step {state['step']:,}; "
-                f"those updates were skipped. Start again from the last checkpoint with a lower --learning_rate than "
-                f"{args.learning_rate}, or look at the data of these steps."
-            )
+        stop_if_hopeless(args, num_skipped_in_a_row, state)
         with meter.paused():
             if state["step"] % args.eval_steps == 0 or is_last:
                 evaluate(args, accelerator, model, data, state)
             if state["step"] % args.save_steps == 0 or is_last or is_stopping:
-                save_checkpoint(
-                    checkpoints,
-                    model=model,
-                    optimizer=optimizer,
-                    state=state,
-                    accelerator=accelerator,
-                    keep=args.save_total_limit,
-                )
+                parts = {"model": model, "optimizer": optimizer, "state": state}
+                save_checkpoint(checkpoints, **parts, accelerator=accelerator, keep=args.save_total_limit)
         if is_stopping:
             break
     progress.close()
     return meter.overall()
+
+
+def stop_if_hopeless(args: PretrainArguments, num_skipped_in_a_row: int, state: dict) -> None:
+    if num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+        raise ValueError(
+            f"The gradient was not finite {num_skipped_in_a_row} times in a row, up to step {state['step']:,}; "
+            f"those updates were skipped. Start anew with a lower --learning_rate than {args.learning_rate}."
+        )
 
 
 def delete_earlier_run(output_dir: Path, accelerator: Accelerator) -> None:
@@ -341,6 +340,10 @@ def delete_earlier_run(output_dir: Path, accelerator: Accelerator) -> None:
 def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> GPTConfig:
     if args.model is not None:
         config = AutoConfig.from_pretrained(args.model)
+        defaults = PretrainArguments()
+        ignored = [name for name in SHAPE_ARGUMENTS if getattr(args, name) != getattr(defaults, name)]
+        if ignored:
+            print(f"--model {args.model} brings its own shape; not used: {', '.join(ignored)}.")
     else:
         overrides = parse_overrides(args.config_overrides or [], GPTConfig().to_dict())
         special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -425,8 +428,9 @@ def build_model(args: PretrainArguments, config: GPTConfig) -> PreTrainedModel:
     else:
         model = GPTForCausalLM(config)
     if args.torch_compile:
-        for layer in model.model.layers:  # one graph serves all blocks, so it is compiled once
-            layer.compile()
+        blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or [])]
+        for module in blocks or [model]:  # one graph serves all blocks, so it is compiled once
+            module.compile()
     return model
 
 
@@ -470,6 +474,7 @@ def evaluate(
 ) -> dict:
     """Nats per token and bits per byte over every validation token, and a sample of what the model writes."""
     result = evaluate_rows(model, data.validation, batch_size=args.per_device_eval_batch_size, accelerator=accelerator)
+    state["evaluation"] = dataclasses.asdict(result)  # part of the checkpoint, for the final numbers
     record = {"step": state["step"], "eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
     if args.eval_train_rows:
         rows = np.arange(min(args.eval_train_rows, len(data.train)))
@@ -528,7 +533,7 @@ def finish(
 ) -> None:
     """Save the model, `metrics.json` and the curves, and tell where they lie."""
     output_dir = Path(args.output_dir)
-    result = evaluate_rows(model, data.validation, batch_size=args.per_device_eval_batch_size, accelerator=accelerator)
+    result = Evaluation(**state["evaluation"])
     weights = accelerator.get_state_dict(model)
     if not accelerator.is_main_process:
         return

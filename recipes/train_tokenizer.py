@@ -79,7 +79,7 @@ TOKENIZER_FILES = {
 }
 # What pretrain_demo.yaml says already, so that the command printed at the end need not.
 PRETRAIN_DEMO = {"dataset": "stdlib", "dataset_config": None, "split": "train", "text_column": "text"}
-PRETRAIN_DEMO |= {"on_bad_record": "error", "validation_fraction": 0.03}
+PRETRAIN_DEMO |= {"on_bad_record": "error", "validation_fraction": 0.02}
 MEASURED_BYTES = 20_000_000  # of held-out text: enough for three digits, and seconds rather than minutes
 
 

@@ -1,0 +1,178 @@
+"""How fast a training step is, side by side with transformers' GPT-2 and Llama of the same shape, in one run.
+
+    python recipes/benchmark.py
+    python recipes/benchmark.py --hidden_size 768 --num_hidden_layers 12 --num_attention_heads 12 --block_size 1024 \\
+        --vocab_size 50257 --bf16
+    python recipes/benchmark.py --tokenizer out/tokenizer --dataset stdlib
+
+The models take turns, step by step, so that a machine whose speed drifts does so for all of them; the ratios are
+medians over those turns. With a tokenizer it also measures the data path: encoding on one core, and reading a batch.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.hf_argparser import HfArg
+
+from hfllm.arguments import run
+from hfllm.data import load_corpus, prepare_rows, rows_of_step, split_documents
+from hfllm.model import GPTConfig, GPTForCausalLM
+from hfllm.tokenization import document_encoder, load_tokenizer, tokenizer_fingerprint
+from hfllm.training.devices import keep_freed_memory
+from hfllm.training.optimization import build_adamw
+from hfllm.training.throughput import flops_per_token, peak_flops
+
+
+@dataclasses.dataclass
+class BenchmarkArguments:
+    vocab_size: int = HfArg(default=8192, help="Token ids.")
+    hidden_size: int = HfArg(default=384, help="Width of the models.")
+    num_hidden_layers: int = HfArg(default=6, help="Blocks.")
+    num_attention_heads: int = HfArg(default=6, help="Heads.")
+    block_size: int = HfArg(default=256, help="Tokens per row.")
+    per_device_train_batch_size: int = HfArg(default=8, help="Rows per step.")
+    num_steps: int = HfArg(default=10, help="Measured steps of each model.")
+    bf16: bool = HfArg(default=False, help="Multiply in bfloat16.")
+    torch_compile: bool = HfArg(default=False, help="Compile each model whole; compiling is not measured.")
+    tokenizer: str | None = HfArg(default=None, help="Also measure the data path with this tokenizer.")
+    dataset: str = HfArg(default="stdlib", help="Text for the data path.")
+    output_file: str | None = HfArg(default=None, help="Write the numbers there, as JSON.")
+    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+
+
+def main(args: BenchmarkArguments) -> None:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        keep_freed_memory()  # for all of them alike, as pretrain.py does
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    peak = peak_flops(device, dtype)
+    print(f"{device}, {torch.get_num_threads()} threads; it multiplies at {peak / 1e9:,.0f} GFLOP/s in {dtype}")
+    results = {"peak_flops": peak, "training": measure_training(args, device, dtype, peak)}
+    if args.tokenizer is not None:
+        results["data"] = measure_data(args, seconds_per_step=results["training"]["hfllm, modern"]["seconds_per_step"])
+    if args.output_file is not None:
+        Path(args.output_file).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def build_models(args: BenchmarkArguments) -> dict[str, PreTrainedModel]:
+    sizes = {
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.hidden_size,
+        "num_hidden_layers": args.num_hidden_layers,
+        "num_attention_heads": args.num_attention_heads,
+        "max_position_embeddings": args.block_size,
+    }
+    # On a CPU dropout on the attention weights rules out the fast attention kernel, so GPT-2 runs without it too.
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    ours_without = {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0}
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    modern = GPTConfig.from_preset("modern", **sizes)
+    llama = LlamaConfig(**sizes, intermediate_size=modern.intermediate_size, tie_word_embeddings=True)
+    return {
+        "transformers GPT-2": GPT2LMHeadModel(GPT2Config(**sizes, **ids)),
+        "transformers GPT-2, no dropout": GPT2LMHeadModel(GPT2Config(**sizes, **ids, **no_dropout)),
+        "transformers Llama": LlamaForCausalLM(llama),
+        "hfllm, book": GPTForCausalLM(GPTConfig.from_preset("book", **sizes, **ours_without)),
+        "hfllm, modern": GPTForCausalLM(modern),
+    }
+
+
+def measure_training(
+    args: BenchmarkArguments, device: torch.device, dtype: torch.dtype, peak: float
+) -> dict[str, dict[str, Any]]:
+    """Forward, backward and AdamW of each model on the same random rows, in turns."""
+    models = {name: model.to(device).train() for name, model in build_models(args).items()}
+    adamw = {"learning_rate": 1e-4, "weight_decay": 0.1, "betas": (0.9, 0.95), "epsilon": 1e-8}
+    optimizers = {name: build_adamw(model, **adamw) for name, model in models.items()}
+    if args.torch_compile:
+        for model in models.values():
+            model.compile()
+    tokens_per_step = args.per_device_train_batch_size * args.block_size
+    rows = torch.randint(args.vocab_size, (args.per_device_train_batch_size, args.block_size + 1), device=device)
+    inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def step(name: str) -> float:
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = models[name](input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss
+        loss.backward()
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+        loss.item()  # waits for an accelerator
+        return time.perf_counter() - start
+
+    for name in models:
+        for _ in range(2):
+            step(name)  # warm up; compile
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(args.num_steps):
+        for name in models:
+            seconds[name].append(step(name))
+
+    first = next(iter(models))
+    print(f"\n{'training step':32s} {'tokens/s':>10s} {'of the peak':>12s} {'against ' + first:>28s}")
+    results = {}
+    for name, model in models.items():
+        median = statistics.median(seconds[name])
+        ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds[first], seconds[name], strict=True))
+        mfu = flops_per_token(model, block_size=args.block_size) * tokens_per_step / median / peak
+        results[name] = {
+            "tokens_per_second": tokens_per_step / median,
+            "seconds_per_step": median,
+            "fastest_seconds_per_step": min(seconds[name]),
+            "mfu": mfu,
+            f"speed_against_{first}": ratio,
+        }
+        print(f"{name:32s} {tokens_per_step / median:10,.0f} {mfu:12.0%} {ratio:28.2f}")
+    return results
+
+
+def measure_data(args: BenchmarkArguments, *, seconds_per_step: float) -> dict[str, float]:
+    """Encoding in MB/s on one core, and reading a batch in milliseconds and as a share of the modern model's step."""
+    os.environ["RAYON_NUM_THREADS"] = "1"  # read when the Rust side first starts its threads
+    tokenizer = load_tokenizer(args.tokenizer)
+    encode = document_encoder(tokenizer)
+    corpus = load_corpus(args.dataset)
+    texts = corpus.documents[: min(400, len(corpus.documents))]["text"]
+    num_bytes = sum(len(text.encode()) for text in texts)
+    encode(texts[:8])
+    rates = []
+    for _ in range(3):
+        start = time.perf_counter()
+        encode(texts)
+        rates.append(num_bytes / 1e6 / (time.perf_counter() - start))
+
+    documents, _ = split_documents(corpus, validation_fraction=0.02)
+    rows = prepare_rows(
+        documents,
+        encode,
+        block_size=args.block_size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        key=f"benchmark {corpus.fingerprint} {tokenizer_fingerprint(tokenizer)}",
+    )
+    order = {"rows_per_step": args.per_device_train_batch_size, "num_rows": len(rows), "seed": 0}
+    seconds = []
+    for index in range(200):
+        start = time.perf_counter()
+        [batch_rows] = rows_of_step(index, **order)
+        rows.batch(batch_rows)
+        seconds.append(time.perf_counter() - start)
+    batch = float(np.median(seconds))
+    print(f"\nencoding: {max(rates):.2f} MB/s on one core ({num_bytes:,} bytes)")
+    print(f"reading a batch: {1e3 * batch:.3f} ms, {batch / seconds_per_step:.3%} of the modern model's step")
+    return {"encode_megabytes_per_second_per_core": max(rates), "seconds_per_batch": batch}
+
+
+if __name__ == "__main__":
+    run(main, BenchmarkArguments, description=__doc__)

@@ -1,0 +1,78 @@
+"""Imports point one way, so that a file can be read without those above it."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+
+# What each part of the library may import of the library; a part is a file or a folder of hfllm/.
+MAY_IMPORT: dict[str, set[str]] = {
+    "arguments": set(),
+    "tokenization": set(),
+    "report": set(),
+    "model": {"model"},
+    "data": {"data"},
+    "training": {"training"},
+    "__init__": {"model", "tokenization"},
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules of hfllm and of the recipes that a file imports, by their dotted names."""
+    package = list(path.relative_to(ROOT).with_suffix("").parts)[:-1]
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            modules |= {".".join([*base, name]) for name in names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+    return {module for module in modules if module.split(".")[0] in ("hfllm", "recipes")}
+
+
+LIBRARY = sorted((ROOT / "hfllm").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_part_of_the_library_imports_only_what_it_stands_on(path):
+    part = path.relative_to(ROOT / "hfllm").with_suffix("").parts[0]
+    for module in imported_modules(path):
+        assert module.split(".")[0] == "hfllm", f"{path.name} imports a recipe"
+        assert module.split(".")[1] in MAY_IMPORT[part], f"{path.name} imports {module}"
+
+
+def test_the_model_files_import_nothing_of_ours_but_each_other():
+    """They travel alone to the Hub, where only `from .sibling import x` works."""
+    model = ROOT / "hfllm" / "model"
+    assert imported_modules(model / "configuration_gpt.py") == set()
+    assert imported_modules(model / "modeling_gpt.py") == {"hfllm.model.configuration_gpt"}
+
+
+def test_a_recipe_never_imports_another_recipe():
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")}
+    for path in (ROOT / "recipes").glob("*.py"):
+        names = {
+            node.module if isinstance(node, ast.ImportFrom) else alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        }
+        assert not {name.split(".")[0] for name in names if name} & (recipes | {"recipes"} - {"evaluate"})
+
+
+def test_every_command_of_a_recipes_docstring_and_of_the_readme_names_files_that_exist():
+
+    texts = [(ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()]
+    texts += [path.read_text() for path in (ROOT / "recipes").rglob("*.*") if path.suffix in (".py", ".yaml")]
+    named = {
+        name for text in texts for name in re.findall(r"(?:recipes|accelerate_configs)/[\w/.-]+\.(?:py|yaml)", text)
+    }
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
