@@ -445,6 +445,11 @@ AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_c
     assert finished.returncode == 0, finished.stderr
 
 
+def test_importing_prints_nothing():
+    finished = subprocess.run([sys.executable, "-c", "import hfllm"], capture_output=True, text=True, check=True)
+    assert finished.stdout + finished.stderr == ""
+
+
 def test_the_forward_takes_the_keywords_that_trainer_counts_on():
     from inspect import Parameter, signature
 
@@ -470,7 +475,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_config):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model.zero_grad()
         model(ids, labels=ids, use_cache=False).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])

@@ -108,6 +108,22 @@ def test_the_first_loss_is_a_hand_count_over_the_steps_rows(run_pretrain, small)
     assert losses_of(small["output_dir"]) == [pytest.approx(nats / targets, rel=1e-5)]
 
 
+def test_a_logged_loss_is_the_mean_over_the_tokens_since_the_line_before(run_pretrain, small, tmp_path):
+    run_pretrain(**{**small, "output_dir": tmp_path / "every"})
+    run_pretrain(**{**small, "output_dir": tmp_path / "sixth", "logging_steps": 6})
+    recipe = run_pretrain.recipe
+    args = recipe.PretrainArguments(
+        dataset=str(small["dataset"]), cache_dir=str(small["cache_dir"]), validation_fraction=0.2, block_size=32
+    )
+    data = recipe.prepare_data(args, AutoTokenizer.from_pretrained(small["tokenizer"]), recipe.start_accelerator())
+    order = {"rows_per_step": 4, "num_rows": len(data.train), "seed": 42}
+    targets = [data.train.num_targets[recipe.rows_of_step(step, **order)[0]].sum() for step in range(12)]
+    assert len(set(targets)) > 1  # or a mean of means would be the same
+    each = losses_of(tmp_path / "every")
+    expected = [np.average(each[first : first + 6], weights=targets[first : first + 6]) for first in (0, 6)]
+    np.testing.assert_allclose(losses_of(tmp_path / "sixth"), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("preset", ["modern", "book"])
 def test_a_run_that_was_cut_ends_with_the_very_weights_of_one_that_was_not(run_pretrain, small, tmp_path, preset):
     """Dropout and the order of rows included."""
@@ -158,6 +174,35 @@ def test_going_on_from_a_model_starts_at_its_loss(run_pretrain, small, tmp_path)
     run_pretrain(**{**small, "output_dir": tmp_path / "second", "model": small["output_dir"], "learning_rate": 1e-4})
     log = read_log(tmp_path / "second" / "log.jsonl")
     assert log[0]["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-6)
+
+
+def test_a_model_that_was_saved_in_half_precision_is_trained_in_full(run_pretrain, small, tmp_path):
+    run_pretrain(**small)
+    model = AutoModelForCausalLM.from_pretrained(small["output_dir"], dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    options = {**small, "output_dir": tmp_path / "second", "model": tmp_path / "half"}
+    run_pretrain(**options)
+    weights = load_file(tmp_path / "second" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_any_causal_model_of_transformers_can_be_trained_on(run_pretrain, small, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path / "llama")
+    options = {**small, "model": tmp_path / "llama", "max_steps": 40, "eval_steps": 40, "learning_rate": 1e-2}
+    run_pretrain(**options)
+    losses = losses_of(small["output_dir"])
+    assert losses[0] == pytest.approx(math.log(300), rel=0.02)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_folder_with_somebody_elses_model_is_not_overwritten(run_pretrain, small):
+    small["output_dir"].mkdir()
+    (small["output_dir"] / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="a model that no run of this recipe made"):
+        run_pretrain(**small)
 
 
 def test_windows_of_one_long_text_train_and_are_scored_once(run_pretrain, small, tmp_path):
@@ -241,6 +286,23 @@ def test_a_run_that_exists_with_another_shape_is_refused(run_pretrain, small, ch
 def test_a_tracker_gets_what_the_log_gets(run_pretrain, small):
     run_pretrain(**small, report_to="tensorboard")
     assert list(small["output_dir"].rglob("events.out.tfevents*"))
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(run_pretrain, small, tmp_path):
+    """DDP over gloo: the same losses and gradient norms, though each process sees half of a step's rows."""
+    options = {**small, "max_steps": 6, "learning_rate": 1e-2, "save_steps": 6}
+    run_pretrain(**{**options, "output_dir": tmp_path / "one"})
+    two = {**options, "output_dir": tmp_path / "two", "per_device_train_batch_size": 2}
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531"),
+        *("recipes/pretrain.py", *(f"--{name}={value}" for name, value in two.items())),
+    ]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=True, timeout=240)
+    one, both = (read_log(tmp_path / name / "log.jsonl") for name in ("one", "two"))
+    for key in ("loss", "grad_norm", "eval_loss", "eval_bits_per_byte"):
+        values = [[entry[key] for entry in log if key in entry] for log in (one, both)]
+        np.testing.assert_allclose(values[0], values[1], rtol=2e-6, err_msg=key)
 
 
 @pytest.mark.slow
