@@ -219,13 +219,16 @@ def main(args: PretrainArguments) -> None:
             save_arguments(args, output_dir / "arguments.yaml")
             tokenizer.save_pretrained(output_dir)
         throughput = train(args, accelerator, model, optimizer, data, state, max_steps, stop_request)
-        accelerator.end_training()
-        if state["step"] < max_steps:
+        is_finished = state["step"] >= max_steps
+        if is_finished:
+            finish(args, accelerator, model, data, state, throughput, flops)
+        else:
             accelerator.print(
-                f"Stopped at step {state['step']:,} of {max_steps:,}. The same command goes on from here."
+                f"Stopped at step {state['step']:,} of {max_steps:,}; the same command goes on from here."
             )
-            sys.exit(EXIT_CODE)
-        finish(args, accelerator, model, data, state, throughput, flops)
+    accelerator.end_training()
+    if not is_finished:
+        sys.exit(EXIT_CODE)
 
 
 def train(
