@@ -6,7 +6,9 @@
     python recipes/benchmark.py --tokenizer out/tokenizer --dataset stdlib
 
 The models take turns, step by step, so that a machine whose speed drifts does so for all of them; the ratios are
-medians over those turns. With a tokenizer it also measures the data path: encoding on one core, and reading a batch.
+medians over those turns. On a CPU, pretrain.py keeps freed memory (hfllm/training/devices.py) and other trainers do
+not: each model is measured as its users run it, unless `--keep_freed_memory all` (or none) says otherwise. With a
+tokenizer it also measures the data path: encoding on one core, and reading a batch.
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +42,9 @@ class BenchmarkArguments:
     block_size: int = HfArg(default=256, help="Tokens per row.")
     per_device_train_batch_size: int = HfArg(default=8, help="Rows per step.")
     num_steps: int = HfArg(default=10, help="Measured steps of each model.")
+    keep_freed_memory: Literal["ours", "all", "none"] = HfArg(
+        default="ours", help="For which models a CPU's freed memory is kept for the next step."
+    )
     bf16: bool = HfArg(default=False, help="Multiply in bfloat16.")
     torch_compile: bool = HfArg(default=False, help="Compile each model whole; compiling is not measured.")
     tokenizer: str | None = HfArg(default=None, help="Also measure the data path with this tokenizer.")
@@ -50,8 +55,6 @@ class BenchmarkArguments:
 
 def main(args: BenchmarkArguments) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    if device.type == "cpu":
-        keep_freed_memory()  # for all of them alike, as pretrain.py does
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     peak = peak_flops(device, dtype)
     print(f"{device}, {torch.get_num_threads()} threads; it multiplies at {peak / 1e9:,.0f} GFLOP/s in {dtype}")
@@ -110,11 +113,14 @@ def measure_training(
         return time.perf_counter() - start
 
     for name in models:
-        for _ in range(2):
-            step(name)  # warm up; compile
+        step(name)  # compiles
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(args.num_steps):
         for name in models:
+            if device.type == "cpu":
+                keep = {"ours": name.startswith("hfllm"), "all": True, "none": False}[args.keep_freed_memory]
+                keep_freed_memory(keep)
+            step(name)  # brings its own memory into place, whatever the model before left behind
             seconds[name].append(step(name))
 
     first = next(iter(models))

@@ -255,10 +255,9 @@ def train(
     if state["step"] == 0:
         evaluate(args, accelerator, model, data, state)
     model.train()
-    interval = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file gets a line now and then
-    progress = tqdm(
-        total=max_steps, initial=state["step"], mininterval=interval, disable=not accelerator.is_main_process
-    )
+    every = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file gets a line now and then
+    is_silent = not accelerator.is_main_process
+    progress = tqdm(total=max_steps, initial=state["step"], unit="step", mininterval=every, disable=is_silent)
     for step in range(state["step"], max_steps):
         step_start = time.perf_counter()
         for group in optimizer.param_groups:

@@ -82,6 +82,8 @@ class GPTConfig(PreTrainedConfig):
         residual_dropout: Applied to what attention and MLP add to the residual stream.
         final_logit_softcapping: If set, logits become `cap * tanh(logits / cap)` (Gemma 2, section 2).
         initializer_range: Standard deviation of the initial weights.
+        embedding_initializer_range: That of the embeddings. Default: as `initializer_range`. The book leaves them at
+            PyTorch's 1.0, which with a head of its own learns a short text far faster.
         tie_word_embeddings: The head is the token embedding (Press and Wolf 2017).
 
     Raises:
@@ -130,6 +132,7 @@ class GPTConfig(PreTrainedConfig):
     residual_dropout: float | int = 0.0
     final_logit_softcapping: float | int | None = None
     initializer_range: float | int = 0.02
+    embedding_initializer_range: float | int | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
@@ -151,6 +154,8 @@ class GPTConfig(PreTrainedConfig):
                 )
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
+        if self.embedding_initializer_range is None:
+            self.embedding_initializer_range = self.initializer_range
         super().__post_init__(**kwargs)
         if self.position_embedding_type == "learned":
             self.rope_parameters = None

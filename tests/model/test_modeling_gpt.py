@@ -182,6 +182,16 @@ def test_output_projections_start_smaller_by_the_root_of_twice_the_depth():
             assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02)
 
 
+def test_embeddings_may_start_at_a_scale_of_their_own():
+    sizes = {"vocab_size": 2000, "hidden_size": 256, "num_attention_heads": 4}
+    model = hfllm.GPTForCausalLM(
+        hfllm.GPTConfig.from_preset("book", **sizes, embedding_initializer_range=1.0, tie_word_embeddings=False)
+    )
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(1.0, rel=0.02)
+    assert model.model.embed_positions.weight.std().item() == pytest.approx(1.0, rel=0.02)
+    assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.02)
+
+
 def test_loading_does_not_initialise_again(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     loaded = hfllm.GPTForCausalLM.from_pretrained(tmp_path)
