@@ -209,25 +209,26 @@ def main(args: PretrainArguments) -> None:
                 f"No sound checkpoint is left in {output_dir / 'checkpoints'}, only broken ones. Put a sound one "
                 "there, or start anew with --overwrite_output_dir."
             )
-        if state["step"] >= max_steps and (output_dir / "metrics.json").exists():
-            accelerator.print(f"The run in {output_dir} ended at step {state['step']:,}: nothing to do.")
-            return
-
         # 7. The loop, and at its end the model as everybody's tools open it, with the numbers
-        accelerator.init_trackers("hfllm", config={name: str(value) for name, value in vars(args).items()})
-        if accelerator.is_main_process:
-            save_arguments(args, output_dir / "arguments.yaml")
-            tokenizer.save_pretrained(output_dir)
-        throughput = train(args, accelerator, model, optimizer, data, state, max_steps, stop_request)
-        is_finished = state["step"] >= max_steps
+        is_finished = state["step"] >= max_steps and (output_dir / "metrics.json").exists()
         if is_finished:
-            finish(args, accelerator, model, data, state, throughput, flops)
+            accelerator.print(f"The run in {output_dir} ended at step {state['step']:,}: nothing to do.")
         else:
-            accelerator.print(
-                f"Stopped at step {state['step']:,} of {max_steps:,}; the same command goes on from here."
-            )
+            accelerator.init_trackers("hfllm", config={name: str(value) for name, value in vars(args).items()})
+            if accelerator.is_main_process:
+                save_arguments(args, output_dir / "arguments.yaml")
+                tokenizer.save_pretrained(output_dir)
+            throughput = train(args, accelerator, model, optimizer, data, state, max_steps, stop_request)
+            is_finished = state["step"] >= max_steps
+            if is_finished:
+                finish(args, accelerator, model, data, state, throughput, flops)
+
+    # DDP has to let go of the process group before it is destroyed: the other way round, gloo waits for Python's lock
+    # while Python waits for gloo, and now and then a process never ends.
+    model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
     if not is_finished:
+        accelerator.print(f"Stopped at step {state['step']:,} of {max_steps:,}; the same command goes on from here.")
         sys.exit(EXIT_CODE)
 
 

@@ -95,6 +95,8 @@ def two_processes(kind: str, folder: Path) -> None:
         train(model, optimizer, range(2, 4), accelerator)
         save_checkpoint(folder / kind / "resumed", state={"step": 4}, **loaded)
     (folder / f"{kind}-{accelerator.process_index}.json").write_text(json.dumps(outcome))
+    del loaded
+    model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
 
 
@@ -110,7 +112,7 @@ def test_two_processes_resume_what_one_began_and_the_other_way_round(tmp_path, k
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, __file__, kind, str(tmp_path)], check=True, env=environment, cwd=root)
+    subprocess.run([*command, __file__, kind, str(tmp_path)], check=True, env=environment, cwd=root, timeout=300)
 
     # Read by two processes and written again, every file has the same bytes.
     for file in FILES:
