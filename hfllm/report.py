@@ -1,4 +1,4 @@
-"""A run's page; for now its curves."""
+"""A run's page: its curves."""
 
 import json
 import logging
