@@ -24,13 +24,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## Train a tokenizer and a small model on Python's own library, and let it write (10 minutes on two cores)
 	$(BIN)/python recipes/train_tokenizer.py --config recipes/configs/tokenizer_demo.yaml --output_dir out/tokenizer
 	$(LAUNCH) recipes/pretrain.py --config recipes/configs/pretrain_demo.yaml --tokenizer out/tokenizer --output_dir out/demo
-	$(BIN)/python recipes/generate.py --model out/demo --prompt "import os" --num_samples 2
+	$(BIN)/python recipes/generate.py --model out/demo --prompt "def read(self, " --temperature 0.7 --num_samples 2
 	@echo
 	@echo "out/tokenizer   the tokenizer, and tokenizer_report.json: how well it compresses held-out text"
 	@echo "out/demo        the model, its curves (curves.png), numbers (metrics.json), log and checkpoints"
 	@echo
 	@echo "Next: source $(BIN)/activate, and let it write something else:"
-	@echo "    python recipes/generate.py --model out/demo --prompt 'class Parser:' --temperature 0.7"
+	@echo "    python recipes/generate.py --model out/demo --prompt 'import ' --num_samples 3"
 	@echo "or train one on your own text:"
 	@echo "    python recipes/train_tokenizer.py --dataset my.txt --output_dir out/my-tokenizer"
 	@echo "    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\"

@@ -26,7 +26,7 @@ from typing import Literal
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
@@ -485,7 +485,9 @@ def evaluate(
             model, data.train, rows, batch_size=args.per_device_eval_batch_size, accelerator=accelerator
         )
     log(args, accelerator, record)
-    if args.sample_tokens and state["step"] > 0 and accelerator.is_main_process:
+    # Generating with a sharded model takes all processes together, so such a run has no samples.
+    is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if args.sample_tokens and state["step"] > 0 and accelerator.is_main_process and not is_sharded:
         text = sample(args, accelerator.unwrap_model(model), data.tokenizer)
         tqdm.write(f"    sample: {text!r}")
         with (Path(args.output_dir) / "samples.txt").open("a", encoding="utf-8") as file:

@@ -326,8 +326,9 @@ class GPTPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, nn.Embedding):
-            init.normal_(module.weight, mean=0.0, std=self.config.embedding_initializer_range)
+        embedding_std = self.config.embedding_initializer_range
+        if isinstance(module, nn.Embedding) and embedding_std != self.config.initializer_range:
+            init.normal_(module.weight, mean=0.0, std=embedding_std)
         # Each block adds twice to the residual stream, so its two output layers start smaller by 1/sqrt(2 * depth): the
         # stream's variance then does not grow with depth (Radford et al. 2019, section 2.3). The mark sits on the
         # Linear because only modules with uninitialised parameters of their own come through here.
