@@ -449,11 +449,12 @@ def describe(
     num_embedding = model.get_input_embeddings().weight.numel()
     tied = "tied to the head" if model.config.tie_word_embeddings else "beside a head of the same size"
     num_tokens = rows_per_step * args.block_size
+    precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     accelerator.print(
         f"Model: {num_parameters:,} parameters, of which {num_embedding:,} in the token embedding, {tied}.\n"
         f"Training: {max_steps:,} steps of {num_tokens:,} tokens ({rows_per_step} rows of {args.block_size}), "
         f"{max_steps * rows_per_step / len(data.train):.2f} passes over {len(data.train):,} rows, "
-        f"on {accelerator.num_processes} x {accelerator.device.type} in {accelerator.mixed_precision}."
+        f"on {accelerator.num_processes} x {accelerator.device.type} in {precision}."
     )
 
 
