@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install install-interop install-llama.cpp demo test test-slow lint format clean
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed  ## Make the environment in .venv, with the exact versions of constraints.txt
 
@@ -20,6 +20,32 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV); the first time this takes some minutes ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+install-interop: $(VENV)/.installed-interop install-llama.cpp  ## Add other people's tools, which `make test-slow` opens our models with
+
+$(VENV)/.installed-interop: $(VENV)/.installed
+	@echo "Installing other people's tools into $(VENV) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,interop]'
+	@touch $@
+
+# Real llama.cpp, prebuilt, from npm (85 MB). Left to itself npm would fetch its CUDA and Vulkan builds too, 725 MB: so
+# nothing optional, and the one build for this machine by name. No postinstall script, which would compile.
+NODE_LLAMA_CPP := 3.22.1
+
+install-llama.cpp: $(VENV)/.installed
+	@case "$$(uname -s)-$$(uname -m)" in \
+		Linux-x86_64) build=linux-x64;; Linux-aarch64) build=linux-arm64;; \
+		Darwin-arm64) build=mac-arm64-metal;; Darwin-x86_64) build=mac-x64;; \
+	esac; \
+	if [ -f $(VENV)/llama.cpp/.installed-$(NODE_LLAMA_CPP) ]; then exit 0; fi; \
+	if [ -z "$$build" ]; then echo "No prebuilt llama.cpp for $$(uname -s) on $$(uname -m): its tests will be skipped."; exit 0; fi; \
+	if ! command -v npm >/dev/null; then \
+		echo "No npm here, so no llama.cpp: its tests will be skipped. It comes with Node.js 20 or newer."; exit 0; fi; \
+	echo "Installing llama.cpp into $(VENV)/llama.cpp ..."; \
+	npm install --silent --no-audit --no-fund --ignore-scripts --omit=optional --prefix $(VENV)/llama.cpp \
+		node-llama-cpp@$(NODE_LLAMA_CPP) @node-llama-cpp/$$build@$(NODE_LLAMA_CPP) || \
+		{ echo "npm could not install llama.cpp (above), so its tests will be skipped."; exit 0; }; \
+	touch $(VENV)/llama.cpp/.installed-$(NODE_LLAMA_CPP)
 
 demo: install  ## Train a tokenizer and a small model on Python's own library, and let it write (10 minutes on two cores)
 	$(BIN)/python recipes/train_tokenizer.py --config recipes/configs/tokenizer_demo.yaml --output_dir out/tokenizer
@@ -41,7 +67,7 @@ test: install  ## Lint, and run the tests that need neither GPU nor network nor 
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-test-slow: install  ## Run the tests that take minutes
+test-slow: install-interop  ## Run the tests that take minutes, other people's tools included
 	$(BIN)/python -m pytest -m "slow and not gpu and not hub"
 
 lint: install  ## Lint, and check formatting and types
