@@ -1,9 +1,11 @@
-"""A run's page: its curves."""
+"""Pictures: a run's curves, and what a model does with a prompt."""
 
+import functools
 import json
 import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +14,14 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.colors import Colormap
+    from matplotlib.ft2font import FT2Font
 
 logger = logging.getLogger(__name__)
 
 TRAINING, VALIDATION, TEXT, GRID = "#31688e", "#d1603d", "#3d4650", "#e3e6e9"
+EDGE, FUTURE = "#b8bec4", "#eceef0"
 SMALL_PANELS = (
     ("eval_bits_per_byte", "validation bits per byte"),
     ("learning_rate", "learning rate"),
@@ -83,6 +89,203 @@ def plot_curves(log: list[dict[str, Any]], path: str | Path, *, title: str | Non
     figure.align_ylabels()
     figure.savefig(path)
     return Path(path)
+
+
+def plot_attention(
+    maps: np.ndarray,
+    titles: Sequence[str],
+    tokens: Sequence[str],
+    path: str | Path,
+    *,
+    num_columns: int,
+    title: str | None = None,
+) -> Path:
+    """Draw attention weights (N, T, T) into a PNG, one map for each title, row after row of `num_columns`.
+
+    A map's row is a token that looks, its columns are the tokens it looks at, up to itself. The tokens are written
+    where there is room, and the weights themselves into the cells of a small map that stands alone.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    num_tokens, num_rows = len(tokens), math.ceil(len(maps) / num_columns)
+    is_alone = len(maps) == 1
+    size = min(max(0.3 * num_tokens, 4.5), 12) if is_alone else min(max(8.5 / num_columns, 0.9), 2.8)  # inches of a map
+    font_size = min(7.5, 0.75 * 72 * size / num_tokens)  # points, of which an inch has 72
+    labels = [_drawable(token) for token in tokens] if font_size >= 5.5 else []
+    margin = 0.07 * max(map(len, labels), default=1)  # inches, below and on the left
+    figure = Figure(
+        figsize=(max(num_columns * size + margin + 1.2, 5), num_rows * (size + 0.2) + margin + 0.8),
+        dpi=120,
+        facecolor="white",
+    )
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.01)
+    if title:
+        figure.suptitle(title, fontsize=12, color=TEXT, parse_math=False)
+    grid = figure.add_gridspec(num_rows, num_columns)
+    # The square root of a weight gives its colour: most of a head's weights are small, and some of them matter.
+    norm = PowerNorm(0.5, 0, 1)
+    colors = ScalarMappable(norm, _attention_colors())
+    panels = []
+    for index, weights in enumerate(maps):
+        axes = figure.add_subplot(grid[index // num_columns, index % num_columns])
+        seen = np.ma.masked_array(weights, mask=np.triu(np.ones_like(weights, dtype=bool), 1))
+        axes.imshow(seen, cmap=colors.cmap, norm=norm, interpolation="nearest")
+        title_size = 11 if is_alone else 8 if size > 1.5 else 6
+        axes.set_title(titles[index], fontsize=title_size, color=TEXT, pad=4, parse_math=False)
+        axes.spines[:].set_color(EDGE)
+        is_lowest = index + num_columns >= len(maps)
+        _label_tokens(axes.yaxis, labels if index % num_columns == 0 else [], size=font_size)
+        _label_tokens(axes.xaxis, labels if is_lowest else [], size=font_size, rotation=90)
+        panels.append(axes)
+    if is_alone:
+        panels[0].set_ylabel("this token", color=TEXT)
+        panels[0].set_xlabel("looks at these", color=TEXT)
+        if num_tokens <= 16:
+            _write_weights(panels[0], maps[0])
+    bar = figure.colorbar(colors, ax=panels, shrink=min(1, 3 / (num_rows * size)), aspect=18, pad=0.02)
+    bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
+    bar.set_label("attention weight", color=TEXT, fontsize=8)
+    bar.ax.tick_params(colors=TEXT, labelsize=7)
+    bar.outline.set_edgecolor(EDGE)
+    figure.savefig(path)
+    return Path(path)
+
+
+def plot_probabilities(
+    tokens: Sequence[str],
+    probabilities: Sequence[float],
+    ranks: Sequence[int],
+    candidates: Sequence[Sequence[tuple[str, float]]],
+    path: str | Path,
+    *,
+    title: str | None = None,
+) -> Path:
+    """Draw into a PNG how likely each token was, and what the model thought likelier.
+
+    `tokens` (N) are those that had a prediction; each came at its rank (1: the likeliest) with its probability.
+    `candidates` (N + 1) are the likeliest tokens with their probabilities, best first, at each of those places, and
+    last, after them all.
+    """
+    from matplotlib.figure import Figure, FigureBase
+
+    heights = [0.3 * len(tokens) + 0.7, 0.3 * len(candidates[-1]) + 0.7]  # inches
+    figure = Figure(figsize=(5 + 1.3 * len(candidates[-1]), sum(heights) + 0.5), dpi=120, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.08)
+    if title:
+        figure.suptitle(title, fontsize=12, color=TEXT, parse_math=False)
+    below: FigureBase = figure
+    if len(tokens) > 0:
+        halves = figure.add_gridspec(2, 1, height_ratios=heights)
+        above, below = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
+        left, right = above.subplots(1, 2, width_ratios=[1, 2.6], sharey=True)
+        texts = [f"{_percent(p)}, rank {rank:,}" if rank > 1 else _percent(p) for p, rank in zip(probabilities, ranks)]
+        _draw_bars(left, tokens, probabilities, texts, color=TRAINING)
+        left.set_xlim(0, 1.5)  # room for the texts
+        left.set_title("probability of the token that came", fontsize=9, color=TEXT)
+        _draw_candidates(right, ranks, candidates[:-1])
+        right.set_title("what was likeliest there (outlined: the token that came)", fontsize=9, color=TEXT)
+
+    axes = below.subplots()
+    labels, values = zip(*candidates[-1])
+    _draw_bars(axes, labels, values, [_percent(p) for p in values], color=VALIDATION)
+    axes.set_xlim(0, max(1.12 * max(values), 0.2))
+    axes.set_title("what comes next, likeliest first", fontsize=9, color=TEXT)
+    figure.savefig(path)
+    return Path(path)
+
+
+def _draw_bars(
+    axes: "Axes", tokens: Sequence[str], probabilities: Sequence[float], texts: Sequence[str], *, color: str
+) -> None:
+    """A bar for each token, the first on top, with a text behind it."""
+    axes.barh(range(len(tokens)), probabilities, color=color, height=0.7)
+    for row, (probability, text) in enumerate(zip(probabilities, texts)):
+        axes.text(probability, row, f" {text}", va="center", fontsize=8, color=TEXT)
+    axes.set_ylim(len(tokens) - 0.5, -0.5)
+    axes.set_xticks([])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.spines["left"].set_color(EDGE)
+    _label_tokens(axes.yaxis, [_drawable(token) for token in tokens], size=9)
+
+
+def _attention_colors() -> "Colormap":
+    """White to the blue of the curves to nearly black; grey where a token cannot look."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colors = LinearSegmentedColormap.from_list("attention", ["#ffffff", "#a9cbe0", TRAINING, "#0b2239"])
+    return colors.with_extremes(bad=FUTURE)
+
+
+def _drawable(label: str, longest: int = 18) -> str:
+    """A label in characters that the font has (others as \\u4e2d), cut if it is long."""
+    font = _font()
+    known = (
+        c if c.isprintable() and font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in label
+    )
+    text = "".join(known)
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+@functools.cache
+def _font() -> "FT2Font":
+    from matplotlib.font_manager import FontProperties, findfont
+    from matplotlib.ft2font import FT2Font
+
+    return FT2Font(findfont(FontProperties()))
+
+
+def _label_tokens(axis: "Axis", labels: Sequence[str], *, size: float, rotation: float = 0) -> None:
+    axis.set_ticks(
+        range(len(labels)),
+        labels=labels,
+        rotation=rotation,
+        fontsize=size,
+        parse_math=False,  # two dollar signs are text
+        color=TEXT,
+    )
+    axis.set_tick_params(length=0)
+
+
+def _write_weights(axes: "Axes", weights: np.ndarray) -> None:
+    for (row, column), weight in np.ndenumerate(np.tril(weights)):
+        text = "1" if weight >= 0.995 else f"{weight:.2f}".removeprefix("0") if weight >= 0.005 else ""
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if weight > 0.25 else TEXT)
+
+
+def _draw_candidates(axes: "Axes", ranks: Sequence[int], candidates: Sequence[Sequence[tuple[str, float]]]) -> None:
+    """A table with a row for each token, a column for each rank, and a cell's colour for its probability."""
+    from matplotlib.patches import Rectangle
+
+    colors = _attention_colors()
+    for row, (rank, cells) in enumerate(zip(ranks, candidates)):
+        for column, (label, probability) in enumerate(cells):
+            axes.add_patch(
+                Rectangle((column - 0.5, row - 0.5), 1, 1, color=colors(math.sqrt(probability)), linewidth=0)
+            )
+            if column == rank - 1:
+                corner = (column - 0.47, row - 0.42)
+                axes.add_patch(Rectangle(corner, 0.94, 0.84, edgecolor=VALIDATION, linewidth=2, fill=False, zorder=3))
+            axes.text(
+                column,
+                row,
+                f"{_drawable(label, 12)}  {_percent(probability)}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                parse_math=False,
+                color="white" if probability > 0.25 else TEXT,
+            )
+    axes.set_xlim(-0.5, len(candidates[0]) - 0.5)
+    axes.set_ylim(len(ranks) - 0.5, -0.5)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _percent(probability: float) -> str:
+    return f"{probability:.0%}" if probability >= 0.095 else f"{probability:.1%}" if probability >= 0.0005 else "<0.1%"
 
 
 def _series(log: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -183,5 +386,5 @@ def _dress(axes: "Axes", label: str) -> None:
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#b8bec4")
+    axes.spines[["left", "bottom"]].set_color(EDGE)
     axes.tick_params(colors=TEXT, labelsize=9)

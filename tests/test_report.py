@@ -1,12 +1,13 @@
 import json
 import logging
 import math
+import warnings
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from hfllm.report import _smooth, append_to_log, plot_curves, read_log
+from hfllm.report import _smooth, append_to_log, plot_attention, plot_curves, plot_probabilities, read_log
 
 
 @pytest.fixture
@@ -150,3 +151,67 @@ def test_appending_ends_a_torn_line_first(tmp_path):
     append_to_log(log, {"step": 2, "loss": 1.5})
     append_to_log(log, {"step": 3, "loss": 1.0})
     assert read_log(log) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 3, "loss": 1.0}]
+
+
+def uniform_attention(num_tokens: int) -> np.ndarray:
+    return np.tril(np.ones((num_tokens, num_tokens))) / np.arange(1, num_tokens + 1)[:, None]
+
+
+def tick_labels(axis) -> list[str]:
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def test_an_attention_map_shows_the_weights_up_to_each_token_and_nothing_after_it(tmp_path, drawn):
+    weights = uniform_attention(3)
+    path = plot_attention(weights[None], ["layer 0, head 0"], ["a", "b", "c"], tmp_path / "map.png", num_columns=1)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    axes = drawn[0].axes[0]
+    shown = axes.images[0].get_array()
+    np.testing.assert_array_equal(shown.mask, np.triu(np.ones((3, 3), dtype=bool), 1))
+    np.testing.assert_allclose(shown.data, weights)
+    assert axes.images[0].get_clim() == (0, 1)
+    assert tick_labels(axes.xaxis) == tick_labels(axes.yaxis) == ["a", "b", "c"]
+    written = {text.get_position(): text.get_text() for text in axes.texts if text.get_text()}
+    assert written == {(0, 0): "1", (0, 1): ".50", (1, 1): ".50", (0, 2): ".33", (1, 2): ".33", (2, 2): ".33"}
+
+
+def test_maps_share_the_labels_at_the_edges_and_lose_them_where_there_is_no_room(tmp_path, drawn):
+    maps = np.stack([uniform_attention(4)] * 3)
+    plot_attention(maps, ["one", "two", "three"], ["a", "b", "c", "d"], tmp_path / "maps.png", num_columns=2)
+    first, second, third, _color_bar = drawn[0].axes
+    assert [axes.get_title() for axes in (first, second, third)] == ["one", "two", "three"]
+    assert [tick_labels(axes.yaxis) for axes in (first, second, third)] == [list("abcd"), [], list("abcd")]
+    assert [tick_labels(axes.xaxis) for axes in (first, second, third)] == [[], list("abcd"), list("abcd")]
+
+    tokens = ["a"] * 60
+    plot_attention(np.stack([uniform_attention(60)] * 4), ["h"] * 4, tokens, tmp_path / "many.png", num_columns=4)
+    assert all(tick_labels(axes.yaxis) == [] for axes in drawn[1].axes[:4])
+
+
+def test_tokens_that_the_font_lacks_or_that_look_like_mathematics_stay_readable(tmp_path, drawn):
+    tokens = ["日本", "$x$", "␣é", "\u200b", "a_very_long_identifier"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a glyph that is missing
+        plot_attention(uniform_attention(5)[None], ["x"], tokens, tmp_path / "map.png", num_columns=1)
+    labels = drawn[0].axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["\\u65e5\\u672c", "$x$", "␣é", "\\u200b", "a_very_long_ident…"]
+    assert not any(label.get_parse_math() for label in labels)
+
+
+def test_probabilities_show_the_token_that_came_among_the_likeliest(tmp_path, drawn):
+    candidates = [[("b", 0.6), ("c", 0.3)], [("a", 0.5), ("b", 0.0004)], [("x", 0.9), ("y", 0.05)]]
+    plot_probabilities(["c", "d"], [0.3, 0.01], [2, 1234], candidates, tmp_path / "probabilities.png", title="a model")
+    bars, table, below = drawn[0].axes
+    assert tick_labels(bars.yaxis) == ["c", "d"] and [bar.get_width() for bar in bars.patches] == [0.3, 0.01]
+    assert [text.get_text().strip() for text in bars.texts] == ["30%, rank 2", "1.0%, rank 1,234"]
+    assert [text.get_text() for text in table.texts] == ["b  60%", "c  30%", "a  50%", "b  <0.1%"]
+    (outline,) = [patch for patch in table.patches if not patch.get_fill()]
+    center = (outline.get_x() + outline.get_width() / 2, outline.get_y() + outline.get_height() / 2)
+    assert center == pytest.approx((1, 0))  # the second candidate of the first row
+    assert tick_labels(below.yaxis) == ["x", "y"] and [bar.get_width() for bar in below.patches] == [0.9, 0.05]
+
+
+def test_without_a_token_that_was_predicted_only_what_comes_next_is_drawn(tmp_path, drawn):
+    plot_probabilities([], [], [], [[("x", 0.9), ("y", 0.05)]], tmp_path / "next.png")
+    (axes,) = drawn[0].axes
+    assert tick_labels(axes.yaxis) == ["x", "y"]
