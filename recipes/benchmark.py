@@ -1,14 +1,16 @@
-"""How fast a training step is, side by side with transformers' GPT-2 and Llama of the same shape, in one run.
+"""How fast training and decoding are, side by side with transformers' GPT-2 and Llama of the same shape, in one run.
 
     python recipes/benchmark.py
+    python recipes/benchmark.py --measure decoding --num_key_value_heads 2
     python recipes/benchmark.py --hidden_size 768 --num_hidden_layers 12 --num_attention_heads 12 --block_size 1024 \\
         --vocab_size 50257 --bf16
     python recipes/benchmark.py --tokenizer out/tokenizer --dataset stdlib
 
-The models take turns, step by step, so that a machine whose speed drifts does so for all of them; the ratios are
-medians over those turns. On a CPU, pretrain.py keeps freed memory (hfllm/training/devices.py) and other trainers do
-not: each model is measured as its users run it, unless `--keep_freed_memory all` (or none) says otherwise. With a
-tokenizer it also measures the data path: encoding on one core, and reading a batch.
+The models take turns, so that a machine whose speed drifts does so for all of them; the ratios are medians over those
+turns. On a CPU, pretrain.py keeps freed memory (hfllm/training/devices.py) and other trainers do not: each model trains
+as its users run it, unless `--keep_freed_memory all` (or none) says otherwise. Decoding is greedy, one row, with the
+key/value cache, and also measured with grouped heads, for what they save. With a tokenizer it also measures the data
+path: encoding on one core, and reading a batch.
 """
 
 import dataclasses
@@ -39,9 +41,13 @@ class BenchmarkArguments:
     hidden_size: int = HfArg(default=384, help="Width of the models.")
     num_hidden_layers: int = HfArg(default=6, help="Blocks.")
     num_attention_heads: int = HfArg(default=6, help="Heads.")
+    num_key_value_heads: int = HfArg(default=2, help="Of the grouped-query model that decoding is also measured with.")
     block_size: int = HfArg(default=256, help="Tokens per row.")
+    measure: Literal["all", "training", "decoding"] = HfArg(default="all", help="What to measure.")
     per_device_train_batch_size: int = HfArg(default=8, help="Rows per step.")
-    num_steps: int = HfArg(default=10, help="Measured steps of each model.")
+    num_steps: int = HfArg(default=10, help="Measured steps, and measured continuations, of each model.")
+    num_prompt_tokens: int = HfArg(default=32, help="Tokens that decoding starts from.")
+    num_new_tokens: int = HfArg(default=128, help="Tokens that each continuation has.")
     keep_freed_memory: Literal["ours", "all", "none"] = HfArg(
         default="ours", help="For which models a CPU's freed memory is kept for the next step."
     )
@@ -58,9 +64,13 @@ def main(args: BenchmarkArguments) -> None:
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     peak = peak_flops(device, dtype)
     print(f"{device}, {torch.get_num_threads()} threads; it multiplies at {peak / 1e9:,.0f} GFLOP/s in {dtype}")
-    results = {"peak_flops": peak, "training": measure_training(args, device, dtype, peak)}
+    results: dict[str, Any] = {"peak_flops": peak}
+    if args.measure != "decoding":
+        results["training"] = measure_training(args, device, dtype, peak)
+    if args.measure != "training":
+        results["decoding"] = measure_decoding(args, device, dtype)
     if args.tokenizer is not None:
-        results["data"] = measure_data(args, seconds_per_step=results["training"]["hfllm, modern"]["seconds_per_step"])
+        results["data"] = measure_data(args)
     if args.output_file is not None:
         Path(args.output_file).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
@@ -124,7 +134,7 @@ def measure_training(
             seconds[name].append(step(name))
 
     first = next(iter(models))
-    print(f"\n{'training step':32s} {'tokens/s':>10s} {'of the peak':>12s} {'against ' + first:>28s}")
+    print(f"\n{'training step':34s} {'tokens/s':>10s} {'of the peak':>12s} {'against ' + first:>28s}")
     results = {}
     for name, model in models.items():
         median = statistics.median(seconds[name])
@@ -137,12 +147,67 @@ def measure_training(
             "mfu": mfu,
             f"speed_against_{first}": ratio,
         }
-        print(f"{name:32s} {tokens_per_step / median:10,.0f} {mfu:12.0%} {ratio:28.2f}")
+        print(f"{name:34s} {tokens_per_step / median:10,.0f} {mfu:12.0%} {ratio:28.2f}")
     return results
 
 
-def measure_data(args: BenchmarkArguments, *, seconds_per_step: float) -> dict[str, float]:
-    """Encoding in MB/s on one core, and reading a batch in milliseconds and as a share of the modern model's step."""
+@torch.no_grad()
+def measure_decoding(args: BenchmarkArguments, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Greedy continuations of one row by each model, in turns, and the bytes that the cache holds at their end."""
+    num_tokens = args.num_prompt_tokens + args.num_new_tokens
+    args = dataclasses.replace(args, block_size=max(args.block_size, num_tokens))
+    models = build_models(args)
+    del models["transformers GPT-2"]  # without training, dropout makes no difference
+    grouped = GPTConfig(**{**models["hfllm, modern"].config.to_dict(), "num_key_value_heads": args.num_key_value_heads})
+    models[f"hfllm, modern, {args.num_key_value_heads} key/value heads"] = GPTForCausalLM(grouped)
+    for model in models.values():
+        model.to(device, dtype).eval()
+        model.generation_config.eos_token_id = None  # all of them write to the end
+    prompt = torch.randint(args.vocab_size, (1, args.num_prompt_tokens), device=device)
+
+    def continue_prompt(model: PreTrainedModel) -> tuple[float, int]:
+        start = time.perf_counter()
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=args.num_new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+        )
+        output.sequences[0, -1].item()  # waits for an accelerator
+        seconds = time.perf_counter() - start
+        assert output.sequences.shape[1] == num_tokens
+        return seconds, sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+
+    cache_bytes = {name: continue_prompt(model)[1] for name, model in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(args.num_steps):
+        for name, model in models.items():
+            seconds[name].append(continue_prompt(model)[0])
+
+    first, second = list(models)[:2]
+    print(f"\n{f'decoding, {num_tokens} tokens':34s} {'tokens/s':>10s} {'cache':>12s} {'against GPT-2, Llama':>28s}")
+    results = {}
+    for name in models:
+        median = statistics.median(seconds[name])
+        against = [
+            statistics.median(theirs / ours for theirs, ours in zip(seconds[other], seconds[name], strict=True))
+            for other in (first, second)
+        ]
+        results[name] = {
+            "tokens_per_second": args.num_new_tokens / median,
+            "cache_bytes": cache_bytes[name],
+            f"speed_against_{first}": against[0],
+            f"speed_against_{second}": against[1],
+        }
+        cache = f"{cache_bytes[name] / 2**20:.2f} MiB"
+        print(f"{name:34s} {args.num_new_tokens / median:10,.0f} {cache:>12s} {against[0]:22.2f} {against[1]:5.2f}")
+    return results
+
+
+def measure_data(args: BenchmarkArguments) -> dict[str, float]:
+    """Encoding in MB/s on one core, and reading a batch of rows in milliseconds."""
     os.environ["RAYON_NUM_THREADS"] = "1"  # read when the Rust side first starts its threads
     tokenizer = load_tokenizer(args.tokenizer)
     encode = document_encoder(tokenizer)
@@ -176,7 +241,7 @@ def measure_data(args: BenchmarkArguments, *, seconds_per_step: float) -> dict[s
         seconds.append(time.perf_counter() - start)
     batch = float(np.median(seconds))
     print(f"\nencoding: {max(rates):.2f} MB/s on one core ({num_bytes:,} bytes)")
-    print(f"reading a batch: {1e3 * batch:.3f} ms, {batch / seconds_per_step:.3%} of the modern model's step")
+    print(f"reading a batch: {1e3 * batch:.3f} ms")
     return {"encode_megabytes_per_second_per_core": max(rates), "seconds_per_batch": batch}
 
 

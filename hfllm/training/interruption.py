@@ -1,7 +1,10 @@
 """Stopping on a signal at a step's end, on all processes together."""
 
+import ctypes
 import os
+import platform
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -12,14 +15,24 @@ from accelerate import Accelerator
 EXIT_CODE = 128 + signal.SIGTERM
 
 
+# A terminal's Ctrl-C reaches launcher and workers, and the launcher hands it on to the workers: that is one request.
+SECONDS_OF_ONE_REQUEST = 1.0
+
+
 class StopRequest:
-    """Remembers a first SIGTERM or SIGINT (Ctrl-C), for the loop to save and stop; a second one stops at once."""
+    """Remembers a first SIGTERM or SIGINT (Ctrl-C), for the loop to save and stop; a second one stops at once.
+
+    A launcher that dies takes its workers along in the same way, instead of leaving them to train on unseen (Linux).
+    """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.signal_number: int | None = None
+        self.time = 0.0
 
     def __enter__(self) -> "StopRequest":
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # `accelerate launch` is the parent, and no shell to log out of
+            signal_at_parents_death(signal.SIGTERM)
         self.previous = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -29,8 +42,10 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
-            os._exit(128 + number)
-        self.signal_number = number
+            if time.monotonic() - self.time > SECONDS_OF_ONE_REQUEST:
+                os._exit(128 + number)
+            return
+        self.signal_number, self.time = number, time.monotonic()
         self.accelerator.print("\nStopping after this step; a checkpoint follows. Once more to stop at once.")
 
     def agreed(self) -> bool:
@@ -39,3 +54,10 @@ class StopRequest:
             return self.signal_number is not None
         told = torch.tensor(int(self.signal_number is not None), device=self.accelerator.device)
         return bool(self.accelerator.reduce(told, reduction="sum") > 0)
+
+
+def signal_at_parents_death(number: int) -> None:
+    """Have the kernel send this process a signal when the one that started it dies; does nothing but on Linux."""
+    if platform.system() == "Linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG in prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, number)

@@ -46,10 +46,10 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype = torch.float32) -
     best = float("inf")
     end = None
     while end is None or time.perf_counter() < end:
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         left @ right
-        _synchronize(device)
+        synchronize(device)
         stop = time.perf_counter()
         if end is None:
             end = stop + 0.3  # the first product loads kernels and wakes threads: it does not count
@@ -133,10 +133,11 @@ class ThroughputMeter:
         return num_tokens * (self._now() - self.started) / self.num_tokens
 
     def _now(self) -> float:
-        _synchronize(self.device)
+        synchronize(self.device)
         return self.clock()
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was given, so that a clock read next is right."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,0 +1,105 @@
+"""What a long run will need, found out before it starts: memory by part, and the seconds of a step."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .throughput import peak_memory_bytes, synchronize
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Bytes of one process by what they are for, its measured peak, and the seconds of an optimizer step."""
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    saved_for_backward: int
+    peak: int
+    seconds_per_step: float
+
+    def __str__(self) -> str:
+        parts = {
+            "parameters": self.parameters,
+            "gradients": self.gradients,
+            "optimizer state": self.optimizer_state,
+            "kept for the backward pass": self.saved_for_backward,
+            "most at a time, measured": self.peak,
+        }
+        lines = [f"  {name:28s} {num_bytes / 2**20:10,.1f} MiB" for name, num_bytes in parts.items()]
+        return "\n".join(["Memory of each process:", *lines])
+
+
+def rehearse(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[int], object], *, num_steps: int = 3
+) -> Rehearsal:
+    """Take a first step that counts memory and `num_steps` more that are timed; `step(index)` trains as the run will.
+
+    What backward keeps is counted by hooks on autograd's saved tensors, once per storage and without the parameters, so
+    it is the same on every device; of several micro-batches the largest counts. The peak is the device's own count, or
+    the process's memory on a CPU. Weights and optimizer change: a rehearsal is not part of a run.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper, which takes no hooks
+    device = next(model.parameters()).device
+    own = {local(tensor).untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}
+    largest = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = local(tensor).untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    def take(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        # Only now: FSDP frees the gathered weights of a block after its forward pass.
+        largest = max(largest, sum(storage.nbytes() for storage in saved.values()))
+        saved.clear()  # backward has begun: what comes next belongs to another forward pass
+        return tensor
+
+    gradients = 0
+
+    def count_gradients(*_: object) -> None:
+        nonlocal gradients
+        gradients = sum(num_bytes(parameter.grad) for parameter in model.parameters() if parameter.grad is not None)
+
+    handle = optimizer.register_step_pre_hook(count_gradients)
+    with torch.autograd.graph.saved_tensors_hooks(keep, take):
+        step(0)
+    handle.remove()
+
+    seconds = []
+    for index in range(1, num_steps + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        step(index)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return Rehearsal(
+        parameters=sum(num_bytes(parameter) for parameter in model.parameters()),
+        gradients=gradients,
+        optimizer_state=sum(
+            num_bytes(value)
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ),
+        saved_for_backward=largest,
+        peak=peak_memory_bytes(device),
+        seconds_per_step=statistics.median(seconds),
+    )
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def num_bytes(tensor: torch.Tensor) -> int:
+    return local(tensor).numel() * tensor.element_size()
