@@ -3,10 +3,20 @@
 Importing hfllm registers its GPT with transformers, so that `AutoModelForCausalLM.from_pretrained(folder)` opens it.
 """
 
+from .conversion import from_native, to_native
 from .model import GPTConfig, GPTForCausalLM, GPTForSequenceClassification, GPTModel
 from .tokenization import train_bpe
 
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["GPTConfig", "GPTForCausalLM", "GPTForSequenceClassification", "GPTModel", "__version__", "train_bpe"]
+__all__ = [
+    "GPTConfig",
+    "GPTForCausalLM",
+    "GPTForSequenceClassification",
+    "GPTModel",
+    "__version__",
+    "from_native",
+    "to_native",
+    "train_bpe",
+]

@@ -17,7 +17,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"model"},
     "data": {"data"},
     "training": {"training"},
-    "__init__": {"model", "tokenization"},
+    "conversion": {"conversion", "model", "tokenization"},
+    "__init__": {"conversion", "model", "tokenization"},
 }
 
 
