@@ -2,20 +2,27 @@
 
     python recipes/generate.py --model out/demo --prompt "import os"
     python recipes/generate.py --model out/demo --prompt "def main(" --num_samples 3 --temperature 1.0 --top_k 0
-    python recipes/generate.py --model out/demo --do_sample false --max_new_tokens 200
+    python recipes/generate.py --model out/demo --do_sample false --max_new_tokens 2000
+    python recipes/generate.py --model out/demo --prompt "def read(self" "class Queue" --stop "def " "class "
+    python recipes/generate.py --model out/demo --prompt_file prompts.txt
 
-`--model` is a folder that a recipe of ours wrote, or any causal language model of the Hub.
+`--model` is a folder that a recipe of ours wrote, or any causal language model of the Hub. One prompt is streamed, and
+Ctrl-C ends it; several are continued side by side, and printed when all are done.
 """
 
+import json
+import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TextStreamer, set_seed
 from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
-import hfllm  # noqa: F401  (registers the model with the Auto classes)
+import hfllm  # registers the model with the Auto classes
 from hfllm.arguments import run
 from hfllm.tokenization import load_tokenizer
 
@@ -23,9 +30,17 @@ from hfllm.tokenization import load_tokenizer
 @dataclass
 class GenerateArguments:
     model: str = HfArg(default="out/demo", help="Folder or Hub id of the model.")
-    prompt: str = HfArg(default="", help="What the text begins with; default: the start of a document.")
+    prompt: list[str] | None = HfArg(
+        default=None, help="What the text begins with, or several such; default: the start of a document."
+    )
+    prompt_file: str | None = HfArg(
+        default=None, help="Prompts from a file: a line each, or .jsonl with a 'prompt' each, which may have newlines."
+    )
     max_new_tokens: int = HfArg(default=128, help="Most tokens to write.")
-    num_samples: int = HfArg(default=1, help="How many texts.")
+    stop: list[str] | None = HfArg(
+        default=None, help="End a text with the first of these that it writes; in a shell, a newline is $'\\n'."
+    )
+    num_samples: int = HfArg(default=1, help="How many texts for each prompt.")
     do_sample: bool = HfArg(default=True, help="Draw each token from its probabilities; false takes the likeliest.")
     temperature: float = HfArg(default=0.8, help="Below 1 favours likely tokens, above 1 unlikely ones.")
     top_k: int = HfArg(default=50, help="Draw from so many of the likeliest tokens; 0: from all.")
@@ -34,42 +49,143 @@ class GenerateArguments:
     seed: int = HfArg(default=42, help="Of the draws; sample n of a call has seed + n.")
     config: str | None = HfArg(default=None, help="A YAML file of these options.")
 
+    def check(self) -> None:
+        """Stop at the door what cannot be, all of it at once."""
+        defaults = GenerateArguments()
+        drawing = [name for name in ("temperature", "top_k", "top_p") if getattr(self, name) != getattr(defaults, name)]
+        greedy = not self.do_sample
+        last_seed = self.seed + self.num_samples - 1
+        problems = [
+            (self.max_new_tokens < 1, f"--max_new_tokens {self.max_new_tokens}: it must be at least 1."),
+            (self.num_samples < 1, f"--num_samples {self.num_samples}: it must be at least 1."),
+            (
+                not self.temperature > 0,
+                f"--temperature {self.temperature}: it must be above 0; --do_sample false is greedy.",
+            ),
+            (self.top_k < 0, f"--top_k {self.top_k}: it counts tokens; 0 is all of them."),
+            (not 0 < self.top_p <= 1, f"--top_p {self.top_p}: it is a probability, above 0 and at most 1."),
+            (not self.repetition_penalty > 0, f"--repetition_penalty {self.repetition_penalty}: it must be above 0."),
+            (self.seed < 0 or last_seed >= 2**32, f"--seed {self.seed}: seeds are 0 to 4,294,967,295."),
+            (greedy and drawing, f"--do_sample false draws nothing: leave out --{', --'.join(drawing)}."),
+            (
+                greedy and self.num_samples > 1,
+                f"--do_sample false writes one text, not --num_samples {self.num_samples}.",
+            ),
+            (self.prompt and self.prompt_file, "--prompt and --prompt_file: give one of the two."),
+            ("" in (self.prompt or []), "--prompt '' is empty: leave it out to begin a document."),
+            ("" in (self.stop or []), "--stop '' would stop everywhere: give the text that ends it."),
+        ]
+        if wrong := [problem for is_wrong, problem in problems if is_wrong]:
+            raise ValueError(" ".join(wrong))
+
 
 def main(args: GenerateArguments) -> None:
+    args.check()
+    prompts = read_prompts(args)
+
     # 1. The model and its tokenizer
     model = load_model(args.model)
     tokenizer = load_tokenizer(args.model)
 
-    # 2. Text to token ids: the tokenizer puts its start token first, as each document in training had it.
-    input_ids = tokenizer(args.prompt, return_tensors="pt").input_ids.to(model.device)
-    if input_ids.shape[1] == 0:
-        input_ids = torch.tensor([[tokenizer.eos_token_id]], device=model.device)
-    context = model.config.max_position_embeddings
-    if input_ids.shape[1] + args.max_new_tokens > context:
-        room = context - input_ids.shape[1]
-        if room < 1:
-            raise ValueError(
-                f"The prompt has {input_ids.shape[1]:,} tokens, and the model's context is {context:,}. Shorten it."
-            )
-        print(f"(the context of {context:,} tokens leaves room for {room:,} new ones)")
-        args.max_new_tokens = room
+    # 2. Text to token ids: the tokenizer puts its start token first, as each document in training had it. Prompts of
+    # different lengths are padded on the left, so that each row ends where its next token comes.
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only a filling: the attention mask says where the text is
+    inputs = tokenizer(prompts or [tokenizer.bos_token], add_special_tokens=bool(prompts), padding=True)
+    input_ids = torch.tensor(inputs.input_ids, device=model.device)  # (B, T)
+    attention_mask = torch.tensor(inputs.attention_mask, device=model.device)
+    if input_ids.max() >= model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer gives the prompt the id {input_ids.max()}, but the model's vocabulary has only "
+            f"{model.config.vocab_size:,}. They do not belong together."
+        )
+    if note := explain_length(model, int(attention_mask.sum(-1).max()), args.max_new_tokens):
+        print(note)
+    # What is said above, the libraries would say again in the middle of the text.
+    for name in ("hfllm.model", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
-    # 3. Token after token; each is printed as soon as it is certain how it reads
+    # 3. Token after token; a single text is printed as it comes, each piece as soon as it is certain how it reads
     choice = {"do_sample": False}
     if args.do_sample:
         choice = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    for index in range(args.num_samples):
-        if args.num_samples > 1:
-            print(f"--- sample {index + 1}, seed {args.seed + index}")
-        set_seed(args.seed + index)
-        model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=args.max_new_tokens,
-            repetition_penalty=args.repetition_penalty,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-            **choice,
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if len(input_ids) == 1 else None
+    try:
+        for index in range(args.num_samples):
+            sample = f"sample {index + 1}, seed {args.seed + index}" if args.num_samples > 1 else ""
+            if sample and streamer:
+                print(f"--- {sample}")
+            set_seed(args.seed + index)
+            written = model.generate(
+                input_ids,
+                attention_mask=attention_mask,
+                max_new_tokens=args.max_new_tokens,
+                repetition_penalty=args.repetition_penalty,
+                pad_token_id=tokenizer.pad_token_id,
+                stop_strings=args.stop,
+                tokenizer=tokenizer,
+                streamer=streamer,
+                **choice,
+            )
+            if streamer is None:
+                for number, (prompt, row) in enumerate(zip(prompts, written[:, input_ids.shape[1] :]), start=1):
+                    text = tokenizer.decode(row, skip_special_tokens=True)
+                    print(f"--- prompt {number}{', ' if sample else ''}{sample}\n{prompt}{end_at(args.stop, text)}")
+    except KeyboardInterrupt:
+        if streamer:
+            streamer.end()  # it holds back the last word
+        print("(stopped)")
+        sys.exit(130)
+
+
+def read_prompts(args: GenerateArguments) -> list[str]:
+    """The prompts of --prompt or --prompt_file; none to begin a document."""
+    if args.prompt_file is None:
+        return args.prompt or []
+    path = Path(args.prompt_file)
+    if not path.is_file():
+        raise ValueError(f"--prompt_file {path} is no file. Give a text file with a prompt in each line, or a .jsonl.")
+    try:
+        prompts = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        if path.suffix == ".jsonl":
+            prompts = [json.loads(line)["prompt"] for line in prompts]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--prompt_file {path} must be UTF-8, with a prompt in each line, or .jsonl with a 'prompt' each: {error!r}"
+        ) from error
+    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+        raise ValueError(f"--prompt_file {path} holds no prompt, or one that is empty or no text.")
+    return prompts
+
+
+def explain_length(model: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> str | None:
+    """What happens past the model's context, if the text may get there; an error if the model cannot go there."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None or prompt_length + max_new_tokens <= context:
+        return None
+    if getattr(model.config, "position_embedding_type", None) == "learned" and isinstance(model, hfllm.GPTForCausalLM):
+        return (
+            f"(Past the context of {context:,} tokens, each one is predicted from the last {context:,}: the beginning "
+            "falls out of sight, and a token takes as long as that many.)"
         )
+    if getattr(model.config, "rope_parameters", None):
+        return (
+            f"(Past the context of {context:,} tokens the model goes on at positions that it did not see in training: "
+            "how well is not promised.)"
+        )
+    room = f" --max_new_tokens {context - prompt_length}" if prompt_length < context else " a shorter prompt"
+    raise ValueError(
+        f"{model.config.model_type} models end at their context, here {context:,} tokens, of which the prompt takes "
+        f"{prompt_length:,}. Give{room}, or make it a model of ours, whose window slides: "
+        "python recipes/export.py --to hfllm (gpt2, llama and qwen3)."
+    )
+
+
+def end_at(stops: list[str] | None, text: str) -> str:
+    """The text up to the first stop; a row that stopped goes on as long as another one of its batch does."""
+    ends = [text.index(stop) + len(stop) for stop in stops or [] if stop in text]
+    return text[: min(ends)] if ends else text
 
 
 def load_model(model: str) -> PreTrainedModel:
@@ -84,12 +200,19 @@ def load_model(model: str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
+        if Path(model).is_dir():
+            raise ValueError(f"--model {model} cannot be opened: {error}") from error
         raise ValueError(
             f"--model {model!r} is neither a folder nor a model that the Hub gave us: {str(error).splitlines()[0]} "
             "Train one with recipes/pretrain.py, or give the path of its output_dir."
         ) from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(model, config=config).to(device).eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, config=config).to(device).eval()
+    except SafetensorError as error:
+        raise ValueError(
+            f"--model {model}: its weights cannot be read, save or download them again: {error}"
+        ) from error
 
 
 if __name__ == "__main__":

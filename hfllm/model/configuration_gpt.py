@@ -3,11 +3,19 @@
 This file travels with every checkpoint (see `auto_map`): it imports third-party packages only.
 """
 
+import dataclasses
+import difflib
+import os
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # Every class of ours, by the Auto class that opens it. All of it is written into every saved config, so that a reader
 # without hfllm can open any head of a checkpoint with `trust_remote_code=True`.
@@ -50,6 +58,61 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# transformers takes any keyword for a config and keeps it without a word, so a misspelled field would leave a default
+# in its place. These are the keywords beyond the fields that it acts on, or that it writes into a config itself.
+TRANSFORMERS_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "rope_scaling",
+    "rope_theta",
+    "task_specific_params",
+    "tie_last_hidden_states",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers_weights",
+}
+
+# These change what transformers' own masks and loops do, but not what a GPT does.
+UNSUPPORTED_KEYS = ("attention_chunk_size", "layer_types", "per_layer_config", "sliding_window")
+
+# What the book's dictionary, GPT-2's config and others call our fields.
+OTHER_NAMES = {
+    "context_length": "max_position_embeddings",
+    "emb_dim": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "n_layers": "num_hidden_layers",
+    "drop_rate": "embedding_dropout, attention_dropout and residual_dropout",
+    "qkv_bias": "attention_bias",
+    "block_size": "max_position_embeddings",
+    "n_ctx": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "num_heads": "num_attention_heads",
+    "num_layers": "num_hidden_layers",
+}
+
+# The rotary scalings of transformers that turn a whole head, and what each of them cannot do without.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+DTYPES = ("float32", "float", "bfloat16", "float16", "half", "float64", "double")
+
 
 @strict
 class GPTConfig(PreTrainedConfig):
@@ -65,7 +128,8 @@ class GPTConfig(PreTrainedConfig):
         num_key_value_heads: Key and value heads; fewer than H is grouped-query attention (Ainslie et al. 2023).
             Default: H.
         head_dim: Channels D of a head. Default: hidden_size / num_attention_heads.
-        max_position_embeddings: The longest context, in tokens. With learned positions it is the table's size.
+        max_position_embeddings: The longest context, in tokens. With learned positions it is the table's size, and past
+            it `generate` predicts from the last so many tokens.
         position_embedding_type: `"rotary"` (Su et al. 2021) or `"learned"` (a table, as in GPT-2).
         rope_parameters: transformers' dict for rotary positions, `{"rope_type": "default", "rope_theta": 10000.0}`.
         norm_type: `"rms_norm"` (Zhang and Sennrich 2019) or `"layer_norm"` (with a bias, as in GPT-2).
@@ -87,7 +151,8 @@ class GPTConfig(PreTrainedConfig):
         tie_word_embeddings: The head is the token embedding (Press and Wolf 2017).
 
     Raises:
-        ValueError: for sizes that do not fit together; says which.
+        ValueError: for an unknown field, naming the nearest one, and for values that cannot work, alone or together. A
+            key of `config.json` that nothing here knows is kept, as transformers does, with a warning.
     """
 
     model_type = "hfllm_gpt"
@@ -140,6 +205,7 @@ class GPTConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        self._check_keys(kwargs, from_file=kwargs.pop("_from_file", False))
         if self.intermediate_size is None:
             gated_size = max(64, 64 * round(self.hidden_size * 8 / 3 / 64))
             self.intermediate_size = gated_size if self.gated_mlp else 4 * self.hidden_size
@@ -156,23 +222,117 @@ class GPTConfig(PreTrainedConfig):
             self.attention_output_bias = self.attention_bias
         if self.embedding_initializer_range is None:
             self.embedding_initializer_range = self.initializer_range
+        if self.rope_parameters is not None:
+            self.rope_parameters = dict(self.rope_parameters)  # it is completed below: not in the caller's hands
         super().__post_init__(**kwargs)
         if self.position_embedding_type == "learned":
             self.rope_parameters = None
+        self._fit_parallel_plans()
         self.auto_map = dict(AUTO_MAP)
+        self.validate_architecture()  # `@strict` asks again, but its errors are no ValueErrors
+
+    def _fit_parallel_plans(self):
+        """Keep of the class's plans what this architecture has; transformers warns of a rule that nothing matches."""
+        absent = set() if self.use_qk_norm else {"q_norm", "k_norm"}
+        if not self.gated_mlp:
+            absent.add("gate_proj")
+        rules = type(self).base_model_tp_plan
+        self.base_model_tp_plan = {name: rule for name, rule in rules.items() if name.split(".")[-1] not in absent}
+        if self.position_embedding_type == "learned":
+            self.base_model_pp_plan = None  # every stage of a pipeline would add the positions again
 
     @classmethod
     def from_preset(cls, preset: str, **overrides) -> "GPTConfig":
         """A config of the preset `"modern"` or `"book"`, with sizes and any other field given as overrides."""
         if preset not in PRESETS:
             raise ValueError(f"There is no preset {preset!r}; there are {sorted(PRESETS)}.")
-        return cls(**{**PRESETS[preset], **overrides})
+        try:
+            return cls(**{**PRESETS[preset], **overrides})
+        except StrictDataclassError as error:
+            raise ValueError(str(error.__cause__ or error)) from error
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "GPTConfig":
+        try:
+            return super().from_dict({**config_dict, "_from_file": True}, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"config.json: {error.__cause__ or error}") from error
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """transformers' own, which would make a GPT of defaults out of another architecture's config."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_types = [
+            part.get("model_type") for part in (config_dict, *config_dict.values()) if isinstance(part, dict)
+        ]
+        if config_dict.get("model_type") is not None and cls.model_type not in model_types:
+            raise ValueError(explain_other_architecture(pretrained_model_name_or_path, config_dict["model_type"]))
+        return config_dict, kwargs
+
+    def _check_keys(self, extra: dict[str, Any], *, from_file: bool):
+        """What a person gave and nobody will read, or cannot mean. A file may hold what other tools wrote into it."""
+        for key in UNSUPPORTED_KEYS:
+            if extra.get(key) is not None:
+                raise ValueError(
+                    f"{key}={extra[key]!r}: all layers of a GPT are alike, and attend to the whole text. Leave it out."
+                )
+        known = {*TRANSFORMERS_KEYS, *UNSUPPORTED_KEYS}
+        unknown = [key for key in extra if key not in known and not key.startswith("_")]
+        explained = " ".join(self._explain_key(key) for key in unknown)
+        if unknown and not from_file:
+            raise ValueError(f"{explained} help(GPTConfig) lists the fields.")
+        if unknown:
+            logger.warning_once(f"config.json: {explained} Kept, but without effect.")
+
+        rotary_only = {"rope_parameters": self.rope_parameters, **extra}
+        given = [key for key in ("rope_parameters", "rope_scaling", "rope_theta") if rotary_only.get(key) is not None]
+        if self.position_embedding_type == "learned" and given:
+            raise ValueError(
+                f"{given[0]}={rotary_only[given[0]]!r} is for rotary positions, but position_embedding_type is "
+                "'learned'. Leave one of the two out."
+            )
+        if from_file:
+            return
+        for dtype in (self.dtype, extra.get("torch_dtype")):
+            if isinstance(dtype, str) and dtype not in DTYPES:
+                raise ValueError(f"dtype={dtype!r} is none for weights; give 'float32', 'bfloat16' or 'float16'.")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, name)
+            for token_id in ids if isinstance(ids, list) else [ids]:
+                # -1 says "none" in many older configs, and transformers warns about it.
+                if token_id is not None and token_id != -1 and not 0 <= token_id < self.vocab_size:
+                    raise ValueError(
+                        f"{name}={token_id} is not among the {self.vocab_size} ids of the vocabulary. Give the "
+                        "tokenizer's own, and a vocab_size of at least len(tokenizer)."
+                    )
+
+    @classmethod
+    def _explain_key(cls, key: str) -> str:
+        known = {*(field.name for field in dataclasses.fields(cls)), *TRANSFORMERS_KEYS} - {"transformers_version"}
+        nearest = difflib.get_close_matches(key, sorted(known), n=1)
+        if key in OTHER_NAMES:
+            hint = f"; here it is called {OTHER_NAMES[key]}"
+        elif nearest:
+            hint = f"; did you mean {nearest[0]!r}?"
+        elif hasattr(GenerationConfig(), key):
+            hint = ": it is an option of generation, and belongs in model.generation_config or in generate()"
+        else:
+            hint = ""
+        return f"GPTConfig has no field {key!r}{hint}{'' if hint.endswith('?') else '.'}"
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation: sizes that cannot work together, named."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1.")
+        """Part of `@strict`-powered validation: values that cannot work, alone or together, with the reason."""
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
+        for name in sizes:
+            if (value := getattr(self, name)) is None or value < 1:
+                raise ValueError(f"{name}={value}: it must be at least 1.")
         if self.num_hidden_layers < 0 or self.max_position_embeddings < 1:
             raise ValueError(
                 f"num_hidden_layers={self.num_hidden_layers}, max_position_embeddings={self.max_position_embeddings}: "
@@ -183,14 +343,69 @@ class GPTConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}: each key and value head serves as many query heads."
             )
-        if self.position_embedding_type == "rotary" and self.head_dim % 2 != 0:
+        if self.hidden_act not in ACT2FN:
+            nearest = difflib.get_close_matches(self.hidden_act, ACT2FN, n=1, cutoff=0.5)
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is no activation of transformers"
+                f"{f'; did you mean {nearest[0]!r}?' if nearest else '.'} It has {', '.join(sorted(ACT2FN))}. "
+                "SwiGLU is 'silu', GeGLU 'gelu', with gated_mlp=True."
+            )
+        # `not a > b` instead of `a <= b`, so that nan does not pass.
+        for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a dropout is a probability in [0, 1).")
+        for name in ("initializer_range", "embedding_initializer_range"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: a standard deviation is not negative.")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps={self.norm_eps}: it keeps a norm from dividing by 0; it must be above 0.")
+        if self.final_logit_softcapping is not None and not self.final_logit_softcapping > 0:
+            raise ValueError(
+                f"final_logit_softcapping={self.final_logit_softcapping}: the cap is above 0; None is no cap."
+            )
+        self._check_rotary()
+
+    def _check_rotary(self):
+        rope = self.rope_parameters
+        if self.position_embedding_type == "learned":
+            if rope is not None:
+                raise ValueError("rope_parameters are for rotary positions, but position_embedding_type is 'learned'.")
+            return
+        if self.head_dim % 2 != 0:
             raise ValueError(
                 f"head_dim={self.head_dim} is odd, but rotary positions turn pairs of channels. Choose an even one, or "
                 "position_embedding_type='learned'."
             )
-        for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a dropout is a probability in [0, 1).")
+        rope_type = rope["rope_type"]
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_parameters: there is no rope_type {rope_type!r}; there are {sorted(ROPE_TYPES)}.")
+        if missing := [name for name in ROPE_TYPES[rope_type] if rope.get(name) is None]:
+            raise ValueError(f"rope_parameters: the rope_type {rope_type!r} needs {' and '.join(missing)} as well.")
+        if rope.get("partial_rotary_factor") not in (None, 1):
+            raise ValueError(
+                f"rope_parameters: partial_rotary_factor={rope['partial_rotary_factor']} would turn a part of each "
+                "head; a GPT turns the whole."
+            )
+        for name in ("rope_theta", "factor"):
+            if (value := rope.get(name)) is not None and not value > 0:
+                raise ValueError(f"rope_parameters: {name}={value} must be above 0.")
+        for name in ("short_factor", "long_factor"):
+            if rope_type == "longrope" and len(rope[name]) != self.head_dim // 2:
+                raise ValueError(
+                    f"rope_parameters: {name} has {len(rope[name])} numbers, but head_dim={self.head_dim} has "
+                    f"{self.head_dim // 2} pairs of channels."
+                )
+
+
+def explain_other_architecture(name: str | os.PathLike, model_type: str) -> str:
+    """Why a checkpoint or config of another architecture is refused, and what opens it."""
+    way = "hfllm.from_native makes it one."
+    if model_type not in ("gpt2", "llama", "qwen3"):
+        way = (
+            "transformers.AutoModelForCausalLM opens it as what it is; hfllm.from_native makes a GPT of gpt2, llama "
+            "and qwen3 checkpoints only."
+        )
+    return f"{name} is a {model_type!r} model, not a {GPTConfig.model_type!r}. {way}"
 
 
 __all__ = ["GPTConfig"]
