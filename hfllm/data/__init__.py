@@ -3,6 +3,21 @@
 from .corpus import Corpus, load_corpus, split_documents
 from .packing import Rows, prepare_rows
 from .sampler import rows_at, rows_of_step
+from .shards import Shards, find_shards, hold_out
+from .streaming import RowStream, merge_states
 
 
-__all__ = ["Corpus", "Rows", "load_corpus", "prepare_rows", "rows_at", "rows_of_step", "split_documents"]
+__all__ = [
+    "Corpus",
+    "RowStream",
+    "Rows",
+    "Shards",
+    "find_shards",
+    "hold_out",
+    "load_corpus",
+    "merge_states",
+    "prepare_rows",
+    "rows_at",
+    "rows_of_step",
+    "split_documents",
+]

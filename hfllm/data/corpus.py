@@ -78,7 +78,7 @@ def load_corpus(
     documents, account = cached_dataset(
         "corpus",
         {**made_from, "format_version": FORMAT_VERSION},
-        lambda path: _write_documents(path, source.records, dataset=dataset, on_bad_record=on_bad_record),
+        lambda path: write_documents(path, source.records, dataset=dataset, on_bad_record=on_bad_record),
         cache_dir=cache_dir,
     )
     account = {"name": dataset, **source.account, **account}
@@ -115,7 +115,7 @@ def _cut_position(text: str, start: int) -> int:
     return highest
 
 
-def _write_documents(path: Path, records: Iterable[Record], *, dataset: str, on_bad_record: str) -> dict[str, Any]:
+def write_documents(path: Path, records: Iterable[Record], *, dataset: str, on_bad_record: str) -> dict[str, Any]:
     """Write the records' documents as an Arrow stream, and return the account."""
     account: dict[str, Any] = {"documents": 0, "parts": 0, "bytes": 0, "empty_documents": 0}
     account |= {"bad_records": 0, "bad_record_examples": [], "records_without_column": 0}
@@ -124,7 +124,9 @@ def _write_documents(path: Path, records: Iterable[Record], *, dataset: str, on_
     numbers: list[int] = []
     num_waiting = 0  # bytes in `parts`
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        for record in _good_records(records, account, on_bad_record=on_bad_record):
+        for record in records:
+            if not is_good(record, account, on_bad_record=on_bad_record):
+                continue
             digest = hashlib.sha256()
             num_bytes = 0
             for part in cut_into_parts(record.text):
@@ -153,20 +155,19 @@ def _record_batch(parts: list[bytes], numbers: list[int]) -> pa.RecordBatch:
     return pa.record_batch([pa.array(parts, pa.large_string()), pa.array(numbers, pa.int64())], schema=SCHEMA)
 
 
-def _good_records(records: Iterable[Record], account: dict[str, Any], *, on_bad_record: str) -> Iterator[Record]:
-    """The records that have text; the others stop the reading or are counted in the account."""
-    for record in records:
-        if record.problem is None:
-            yield record
-            continue
-        message = f"{record.place}: {record.problem}"
-        if on_bad_record == "error":
-            first_step = "Name the right one with text_column" if record.lacks_column else "Mend it"
-            raise ValueError(f"{message}. {first_step}, or leave such records out with on_bad_record='skip'.")
-        account["bad_records"] += 1
-        account["records_without_column"] += record.lacks_column
-        if len(account["bad_record_examples"]) < NUM_EXAMPLES:
-            account["bad_record_examples"].append(message)
+def is_good(record: Record, account: dict[str, Any], *, on_bad_record: str) -> bool:
+    """Whether the record has text; one that has none stops the reading or is counted in the account."""
+    if record.problem is None:
+        return True
+    message = f"{record.place}: {record.problem}"
+    if on_bad_record == "error":
+        first_step = "Name the right one with text_column" if record.lacks_column else "Mend it"
+        raise ValueError(f"{message}. {first_step}, or leave such records out with on_bad_record='skip'.")
+    account["bad_records"] += 1
+    account["records_without_column"] += record.lacks_column
+    if len(account["bad_record_examples"]) < NUM_EXAMPLES:
+        account["bad_record_examples"].append(message)
+    return False
 
 
 def _nothing_left(dataset: str, account: dict[str, Any]) -> str:

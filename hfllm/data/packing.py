@@ -103,15 +103,22 @@ class Rows:
         for row, (chunk, index) in enumerate(zip(chunks, indices - self._chunk_starts[chunks])):
             token_ids[row] = self._input_ids[chunk][index]
             positions[row] = self._position_ids[chunk][index]
-        is_target = positions[:, 1:] > 0
-        if count_once:
-            is_target &= np.arange(self.block_size) >= self.overlap[indices, None]
-        arrays = {
-            "input_ids": token_ids[:, :-1],
-            "position_ids": positions[:, :-1],
-            "shift_labels": np.where(is_target, token_ids[:, 1:], -100),
-        }
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        return as_batch(token_ids, positions, overlap=self.overlap[indices] if count_once else None)
+
+
+def as_batch(
+    token_ids: np.ndarray, positions: np.ndarray, *, overlap: np.ndarray | None = None
+) -> dict[str, torch.Tensor]:
+    """Rows and their positions, (B, T + 1) int64 each, as the three tensors (B, T) that `Rows.batch` describes."""
+    is_target = positions[:, 1:] > 0
+    if overlap is not None:
+        is_target &= np.arange(is_target.shape[1]) >= overlap[:, None]
+    arrays = {
+        "input_ids": token_ids[:, :-1],
+        "position_ids": positions[:, :-1],
+        "shift_labels": np.where(is_target, token_ids[:, 1:], -100),
+    }
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
 def prepare_rows(
@@ -146,7 +153,7 @@ def prepare_rows(
     bos_token_id = eos_token_id if bos_token_id is None else bos_token_id
     options = {"block_size": block_size, "stride": stride, "vocab_size": vocab_size}
     special_ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-    _check_options(block_size, stride, vocab_size, special_ids, can_count_bytes=token_bytes is not None)
+    check_options(block_size, stride, vocab_size, special_ids, can_count_bytes=token_bytes is not None)
     if len(documents) == 0:
         raise ValueError("There are no documents to make rows of.")
 
@@ -159,7 +166,7 @@ def prepare_rows(
             assert token_bytes is not None
             segments = _separate_documents(encoded, account, token_bytes)
         step = block_size if stride is None else stride
-        rows = _cut_rows(segments, account, block_size=block_size, step=step, pad_token_id=pad_token_id)
+        rows = cut_rows(segments, account, block_size=block_size, step=step, pad_token_id=pad_token_id)
         return _write_rows(path, rows, account, block_size=block_size, vocab_size=vocab_size)
 
     made_from = {"key": key, **options, **special_ids, "format_version": FORMAT_VERSION}
@@ -175,7 +182,7 @@ def prepare_rows(
     return Rows(dataset, account)
 
 
-def _check_options(
+def check_options(
     block_size: int, stride: int | None, vocab_size: int, special_ids: dict[str, int], *, can_count_bytes: bool
 ) -> None:
     if block_size < 2:
@@ -201,15 +208,8 @@ def _encode_documents(
     last_document = None
     with tqdm(desc="Text to rows", unit="B", unit_scale=True, disable=not progress) as bar:
         for texts, numbers, num_bytes in _batches_of_parts(documents):
-            encoded = encode(texts)
-            if len(encoded) != len(texts):
-                raise ValueError(f"encode gave {len(encoded):,} arrays for {len(texts):,} texts.")
+            encoded = encode_texts(texts, encode, vocab_size=vocab_size)
             token_ids = np.concatenate(encoded)
-            if len(token_ids) and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
-                raise ValueError(
-                    f"encode gave token ids from {token_ids.min():,} to {token_ids.max():,}, and vocab_size is "
-                    f"{vocab_size:,}. Give the vocabulary size of the tokenizer that encodes."
-                )
             begins_document = [number != last for last, number in zip([last_document, *numbers], numbers)]
             first_tokens = np.cumsum([0, *map(len, encoded)])[:-1][begins_document]
             last_document = numbers[-1]
@@ -218,6 +218,20 @@ def _encode_documents(
             account["text_tokens"] += len(token_ids)
             bar.update(num_bytes)
             yield token_ids.astype(np.int32, copy=False), first_tokens
+
+
+def encode_texts(texts: list[str], encode: Encoder, *, vocab_size: int) -> list[np.ndarray]:
+    """What `encode` gives for the texts, checked."""
+    encoded = encode(texts)
+    if len(encoded) != len(texts):
+        raise ValueError(f"encode gave {len(encoded):,} arrays for {len(texts):,} texts.")
+    token_ids = np.concatenate(encoded)
+    if len(token_ids) and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
+        raise ValueError(
+            f"encode gave token ids from {token_ids.min():,} to {token_ids.max():,}, and vocab_size is "
+            f"{vocab_size:,}. Give the vocabulary size of the tokenizer that encodes."
+        )
+    return encoded
 
 
 def _batches_of_parts(documents: datasets.Dataset) -> Iterator[tuple[list[str], list[int], int]]:
@@ -274,9 +288,7 @@ def _separate_documents(encoded: Encoded, account: Counter[str], token_bytes: Ca
     yield nothing, nothing, True
 
 
-def _cut_rows(
-    segments: Segments, account: Counter[str], *, block_size: int, step: int, pad_token_id: int
-) -> RowBatches:
+def cut_rows(segments: Segments, account: Counter[str], *, block_size: int, step: int, pad_token_id: int) -> RowBatches:
     """Rows of block_size + 1 tokens that begin every `step` tokens of a stream, their positions, and their overlap.
 
     What is left at a stream's end becomes a padded row if any of it is a new target.

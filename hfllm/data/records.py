@@ -29,11 +29,16 @@ class Record:
     lacks_column: bool = False
 
 
-def read_records(path: Path, text_column: str) -> Iterator[Record]:
-    """The records of one file, in order. A byte-order mark at the file's start is not part of the text."""
+def read_records(path: Path, text_column: str, *, within: range | None = None) -> Iterator[Record]:
+    """The records of one file, in order. A byte-order mark at the file's start is not part of the text.
+
+    With `within`, only a piece of the file: of a .jsonl the lines that begin in that range of bytes, of a .parquet
+    those row groups. Pieces that cover a file have each of its records exactly once.
+    """
     suffix = path.suffix.lower()
+    assert within is None or suffix in (".jsonl", ".parquet")
     if suffix == ".parquet":
-        return _read_parquet(path, text_column)
+        return _read_parquet(path, text_column, within)
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -45,7 +50,7 @@ def read_records(path: Path, text_column: str) -> Iterator[Record]:
         return _read_csv(path, text_column)
     if suffix == ".json" and start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         return _read_json_list(path, text_column)
-    return _read_json_lines(path, text_column)
+    return _read_json_lines(path, text_column, within)
 
 
 def column_records(place: str, column: pa.ChunkedArray | pa.Array, name: str, *, first_row: int) -> Iterator[Record]:
@@ -123,12 +128,19 @@ def _utf8_problem(path: Path) -> str | None:
     return None
 
 
-def _read_json_lines(path: Path, text_column: str) -> Iterator[Record]:
+def _read_json_lines(path: Path, text_column: str, within: range | None) -> Iterator[Record]:
     rule = "" if path.suffix.lower() == ".jsonl" else " (a .json file is a list of objects, or has one object a line)"
     with path.open("rb") as file:  # bytes, because text files also end lines at a lone carriage return
+        if begins_inside := within is not None and within.start > 0:
+            file.seek(within.start - 1)
+            file.readline()  # what is left of the line before; if that ends where the range begins, its last byte
+        offset = file.tell()
         for number, line in enumerate(file, start=1):
-            place = f"{path}, line {number:,}"
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
+            if within is not None and offset >= within.stop:
+                return
+            place = f"{path}, the line at byte {offset:,}" if begins_inside else f"{path}, line {number:,}"
+            text = line.decode("utf-8-sig" if offset == 0 else "utf-8", errors="surrogateescape")
+            offset += len(line)
             if not text.strip():
                 continue
             try:
@@ -219,15 +231,16 @@ def _read_csv(path: Path, text_column: str) -> Iterator[Record]:
         csv.field_size_limit(limit)
 
 
-def _read_parquet(path: Path, text_column: str) -> Iterator[Record]:
+def _read_parquet(path: Path, text_column: str, within: range | None) -> Iterator[Record]:
     try:
         with pq.ParquetFile(path) as file:
             if text_column not in file.schema_arrow.names:
                 problem = lacking(text_column, file.schema_arrow.names)
                 yield Record(str(path), problem=problem, lacks_column=True)
                 return
-            row = 1
-            for batch in file.iter_batches(batch_size=64, columns=[text_column]):
+            groups = within or range(file.num_row_groups)
+            row = 1 + sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
+            for batch in file.iter_batches(batch_size=64, row_groups=list(groups), columns=[text_column]):
                 yield from column_records(str(path), batch.column(0), text_column, first_row=row)
                 row += len(batch)
     except (pa.ArrowException, OSError) as error:

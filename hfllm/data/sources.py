@@ -1,5 +1,6 @@
 """Dataset name -> the files, folders or tables that it stands for, and their records."""
 
+import contextlib
 import difflib
 import hashlib
 import logging
@@ -34,15 +35,23 @@ class Source:
 
 def find_source(dataset: str, *, dataset_config: str | None, split: str, text_column: str) -> Source:
     """What `dataset` stands for: `stdlib`, else the local files of that name, else the dataset on the Hub."""
+    paths = local_paths(dataset, dataset_config=dataset_config, split=split)
+    if paths is None:
+        return _hub_source(dataset, dataset_config, split=split, text_column=text_column)
+    return _file_source(paths, text_column) if paths else _stdlib_source()
+
+
+def local_paths(dataset: str, *, dataset_config: str | None, split: str) -> list[Path] | None:
+    """The files and folders that `dataset` names, none of them for `stdlib`; or None if it is a dataset on the Hub."""
     paths = [] if dataset == "stdlib" else _local_paths(dataset)
     if dataset != "stdlib" and not paths:
-        return _hub_source(dataset, dataset_config, split=split, text_column=text_column)
+        return None
     if dataset_config is not None or split != "train":
         raise ValueError(
             f"dataset_config={dataset_config!r}, split={split!r}: only datasets on the Hub have these; "
             f"{dataset!r} is local. Name the files to read instead."
         )
-    return _file_source(paths, text_column) if paths else _stdlib_source()
+    return paths
 
 
 def _local_paths(dataset: str) -> list[Path]:
@@ -71,13 +80,13 @@ def _nearest_names(path: Path) -> str:
 
 
 def _file_source(paths: list[Path], text_column: str) -> Source:
-    files, ignored = _files_below(paths)
+    files, ignored = files_below(paths)
     records = (record for path in files for record in read_records(path, text_column))
     contents = [(str(path), _sha256(path)) for path in files]
     return Source(records, contents, {"files": len(files), "ignored_files": ignored})
 
 
-def _files_below(paths: list[Path]) -> tuple[list[Path], dict[str, int]]:
+def files_below(paths: list[Path]) -> tuple[list[Path], dict[str, int]]:
     """The files to read, and how many files of a folder are not read, by suffix."""
     files: list[Path] = []
     ignored: Counter[str] = Counter()
@@ -112,7 +121,13 @@ def _sha256(path: Path) -> str:
 
 
 def _stdlib_source() -> Source:
-    """The standard library's Python files without its tests, in sorted order."""
+    root, files = stdlib_files()
+    contents = [(path.relative_to(root).as_posix(), _sha256(path)) for path in files]
+    return Source((python_file(root, path) for path in files), contents, {"files": len(files)})
+
+
+def stdlib_files() -> tuple[Path, list[Path]]:
+    """The standard library's folder and its Python files without the tests, in sorted order."""
     root = Path(sysconfig.get_path("stdlib"))
     files: list[Path] = []
     for folder, subfolders, names in os.walk(root):
@@ -122,11 +137,10 @@ def _stdlib_source() -> Source:
     files.sort(key=lambda path: path.relative_to(root).parts)
     if not files:
         raise FileNotFoundError(f"This Python has no source files of its standard library in {str(root)!r}.")
-    contents = [(path.relative_to(root).as_posix(), _sha256(path)) for path in files]
-    return Source((_python_file(root, path) for path in files), contents, {"files": len(files)})
+    return root, files
 
 
-def _python_file(root: Path, path: Path) -> Record:
+def python_file(root: Path, path: Path) -> Record:
     """A Python file as a document, decoded as the file itself declares."""
     place = path.relative_to(root).as_posix()
     try:
@@ -138,8 +152,19 @@ def _python_file(root: Path, path: Path) -> Record:
 
 
 def _hub_source(dataset: str, dataset_config: str | None, *, split: str, text_column: str) -> Source:
-    try:
+    with hub_errors_explained(dataset, dataset_config, split):
         table = datasets.load_dataset(dataset, dataset_config, split=split)
+    if text_column not in table.column_names:
+        raise ValueError(f"{dataset!r}: {lacking(text_column, table.column_names)}. Name one with text_column.")
+    # `datasets` derives the fingerprint from the id, the revision and the files of what it downloaded.
+    return Source(_hub_records(table, dataset, text_column), [(dataset, table._fingerprint)], {})
+
+
+@contextlib.contextmanager
+def hub_errors_explained(dataset: str, dataset_config: str | None, split: str) -> Iterator[None]:
+    """What `datasets` raises when it cannot find or load a dataset, with the next step."""
+    try:
+        yield
     except (ConnectionError, FileNotFoundError) as error:
         raise FileNotFoundError(
             f"{dataset!r} is neither a file or folder here nor a dataset that the Hub gives: {error}. Check the name; "
@@ -148,10 +173,6 @@ def _hub_source(dataset: str, dataset_config: str | None, *, split: str, text_co
     except ValueError as error:
         given = f"dataset_config={dataset_config!r}, split={split!r}"
         raise ValueError(f"{dataset!r} cannot be loaded with {given}: {error}") from error
-    if text_column not in table.column_names:
-        raise ValueError(f"{dataset!r}: {lacking(text_column, table.column_names)}. Name one with text_column.")
-    # `datasets` derives the fingerprint from the id, the revision and the files of what it downloaded.
-    return Source(_hub_records(table, dataset, text_column), [(dataset, table._fingerprint)], {})
 
 
 def _hub_records(table: datasets.Dataset, dataset: str, text_column: str) -> Iterator[Record]:

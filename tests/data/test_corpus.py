@@ -91,6 +91,7 @@ def test_several_paths_are_separated_by_commas(tmp_path, load):
     assert texts_of(load(f"{paths[0]}, {paths[1]}")) == ["b.txt", "a.txt"]
 
 
+@pytest.mark.fault(15)
 def test_byte_order_marks_at_the_start_are_dropped_and_elsewhere_kept(tmp_path, load):
     bom = b"\xef\xbb\xbf"
     assert texts_of(load(write(tmp_path / "a.txt", bom + "a\ufeffb".encode()))) == ["a\ufeffb"]
@@ -99,6 +100,7 @@ def test_byte_order_marks_at_the_start_are_dropped_and_elsewhere_kept(tmp_path, 
     assert texts_of(load(write(tmp_path / "a.csv", bom + b"text\nx\n"))) == ["x"]
 
 
+@pytest.mark.fault(14, 15)
 @pytest.mark.parametrize(
     ("name", "content", "line", "problem"),
     [
@@ -129,6 +131,7 @@ def test_a_bad_record_stops_with_its_place_or_is_skipped_and_counted(tmp_path, l
     assert problem in corpus.account["bad_record_examples"][0]
 
 
+@pytest.mark.fault(15)
 def test_a_text_file_that_is_not_utf8_is_named_with_line_and_byte_and_skipped_whole(tmp_path, load):
     write(tmp_path / "texts" / "a.txt", "ä" * 600_000 + "\n\n" + "x" * 600_000 + "\nab")  # more than one piece
     bad = write(tmp_path / "texts" / "b.txt", ("ä" * 600_000 + "\n\n" + "x" * 600_000 + "\nab").encode() + b"\xc3")
@@ -167,6 +170,7 @@ def test_a_column_that_every_record_lacks_is_an_error_even_when_skipping(tmp_pat
     assert texts_of(load(tmp_path / name, text_column="content")) == ["a", "b"]
 
 
+@pytest.mark.fault(16)
 def test_empty_documents_and_files_are_dropped_and_counted(tmp_path, load):
     write(tmp_path / "texts" / "a.txt", "")
     write(tmp_path / "texts" / "b.jsonl", '{"text": ""}\n{"text": "x"}\n')
@@ -177,6 +181,7 @@ def test_empty_documents_and_files_are_dropped_and_counted(tmp_path, load):
     assert set(corpus.documents["document"]) == {0}
 
 
+@pytest.mark.fault(16)
 def test_a_corpus_with_nothing_in_it_says_so(tmp_path, load):
     with pytest.raises(ValueError, match="has no text: 1 documents, all of them empty"):
         load(write(tmp_path / "a.txt", ""))

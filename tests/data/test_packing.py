@@ -267,6 +267,7 @@ def test_wrong_options_say_what_would_do(rows_of):
         rows_of("a", "b", stride=1)
 
 
+@pytest.mark.fault(16)
 def test_short_text_makes_one_padded_row_where_that_is_allowed(rows_of):
     rows = rows_of("abc", block_size=100, allow_short=True)
     assert len(rows) == 1 and rows.account["targets"] == 4
@@ -323,6 +324,7 @@ def test_rows_are_views_on_the_file_and_batches_are_fast(rows_of):
     assert np.median(times) < 1e-3  # 8 rows of 256
 
 
+@pytest.mark.fault(17)
 def test_a_control_token_written_in_a_document_stays_text(tmp_path):
     tokenizer = train_bpe(["a few words to train on"], vocab_size=300)
     texts = ["before <|endoftext|> after", "<|startoftext|><|pad|>", "plain"]

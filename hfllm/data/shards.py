@@ -1,0 +1,264 @@
+"""Dataset name -> shards: pieces of its text that are read one by one, each from its beginning, by whoever needs it.
+
+Nothing is copied and nothing but names and sizes is read in advance, so the text may be larger than the disk (on the
+Hub) or than the time one has to read it all.
+"""
+
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from .cache import cached_dataset
+from .corpus import Corpus, write_documents
+from .records import Record, column_records, lacking, read_records
+from .sampler import rows_at
+from .sources import files_below, hub_errors_explained, local_paths, python_file, stdlib_files
+
+
+FORMAT_VERSION = 1  # part of a stream's identity: raise it when the same files would give other shards
+NUM_PIECES = 256  # that a text is cut into, where its files can be cut, ...
+LEAST_PIECE_BYTES, MOST_PIECE_BYTES = 1 << 16, 32 << 20  # ... unless they get smaller or larger than that
+FEW_SHARDS = 16  # a dataset on the Hub with fewer than that is cut further, where its format allows it
+SAMPLE_BYTES = 1 << 16
+HELD_OUT_SHARDS = 64
+HELD_OUT_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of the text. `records()` reads it from its beginning; `num_bytes` is its size beside that of others."""
+
+    name: str
+    num_bytes: int
+    records: Callable[[], Iterator[Record]]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of a dataset, in a fixed order.
+
+    `contents` names the files and what tells them from changed ones: their size and either a checksum that their host
+    gives or one of samples, since nobody reads a corpus of this size just to identify it. `num_bytes` is the size of
+    the files, or None if nobody says.
+    """
+
+    name: str
+    shards: list[Shard]
+    contents: list[tuple[str, str]]
+    num_bytes: int | None
+    text_column: str
+
+
+def find_shards(
+    dataset: str, *, dataset_config: str | None = None, split: str = "train", text_column: str = "text"
+) -> Shards:
+    """The shards of what `dataset` stands for, by the same rules as `load_corpus`.
+
+    A local .jsonl file is cut between lines and a .parquet file between row groups, so that a large one is many shards
+    and all are of about the same size; any other file is one shard. Of a dataset on the Hub, a shard is what `datasets`
+    takes for one, mostly a file. Empty files are left out.
+    """
+    paths = local_paths(dataset, dataset_config=dataset_config, split=split)
+    if paths is None:
+        return _hub_shards(dataset, dataset_config, split=split, text_column=text_column)
+    if paths:
+        files, _ = files_below(paths)
+        root = Path(os.path.commonpath(path.absolute() if path.is_dir() else path.absolute().parent for path in paths))
+    else:
+        root, files = stdlib_files()
+    sizes = {path: size for path in files if (size := path.stat().st_size)}
+    num_bytes = sum(sizes.values())
+    piece_bytes = min(MOST_PIECE_BYTES, max(LEAST_PIECE_BYTES, num_bytes // NUM_PIECES))
+    shards: list[Shard] = []
+    contents: list[tuple[str, str]] = []
+    for path, size in sizes.items():
+        # Relative to what was named, so that a corpus that moved to another disk is still the same.
+        name = path.absolute().relative_to(root).as_posix()
+        contents.append((name, f"{size:,} bytes, sha256 of samples {_sampled_sha256(path, size)[:16]}"))
+        if paths:
+            shards += _file_shards(path, name, size, piece_bytes, text_column)
+        else:
+            shards.append(Shard(name, size, partial(_python_records, root, path)))
+    if not shards:
+        raise ValueError(f"{dataset!r} has no text: {len(files):,} files, all of them empty.")
+    return Shards(dataset, shards, contents, num_bytes, text_column)
+
+
+def _python_records(root: Path, path: Path) -> Iterator[Record]:
+    yield python_file(root, path)
+
+
+def _sampled_sha256(path: Path, size: int) -> str:
+    """A sha256 over the beginning, the middle and the end of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in sorted({0, max(0, size // 2 - SAMPLE_BYTES // 2), max(0, size - SAMPLE_BYTES)}):
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _file_shards(path: Path, name: str, size: int, piece_bytes: int, text_column: str) -> Iterator[Shard]:
+    suffix = path.suffix.lower()
+    pieces: list[tuple[range, int]] = []
+    if suffix == ".jsonl":
+        pieces = _pieces_of_lines(size, piece_bytes)
+    elif suffix == ".parquet":
+        pieces = _row_groups(path, piece_bytes)
+    if len(pieces) < 2:
+        yield Shard(name, size, partial(read_records, path, text_column))
+        return
+    unit = "bytes" if suffix == ".jsonl" else "row groups"
+    for within, num_bytes in pieces:
+        piece_name = f"{name}, {unit} {within.start:,} to {within.stop - 1:,}"
+        yield Shard(piece_name, num_bytes, partial(read_records, path, text_column, within=within))
+
+
+def _pieces_of_lines(size: int, piece_bytes: int) -> list[tuple[range, int]]:
+    num_pieces = max(1, round(size / piece_bytes))
+    ends = [size * number // num_pieces for number in range(num_pieces + 1)]
+    return [(range(start, end), end - start) for start, end in itertools.pairwise(ends)]
+
+
+def _row_groups(path: Path, piece_bytes: int) -> list[tuple[range, int]]:
+    """Neighbouring row groups, enough at a time for so many bytes of all their columns."""
+    try:
+        metadata = pq.read_metadata(path)
+    except (pa.ArrowException, OSError):
+        return []  # whoever reads the file says what is wrong with it
+    pieces: list[tuple[range, int]] = []
+    start = num_bytes = 0
+    for group in range(metadata.num_row_groups):
+        num_bytes += metadata.row_group(group).total_byte_size
+        if num_bytes >= piece_bytes or group == metadata.num_row_groups - 1:
+            pieces.append((range(start, group + 1), num_bytes))
+            start, num_bytes = group + 1, 0
+    return pieces
+
+
+def _hub_shards(dataset: str, dataset_config: str | None, *, split: str, text_column: str) -> Shards:
+    try:
+        with hub_errors_explained(dataset, dataset_config, split):
+            builder = datasets.load_dataset_builder(dataset, dataset_config)
+            table = builder.as_streaming_dataset(split)
+            if table.num_shards < FEW_SHARDS:
+                table = table.reshard()
+    except NotImplementedError as error:  # archives, mostly
+        raise ValueError(f"{dataset!r} cannot be streamed: {error} Read it without streaming.") from error
+    if table.column_names is not None and text_column not in table.column_names:
+        raise ValueError(f"{dataset!r}: {lacking(text_column, table.column_names)}. Name one with text_column.")
+    files = [_file_of_host(file) for file in (builder.config.data_files or {}).get(split, [])]
+    contents = [(name, f"{num_bytes:,} bytes, {digest}") for name, num_bytes, digest in files]
+    sizes = [num_bytes for _, num_bytes, _ in files]
+    names = [name for name, _, _ in files]
+    if len(files) != table.num_shards:  # cut further, or nobody knows which file is which
+        names = [f"{dataset}, shard {number:,} of {table.num_shards:,}" for number in range(table.num_shards)]
+        sizes = [sum(sizes) // table.num_shards] * table.num_shards
+    shards = [
+        Shard(name, max(1, size), partial(_hub_records, table, number, name, text_column))
+        for number, (name, size) in enumerate(zip(names, sizes))
+    ]
+    # Where `datasets` names no files, its hash of the dataset stands for them.
+    contents = contents or [(f"{dataset}, {dataset_config}, {split}", str(builder.hash))]
+    return Shards(dataset, shards, contents, sum(num_bytes for _, num_bytes, _ in files) or None, text_column)
+
+
+def _file_of_host(path: str) -> tuple[str, int, str]:
+    """Name, size and checksum of a file, as its host gives them: a commit that leaves it alone changes neither."""
+    file_system, inner_path = url_to_fs(path)
+    info: dict[str, Any] = file_system.info(inner_path)
+    digest = next((f"{key} {info[key]}" for key in ("blob_id", "ETag", "etag", "mtime") if info.get(key)), "")
+    return re.sub(r"@[0-9a-f]{40}(?=/)", "", path), info.get("size") or 0, digest
+
+
+def _hub_records(table: datasets.IterableDataset, number: int, name: str, text_column: str) -> Iterator[Record]:
+    shard = table.shard(table.num_shards, number)
+    if shard.column_names is not None:
+        shard = shard.select_columns([text_column])
+    row = 1
+    try:
+        for batch in shard.with_format("arrow").iter(batch_size=64):
+            if text_column not in batch.column_names:
+                problem = lacking(text_column, batch.column_names)
+                yield Record(f"{name}, row {row:,}", problem=problem, lacks_column=True)
+                return
+            yield from column_records(name, batch.column(text_column), text_column, first_row=row)
+            row += len(batch)
+    except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError) as error:
+        problem = f"cannot be read after row {row - 1:,}: {error}; the rest of the shard is lost"
+        yield Record(name, problem=problem)
+
+
+def hold_out(
+    shards: Shards,
+    *,
+    fraction: float | None = None,
+    on_bad_record: str = "error",
+    cache_dir: str | os.PathLike | None = None,
+) -> Corpus:
+    """Documents to validate on, kept on disk: HELD_OUT_BYTES of them, or `fraction` of the files' bytes if it is less.
+
+    They are taken from the beginnings of HELD_OUT_SHARDS shards or, if these are small, more, so that little is read
+    to find them; a document larger than all that is wanted is passed over. What trains on the same shards leaves
+    these texts out if it is told to: see `RowStream`.
+    """
+    if fraction is not None and not 0 < fraction < 1:
+        raise ValueError(f"fraction={fraction}: it is more than 0 and less than 1.")
+    wanted = HELD_OUT_BYTES
+    if fraction is not None and shards.num_bytes is not None:
+        wanted = max(1, min(wanted, int(fraction * shards.num_bytes)))
+    made_from = {"contents": shards.contents, "num_shards": len(shards.shards), "wanted": wanted}
+    made_from |= {"text_column": shards.text_column, "on_bad_record": on_bad_record, "format_version": FORMAT_VERSION}
+
+    def write(path: Path) -> dict[str, Any]:
+        records = _first_records(shards, wanted)
+        return write_documents(path, records, dataset=shards.name, on_bad_record=on_bad_record)
+
+    documents, account = cached_dataset("held-out", made_from, write, cache_dir=cache_dir)
+    account = {"name": shards.name, **account}
+    return Corpus(documents, account.pop("fingerprint"), account)
+
+
+def _first_records(shards: Shards, wanted: int) -> Iterator[Record]:
+    """Records of `wanted` bytes, up to the end of the last of them, taken evenly from the beginnings of some shards."""
+    num_shards = len(shards.shards)
+    order = rows_at(np.arange(num_shards), num_rows=num_shards, seed=0)  # the split belongs to the data, not to a run
+    taken, too_large = 0, 0
+    for number, index in enumerate(order, start=1):
+        enough = wanted * min(1, number / min(num_shards, HELD_OUT_SHARDS))
+        records = shards.shards[index].records()
+        while taken < enough and (record := next(records, None)):
+            if record.problem is not None:
+                yield record
+                continue
+            text: list[str] = []
+            num_bytes = 0
+            for piece in record.text:
+                text.append(piece)
+                num_bytes += len(piece.encode())
+                if num_bytes > wanted:
+                    break
+            if num_bytes > wanted:
+                too_large += 1
+                continue
+            taken += num_bytes
+            yield Record(record.place, text=text)
+        if taken >= wanted:
+            return
+    if not taken and too_large:
+        raise ValueError(
+            f"{wanted:,} bytes of {shards.name!r} are to be held back for validation, and each of its {too_large:,} "
+            "documents is larger. Hold back a larger fraction, or give validation text of its own."
+        )
