@@ -174,6 +174,8 @@ def test_the_keys_of_a_gpt2(tokenizer, tmp_path):
     }
     assert {key: found[key] for key in expected} == expected
     assert found["gpt2.attention.layer_norm_epsilon"] == pytest.approx(3e-5)
+    found = keys(export_gguf(gpt2(n_inner=96), tokenizer, tmp_path / "narrow.gguf"))
+    assert found["gpt2.feed_forward_length"] == 96
 
 
 def test_llama_3_scaling_is_a_tensor_of_divisors(tokenizer, tmp_path):
