@@ -9,7 +9,8 @@
 A checkpoint is written into `step-00000100.tmp`, flushed to the disk and then renamed: at every moment the folder
 either holds it complete or does not hold it. `step-00000100.broken` failed verification and was set aside;
 `step-00000100.replaced` is giving way to a new one of that step. The files are the same whatever wrote them, one
-process or many, DDP or FSDP2, compiled or not, so that any of these can resume from any other. Nothing is pickled.
+process or many, DDP, FSDP2 or DeepSpeed's ZeRO-2 and ZeRO-3, compiled or not, so that any of these can resume from any
+other. Nothing is pickled.
 """
 
 import contextlib
@@ -32,11 +33,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
+from . import zero
 from .devices import on_main_process
 
 
@@ -66,12 +71,7 @@ def save_checkpoint(
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep} would delete the checkpoint just written; keep 1 or more, or None for all.")
     model, optimizer = _bare(model, optimizer, accelerator)
-    is_fresh = not optimizer.state
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered by all, held by the main process
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
-    if is_fresh:  # torch then takes a step of length zero, which the optimizer would count
-        optimizer.state.clear()
-        optimizer_state["state"] = {}
+    model_state, optimizer_state = _gather(model, optimizer, accelerator)
 
     def write() -> Path:
         tied = _tied_names(model)
@@ -84,7 +84,7 @@ def save_checkpoint(
         content = {
             "state": state,
             "optimizer": {
-                "class": type(optimizer).__name__,
+                "class": _class_name(optimizer, accelerator),
                 "parameters": list(optimizer_state["state"]),
                 "numbers": optimizer_numbers,
                 "param_groups": optimizer_state["param_groups"],
@@ -98,6 +98,27 @@ def save_checkpoint(
         return path
 
     return on_main_process(accelerator, write)
+
+
+def save_model(directory: str | Path, *, model: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Write the model as `save_pretrained` does, whole and in float32, however it is cut up here; for every process."""
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        weights = zero.gather_weights(bare, accelerator)
+    else:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(bare, options=options)
+    if not accelerator.is_main_process:
+        return
+    tied = _tied_names(bare)
+    weights = {name: tensor for name, tensor in weights.items() if name not in tied}
+    # FSDP2 changes the model's class and DeepSpeed its type, and both would be written into config.json: so it is an
+    # empty model of the same config that is saved, with these weights.
+    model_class = next(kind for kind in type(bare).__mro__ if not issubclass(kind, FSDPModule))
+    with torch.device("meta"):
+        whole = model_class(bare.config)
+    whole.generation_config = bare.generation_config
+    whole.save_pretrained(directory, state_dict=weights)
 
 
 def latest_checkpoint(
@@ -143,6 +164,7 @@ def load_checkpoint(
     model, optimizer = _bare(model, optimizer, accelerator)
     optimizer.zero_grad(set_to_none=True)  # torch makes room for the state of an optimizer only without gradients
     names = {id(parameter): _plain(name) for name, parameter in model.named_parameters()}
+    is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
     # Filled by the main process, from where torch sends each process its part.
     tensors: dict[str, torch.Tensor] = {}
     optimizer_state: dict[str, Any] = {}
@@ -156,8 +178,11 @@ def load_checkpoint(
         saved = content["optimizer"]
         tensors.update(load_file(path / MODEL))
         _check_model(path, model, tensors)
-        groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-        _check_optimizer(path, type(optimizer).__name__, groups, saved)
+        if is_zero:
+            groups = zero.group_names(model, optimizer)
+        else:
+            groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+        _check_optimizer(path, _class_name(optimizer, accelerator), groups, saved)
 
         for name, first_name in _tied_names(model).items():
             tensors[name] = tensors[first_name]
@@ -170,12 +195,16 @@ def load_checkpoint(
         return content
 
     content = on_main_process(accelerator, read)
+    if is_zero:
+        zero.load_weights(model, tensors, accelerator)
+        zero.load_optimizer(model, optimizer, optimizer_state, accelerator)
+        _restore_tuples(optimizer)
+        return content["state"]
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
     set_model_state_dict(model, tensors, options=options)
     options.strict = False  # a parameter that had no gradient yet has no state to restore ...
     set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
-    for group in optimizer.param_groups:  # JSON knows no tuples, such as the betas
-        group |= {name: tuple(value) for name, value in group.items() if isinstance(value, list) and name != "params"}
+    _restore_tuples(optimizer)
     for parameter in list(optimizer.state):
         if names[id(parameter)] not in content["optimizer"]["parameters"]:
             del optimizer.state[parameter]  # ... and keeps none of the zeros that torch made room with
@@ -204,22 +233,46 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: str | P
         )
 
 
+def _gather(model: nn.Module, optimizer: Any, accelerator: Accelerator) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The whole state of model and optimizer, on the main process."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return zero.gather_weights(model, accelerator), zero.gather_optimizer(model, optimizer, accelerator)
+    is_fresh = not optimizer.state
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered by all, held by the main process
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
+    if is_fresh:  # torch then takes a step of length zero, which the optimizer would count
+        optimizer.state.clear()
+        optimizer_state["state"] = {}
+    return model_state, optimizer_state
+
+
+def _class_name(optimizer: Any, accelerator: Accelerator) -> str:
+    is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return type(optimizer.optimizer if is_zero else optimizer).__name__
+
+
+def _restore_tuples(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:  # JSON knows no tuples, such as the betas
+        group |= {name: tuple(value) for name, value in group.items() if isinstance(value, list) and name != "params"}
+
+
 def _bare(
     model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimizer without what accelerate put around them; under FSDP2 the parameters stay sharded."""
     kind = accelerator.distributed_type
     is_fsdp1 = kind == DistributedType.FSDP and not accelerator.is_fsdp2
-    if is_fsdp1 or kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if is_fsdp1 or kind == DistributedType.MEGATRON_LM:
         raise ValueError(
-            f"Checkpoints are written under DDP and FSDP2, not under {'FSDP1' if is_fsdp1 else kind.value}. "
+            f"Checkpoints are written under DDP, FSDP2 and DeepSpeed, not under {'FSDP1' if is_fsdp1 else kind.value}. "
             "FSDP2 shards as ZeRO-3 does: set distributed_type: FSDP and fsdp_version: 2 in the accelerate file."
         )
     return accelerator.unwrap_model(model, keep_torch_compile=False), getattr(optimizer, "optimizer", optimizer)
 
 
 def _plain(name: str) -> str:
-    return name.replace("_orig_mod.", "")  # what torch.compile puts before the names of a compiled layer
+    # What torch.compile and FSDP's activation checkpointing put before the names of a layer.
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -338,15 +391,18 @@ def _set_aside(path: Path, fault: str) -> None:
 
 def _check_model(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     tied = _tied_names(model)
-    wanted = {_plain(name): tensor for name, tensor in model.state_dict().items() if _plain(name) not in tied}
+    wanted = {_plain(name): _kind(tensor) for name, tensor in model.state_dict().items() if _plain(name) not in tied}
+    for name, parameter in model.named_parameters():
+        if zero.is_cut(parameter) or hasattr(parameter, "_hp_mapping"):  # a checkpoint holds ZeRO's float32 weights
+            wanted[name] = _kind(torch.empty(zero.shape_of(parameter), device="meta"))
     faults = []
     for name in wanted | tensors:
         if name not in tensors:
             faults.append(f"{name} is missing from the checkpoint")
         elif name not in wanted:
             faults.append(f"{name} is not in the model")
-        elif (saved := _kind(tensors[name])) != (own := _kind(wanted[name])):
-            faults.append(f"{name} is {saved} in the checkpoint and {own} in the model")
+        elif (saved := _kind(tensors[name])) != wanted[name]:
+            faults.append(f"{name} is {saved} in the checkpoint and {wanted[name]} in the model")
     if faults:
         more = f" ({len(faults) - 1:,} more tensors differ)" if len(faults) > 1 else ""
         raise ValueError(

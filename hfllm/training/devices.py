@@ -1,36 +1,223 @@
-"""The processes of a run: accelerate, on the devices that the launcher was told of, or not at all."""
+"""The processes of a run: accelerate, exactly as it was launched, or not at all."""
 
+import atexit
 import contextlib
 import ctypes
+import datetime
 import os
 import platform
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from . import zero
 
 
-def start_accelerator(**arguments: Any) -> Accelerator:
-    """An `Accelerator`, after a check that it took what was launched.
+# How long processes wait for one of them before they give up. The first one prepares the text for all, and the ten
+# minutes that NCCL waits by itself are not enough for a large one.
+TIMEOUT = datetime.timedelta(hours=2)
 
-    On a machine without an accelerator some of accelerate's configurations start several workers of which each believes
-    to be the only one: as many trainings, in one output folder, and no word of it. That is refused here.
+
+def start_accelerator(
+    *,
+    gradient_accumulation_steps: int = 1,
+    per_device_train_batch_size: int = 1,
+    max_grad_norm: float = 0.0,
+    **arguments: Any,
+) -> Accelerator:
+    """An `Accelerator` that is what was launched: as many processes, and sharded as the accelerate file says.
+
+    accelerate itself goes on with less: on some machines it starts several workers of which each believes to be the
+    only one (as many trainings, in one output folder), or one where several were asked for, or leaves a model whole
+    that should have been sharded. What was asked for and is not there is refused here, and so is what a checkpoint of
+    ours cannot hold. On a machine without accelerators DDP, FSDP2 and DeepSpeed run on the CPU, over gloo.
+
+    DeepSpeed takes the optimizer's steps itself and has to know two of the loop's numbers for that: the rows of a
+    forward pass and the longest gradient (0: any). `arguments` are `Accelerator`'s own.
 
     Raises:
-        ValueError: accelerate runs as another number of processes than were launched.
+        ValueError: what runs would not be what was launched, or could not be saved.
     """
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **arguments)
+    sharding = _sharding_asked_for()
+    _refuse_one_process_for_several()
+    _check_mesh()
+    on_cpu = not _has_accelerators()
+    group = InitProcessGroupKwargs(timeout=TIMEOUT)
+    if sharding == "DeepSpeed" and on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        group.backend = "gloo"
+        on_cpu = False  # with cpu=True accelerate would forget DeepSpeed; it finds the CPU by itself
+    elif sharding == "FSDP" and on_cpu:
+        _allow_sharding_on_cpu(group)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        kwargs_handlers=[group],
+        **arguments,
+    )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
+    if (launched := _num_launched()) != accelerator.num_processes:
         raise ValueError(
             f"{launched} processes were launched, but accelerate runs as {accelerator.num_processes}: they would train "
-            "apart. Use an accelerate file that fits this machine, for example accelerate_configs/cpu.yaml."
+            "apart. Use an accelerate file that fits this machine: accelerate_configs/multi_cpu.yaml for several "
+            "processes on the CPU, cpu.yaml for one."
         )
+    _check_sharding(accelerator, sharding)
+    if accelerator.gradient_accumulation_steps != gradient_accumulation_steps:
+        raise ValueError(
+            f"The accelerate file (or ACCELERATE_GRADIENT_ACCUMULATION_STEPS) says gradient_accumulation_steps="
+            f"{accelerator.gradient_accumulation_steps}, the recipe {gradient_accumulation_steps}. Take it out of the "
+            "accelerate file: it is the recipe's option."
+        )
+    if accelerator.is_fsdp2 and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
+        # accelerate would also add up the processes' gradients in half precision, and round the loss to its 3 digits.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=policy.param_dtype, reduce_dtype=torch.float32
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero.configure(accelerator, rows_per_device=per_device_train_batch_size, max_grad_norm=max_grad_norm)
     return accelerator
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() == "true"
+
+
+def _sharding_asked_for() -> str | None:
+    """What the launcher passed on of the file's distributed_type; what no checkpoint of ours can hold is refused."""
+    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError(
+            "distributed_type: MEGATRON_LM rewrites the model in a way that our checkpoints cannot hold. Use "
+            "accelerate_configs/fsdp2.yaml, which shards parameters, gradients and the optimizer's state."
+        )
+    if _is_set("ACCELERATE_USE_FSDP"):
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise ValueError(
+                "The accelerate file asks for FSDP1, which is accelerate's default, and whose flattened parameters our "
+                "checkpoints cannot hold. Set fsdp_version: 2 in its fsdp_config, or use accelerate_configs/fsdp2.yaml."
+            )
+        return "FSDP"
+    return "DeepSpeed" if _is_set("ACCELERATE_USE_DEEPSPEED") else None
+
+
+def _refuse_one_process_for_several() -> None:
+    """accelerate's plain launcher starts one process whatever --num_processes says; MASTER_ADDR gives it away."""
+    is_plain = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun's, three MPIs'
+    if is_plain and not any(name in os.environ for name in sizes):
+        raise ValueError(
+            "Several processes were asked for, but accelerate has started this one only, as it does with --cpu and "
+            "with distributed_type: MULTI_CPU or NO. Use accelerate_configs/multi_cpu.yaml for several processes on "
+            "the CPU, ddp.yaml for several GPUs. (If you want one process, set num_processes: 1 and unset MASTER_ADDR.)"
+        )
+
+
+def _check_mesh() -> None:
+    """accelerate notices a mesh of another size than the launch only by an error from deep inside torch."""
+    if not _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return
+    sizes = ParallelismConfig()  # from the environment
+    if sizes.non_data_parallel_size > 1:
+        raise ValueError(
+            "The accelerate file asks for tensor, context or sequence parallelism, whose processes share their rows; "
+            "in this loop each process reads its own. Set parallelism_config's tp_size, cp_size and sp_size to 1."
+        )
+    if sizes.total_size != _num_launched():
+        raise ValueError(
+            f"{_num_launched()} processes were launched for {sizes.dp_replicate_size} groups of {sizes.dp_shard_size}: "
+            f"that takes {sizes.total_size}. Launch as many by --num_processes, or other groups by "
+            "--parallelism_config_dp_replicate_size and --parallelism_config_dp_shard_size."
+        )
+
+
+def _num_launched() -> int:
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _has_accelerators() -> bool:
+    """Whether there is an accelerator for each process that runs here; an Apple GPU serves one process only."""
+    if not torch.accelerator.is_available():
+        return False
+    if torch.accelerator.current_accelerator().type == "mps":
+        return _num_launched() == 1
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if here > (found := torch.accelerator.device_count()):
+        raise ValueError(
+            f"{here} processes were launched on a machine with {found} accelerators, and each needs its own. Launch "
+            f"with --num_processes {found} (times the machines), or with accelerate_configs/multi_cpu.yaml for the CPU."
+        )
+    return True
+
+
+def _allow_sharding_on_cpu(group: InitProcessGroupKwargs) -> None:
+    """Have accelerate believe that processes on the CPU are several GPUs, without which it ignores FSDP.
+
+    The only use of a private name of accelerate's, and only on machines without accelerators.
+    """
+    state = PartialState(cpu=True, **group.to_kwargs())
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def _check_sharding(accelerator: Accelerator, asked: str | None) -> None:
+    kind = accelerator.distributed_type
+    active = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}.get(kind)
+    if asked is not None and asked != active:
+        raise ValueError(
+            f"{asked} was asked for, but accelerate runs as {kind.value} and would keep the model whole. Start the "
+            "recipe by `accelerate launch --config_file ...`, with accelerate_configs/ddp.yaml for whole models."
+        )
+
+
+def describe_sharding(accelerator: Accelerator) -> str:
+    """What several processes are to each other, in a word: "DDP", "FSDP2", "HSDP 2 x 4", "ZeRO-3"; "" for one alone."""
+    if accelerator.distributed_type == DistributedType.NO:
+        return ""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.deepspeed_plugin.deepspeed_config['zero_optimization']['stage']}"
+    if not accelerator.is_fsdp2:
+        return "DDP"
+    sizes = accelerator.parallelism_config
+    is_hybrid = sizes is not None and sizes.dp_replicate_size > 1
+    return f"HSDP {sizes.dp_replicate_size} x {sizes.dp_shard_size}" if is_hybrid else "FSDP2"
+
+
+@contextlib.contextmanager
+def leaving_at_once(accelerator: Accelerator) -> Iterator[None]:
+    """If the block fails in a run of several processes, this process ends without tearing anything down.
+
+    What Python tears down at its end, gloo and DeepSpeed may still be using: now and then such a process never ends,
+    and the launcher waits for it instead of ending the others and the job.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if accelerator.num_processes > 1:
+            is_check = isinstance(error, (ValueError, OSError, RuntimeError))  # what hfllm.arguments.run ends on with 2
+            atexit.register(_leave, 2 if is_check else 1)
+        raise
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def clip_gradient(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> float:
+    """Shorten the gradient to `max_norm`; returns its length before that, of the whole model on every process."""
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return float(norm)
 
 
 def keep_freed_memory(keep: bool = True) -> None:

@@ -17,7 +17,7 @@ class SpikeDetector:
             raise ValueError(f"A spike is above 0 standard deviations of 4 steps or more, not {sigmas} of {window}.")
         self.sigmas = sigmas
         self.window = window
-        self.past: deque[tuple[float, float]] = deque((tuple(pair) for pair in history or []), maxlen=window)
+        self.past = deque(((loss, grad_norm) for loss, grad_norm in history or []), maxlen=window)
 
     @property
     def history(self) -> list[list[float]]:

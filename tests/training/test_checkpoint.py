@@ -138,6 +138,7 @@ def test_a_checkpoint_before_the_first_step_resumes_bitwise(tiny_config, tmp_pat
     assert_identical(everything(*straight), everything(*fresh))
 
 
+@pytest.mark.fault(21)
 def test_the_folder_holds_safetensors_and_json_alone_and_a_tied_weight_once(tiny_config, tmp_path, accelerator):
     model, optimizer = build(tiny_config)
     train(model, optimizer, range(1))
@@ -267,6 +268,7 @@ def test_the_first_tensor_that_does_not_fit_is_named(tmp_path, accelerator, save
         load_checkpoint(path, model=own, optimizer=optimizers[1], accelerator=accelerator)
 
 
+@pytest.mark.fault(19)
 def test_another_optimizer_or_grouping_is_refused(tmp_path, accelerator):
     path = save_small(tmp_path, 1, accelerator)
     model, _ = small()
@@ -279,6 +281,7 @@ def test_another_optimizer_or_grouping_is_refused(tmp_path, accelerator):
             load_checkpoint(path, model=model, optimizer=optimizer, accelerator=accelerator)
 
 
+@pytest.mark.fault(19)
 def test_a_run_with_other_arguments_is_refused_and_told_each_difference():
     saved = {"seed": 1, "learning_rate": 1e-3, "dataset": "stdlib"}
     check_same_run(saved, dict(saved), "step-00000001")
@@ -308,6 +311,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.fault(3, 4, 5)
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("fault", DAMAGES)
 def test_a_damaged_file_is_named_and_the_checkpoint_before_it_is_taken(tmp_path, accelerator, caplog, file, fault):
@@ -325,6 +329,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_it_is_taken(tmp_path,
     ]
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize(
     "damage, fault",
     [
@@ -384,6 +389,7 @@ def test_loading_a_broken_one_by_name_is_refused(tmp_path, accelerator):
 # A full disk
 
 
+@pytest.mark.fault(6)
 def test_without_room_nothing_is_written_and_the_message_says_how_much(tmp_path, accelerator, monkeypatch):
     save_small(tmp_path, 1, accelerator, keep=1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1024))
@@ -392,6 +398,7 @@ def test_without_room_nothing_is_written_and_the_message_says_how_much(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+@pytest.mark.fault(6)
 def test_a_disk_that_fills_up_meanwhile_loses_the_new_checkpoint_only(tmp_path, accelerator, monkeypatch):
     def fill_up(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -408,6 +415,7 @@ def test_a_disk_that_fills_up_meanwhile_loses_the_new_checkpoint_only(tmp_path, 
     assert assert_whole(latest_checkpoint(tmp_path), accelerator) == 1
 
 
+@pytest.mark.fault(7)
 def test_an_output_folder_that_is_gone_or_closed_is_said(tmp_path, accelerator):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/checkpoints/step-00000001 could not be written: .*Not a directory"):
@@ -427,6 +435,7 @@ def disk_of_three_mebibytes(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.fault(6)
 @pytest.mark.skipif(not shutil.which("mount") or sys.platform != "linux", reason="mounts a tmpfs")
 @pytest.mark.parametrize("is_told", [True, False])
 def test_a_disk_that_is_really_full(disk_of_three_mebibytes, accelerator, monkeypatch, is_told):
@@ -452,6 +461,7 @@ class PowerCut(BaseException):
     """Like kill -9: nothing catches it, nothing cleans up."""
 
 
+@pytest.mark.fault(1)
 def test_a_stop_at_any_operation_of_a_save_leaves_a_whole_checkpoint(tmp_path, accelerator, monkeypatch):
     operations = [(os, "fsync"), (os, "rename"), (Path, "rename"), (Path, "mkdir"), (Path, "write_text")]
     operations += [(checkpoint_module, "save_file"), (shutil, "rmtree")]
@@ -525,6 +535,7 @@ def kill_saves(folder: str, num_kills: int) -> None:
     print(json.dumps(outcomes))
 
 
+@pytest.mark.fault(1)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("num_kills", [8, pytest.param(60, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments_always_leaves_a_whole_checkpoint(tmp_path, num_kills):

@@ -10,6 +10,7 @@ import pytest
 from hfllm.training.lock import run_lock
 
 
+@pytest.mark.fault(8)
 def test_a_second_run_in_the_same_folder_is_refused_and_told_by_whom(tmp_path):
     with run_lock(tmp_path / "run"):
         holder = f"process {os.getpid()} on {socket.gethostname()}"
@@ -30,6 +31,7 @@ def test_an_error_in_the_run_releases_the_lock(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(8)
 def test_the_lock_of_a_killed_run_is_taken_over(tmp_path, caplog):
     code = (
         "import sys, time; from hfllm.training.lock import run_lock\n"
@@ -77,6 +79,7 @@ def test_a_lock_that_someone_else_took_meanwhile_is_left_to_them(tmp_path):
     assert (tmp_path / ".lock").read_text() == "theirs"
 
 
+@pytest.mark.fault(7)
 def test_an_output_folder_that_cannot_be_used_is_said_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     message = r"output folder .*file/run cannot be used: .* Choose another"
