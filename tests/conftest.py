@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import hfllm
+from tests.faults import pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401  (the table of faults)
 
 
 # The book's texts and GPT-2's vocabulary, where the machine has them; tests that need them say so.

@@ -35,7 +35,8 @@ def run_pretrain() -> Callable:
         for name, values in options.items():
             argv += [f"--{name}", *map(str, values)] if isinstance(values, list) else []
         recipe.main(parse_arguments(recipe.PretrainArguments, argv))
-        return json.loads((Path(options["output_dir"]) / "metrics.json").read_text())
+        metrics = Path(options["output_dir"]) / "metrics.json"
+        return json.loads(metrics.read_text()) if metrics.exists() else {}  # a dry run writes none
 
     run.recipe = recipe
     return run

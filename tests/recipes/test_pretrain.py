@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import hfllm
-from hfllm.data import load_corpus, split_documents
+from hfllm.data import load_corpus, rows_of_step, split_documents
 from hfllm.report import read_log
 
 
@@ -93,8 +93,8 @@ def test_the_first_loss_is_a_hand_count_over_the_steps_rows(run_pretrain, small)
         **{name: str(value) if name.endswith("dir") else value for name, value in options.items()}
     )
     args.dataset = str(args.dataset)
-    data = recipe.prepare_data(args, AutoTokenizer.from_pretrained(small["output_dir"]), recipe.start_accelerator())
-    [rows] = recipe.rows_of_step(0, rows_per_step=4, num_rows=len(data.train), seed=7)
+    data = recipe.load_text(args, AutoTokenizer.from_pretrained(small["output_dir"]), recipe.start_accelerator())
+    [rows] = rows_of_step(0, rows_per_step=4, num_rows=len(data.train), seed=7)
     nats, targets = 0.0, 0
     for row in rows:
         batch = data.train.batch(np.array([row]))
@@ -115,9 +115,9 @@ def test_a_logged_loss_is_the_mean_over_the_tokens_since_the_line_before(run_pre
     args = recipe.PretrainArguments(
         dataset=str(small["dataset"]), cache_dir=str(small["cache_dir"]), validation_fraction=0.2, block_size=32
     )
-    data = recipe.prepare_data(args, AutoTokenizer.from_pretrained(small["tokenizer"]), recipe.start_accelerator())
+    data = recipe.load_text(args, AutoTokenizer.from_pretrained(small["tokenizer"]), recipe.start_accelerator())
     order = {"rows_per_step": 4, "num_rows": len(data.train), "seed": 42}
-    targets = [data.train.num_targets[recipe.rows_of_step(step, **order)[0]].sum() for step in range(12)]
+    targets = [data.train.num_targets[rows_of_step(step, **order)[0]].sum() for step in range(12)]
     assert len(set(targets)) > 1  # or a mean of means would be the same
     each = losses_of(tmp_path / "every")
     expected = [np.average(each[first : first + 6], weights=targets[first : first + 6]) for first in (0, 6)]
@@ -145,6 +145,7 @@ def test_a_run_that_was_cut_ends_with_the_very_weights_of_one_that_was_not(run_p
     assert losses_of(tmp_path / "straight") == losses_of(tmp_path / "cut")
 
 
+@pytest.mark.fault(20)
 def test_a_finished_run_has_nothing_to_do(run_pretrain, small, capsys):
     run_pretrain(**small)
     weights = (small["output_dir"] / "model.safetensors").stat().st_mtime_ns
@@ -214,6 +215,7 @@ def test_windows_of_one_long_text_train_and_are_scored_once(run_pretrain, small,
     assert metrics["eval_tokens"] == len(tokenizer.encode(held_out, add_special_tokens=False)) - 1
 
 
+@pytest.mark.fault(11)
 def test_a_gradient_that_is_not_finite_updates_nothing_and_in_the_end_stops_the_run(run_pretrain, small, monkeypatch):
     recipe = run_pretrain.recipe
     monkeypatch.setattr(
@@ -258,6 +260,7 @@ BAD_INPUT = {
 }
 
 
+@pytest.mark.fault(14, 15, 16, 18)
 @pytest.mark.parametrize(("wrong", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
 def test_bad_input_stops_before_the_work_starts(run_pretrain, small, tmp_path, wrong, message):
     wrong = wrong(tmp_path) if callable(wrong) else wrong
@@ -267,6 +270,7 @@ def test_bad_input_stops_before_the_work_starts(run_pretrain, small, tmp_path, w
     assert not (small["output_dir"] / "log.jsonl").exists()
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -288,7 +292,19 @@ def test_a_tracker_gets_what_the_log_gets(run_pretrain, small):
     assert list(small["output_dir"].rglob("events.out.tfevents*"))
 
 
+@pytest.mark.fault(22)
 @pytest.mark.slow
+def test_a_tracker_that_fails_does_not_end_the_run(run_pretrain, small, monkeypatch):
+    def fail(self, values, step=None, **kwargs):
+        raise ConnectionError("the tracker's server is gone")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", fail)
+    with pytest.warns(UserWarning, match="server is gone"):
+        metrics = run_pretrain(**small, report_to=["tensorboard"])
+    assert metrics["train_steps"] == 12
+    assert len(losses_of(small["output_dir"])) == 12
+
+
 def test_two_processes_take_the_steps_of_one(run_pretrain, small, tmp_path):
     """DDP over gloo: the same losses and gradient norms, though each process sees half of a step's rows."""
     options = {**small, "max_steps": 6, "learning_rate": 1e-2, "save_steps": 6}
@@ -305,6 +321,7 @@ def test_two_processes_take_the_steps_of_one(run_pretrain, small, tmp_path):
         np.testing.assert_allclose(values[0], values[1], rtol=2e-6, err_msg=key)
 
 
+@pytest.mark.fault(10)
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_stops_and_the_same_command_goes_on(small, signal_number):
@@ -330,3 +347,72 @@ def test_a_signal_saves_stops_and_the_same_command_goes_on(small, signal_number)
     subprocess.run(command, cwd=root, check=True, timeout=240)
     assert json.loads((small["output_dir"] / "metrics.json").read_text())["train_steps"] == 200
     assert len(losses_of(small["output_dir"])) == 200
+
+
+def test_a_dry_run_tells_what_the_run_would_need_and_writes_nothing(run_pretrain, small, tmp_path, capsys):
+    run_pretrain(**{**small, "output_dir": tmp_path / "dry", "dry_run": True})
+    told = capsys.readouterr().out
+    assert not (tmp_path / "dry").exists()
+    num_parameters = 30_304
+    assert f"{4 * num_parameters / 2**20:10,.1f} MiB" in told  # parameters, and as much for the gradients
+    assert "kept for the backward pass" in told
+    assert "5.00e-04 at step 0" in told  # half of it, in two steps of warm-up
+    assert "tokens 0 to" in told and "targets" in told
+    assert "Without --dry_run, it starts" in told
+
+
+def test_a_dry_run_leaves_a_run_that_stands_there_alone(run_pretrain, small, tmp_path, capsys):
+    run_pretrain(**{**small, "output_dir": tmp_path / "run"})
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    run_pretrain(**{**small, "output_dir": tmp_path / "run", "dry_run": True, "overwrite_output_dir": True})
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    assert "would go on from step-" in capsys.readouterr().out
+
+
+def test_a_streamed_run_that_is_cut_goes_on_to_the_same_weights(run_pretrain, small, tmp_path):
+    streamed = {"streaming": True, "max_steps": 12, "save_steps": 6}
+    run_pretrain(**{**small, "output_dir": tmp_path / "whole", **streamed})
+    recipe = run_pretrain.recipe
+    original = recipe.StopRequest.agreed
+    recipe.StopRequest.agreed = lambda self: read_log(tmp_path / "cut" / "log.jsonl")[-1]["step"] == 6
+    with pytest.raises(SystemExit):
+        run_pretrain(**{**small, "output_dir": tmp_path / "cut", **streamed})
+    recipe.StopRequest.agreed = original
+    run_pretrain(**{**small, "output_dir": tmp_path / "cut", **streamed})
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_stream_needs_to_know_when_to_stop(run_pretrain, small, tmp_path):
+    del small["max_steps"]
+    with pytest.raises(ValueError, match="give --max_steps"):
+        run_pretrain(**{**small, "output_dir": tmp_path / "out", "streaming": True})
+
+
+@pytest.mark.fault(12)
+def test_a_spike_is_not_followed(run_pretrain, small, tmp_path, monkeypatch):
+    recipe = run_pretrain.recipe
+    judged = []
+
+    def is_spike(self, loss, grad_norm):
+        judged.append((loss, grad_norm))
+        return len(judged) == 3
+
+    monkeypatch.setattr(recipe.SpikeDetector, "is_spike", is_spike)
+    run_pretrain(
+        **{
+            **small,
+            "output_dir": tmp_path / "out",
+            "max_steps": 3,
+            "save_steps": 1,
+            "save_total_limit": 3,
+            "skip_spikes": 6.0,
+        }
+    )
+    second, third = (
+        load_file(tmp_path / "out" / "checkpoints" / f"step-{step:08d}" / "model.safetensors") for step in (2, 3)
+    )
+    assert all(torch.equal(second[name], third[name]) for name in second)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["skipped_updates"] == 1
+    logged = read_log(tmp_path / "out" / "log.jsonl")[-1]
+    assert judged[-1][1] == pytest.approx(logged["grad_norm"])

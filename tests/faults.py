@@ -1,0 +1,59 @@
+"""The faults that tests inject for real, and the table of them at the end of a test run.
+
+A test that injects one is marked `@pytest.mark.fault(number)`. The table tells for each how many tests tried it in this
+run, and whether the run survived it.
+"""
+
+from collections import defaultdict
+
+import pytest
+
+
+FAULTS = {
+    1: "kill -9 during a save, at random moments",
+    2: "kill -9 between steps and during an evaluation",
+    3: "a truncated, empty or missing file in the newest checkpoint",
+    4: "one flipped byte in weights or optimizer state",
+    5: "the optimizer's or the loop's state missing",
+    6: "a full disk",
+    7: "an output folder that is read-only, or gone",
+    8: "two runs in one output folder",
+    9: "another number of processes than were launched",
+    10: "SIGTERM and Ctrl-C",
+    11: "a loss or gradient that is not finite",
+    12: "a spike of loss or gradient",
+    13: "a process of several dies, or their launcher",
+    14: "a corrupt JSON line, or records of mixed shapes",
+    15: "bytes that are not UTF-8, NUL, byte-order marks",
+    16: "empty files and documents, and too little text",
+    17: "control tokens' text in a document",
+    18: "a tokenizer that does not fit the model, or has changed",
+    19: "resuming with another shape, text, seed or schedule",
+    20: "resuming a finished run",
+    21: "a pickle in a checkpoint",
+    22: "a tracker that fails",
+}
+OUTCOMES: dict[int, list[str]] = defaultdict(list)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.when == "call" or not report.passed:  # a fixture that fails or skips counts too
+        for mark in item.iter_markers("fault"):
+            for number in mark.args:
+                assert number in FAULTS, f"{item.nodeid} injects fault {number}, which tests/faults.py does not list"
+                OUTCOMES[number].append(report.outcome)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not OUTCOMES:
+        return
+    terminalreporter.section("faults tried")
+    for number in sorted(OUTCOMES):
+        failed, passed, skipped = (OUTCOMES[number].count(outcome) for outcome in ("failed", "passed", "skipped"))
+        verdict = "FAILED" if failed else "survived" if passed else "skipped"
+        counts = f"{passed + failed} tests" + (f", {skipped} skipped" if skipped else "")
+        terminalreporter.write_line(f"{number:3d}  {FAULTS[number]:62s} {verdict:10s} {counts}")
+    if others := [str(number) for number in FAULTS if number not in OUTCOMES]:
+        terminalreporter.write_line(f"not tried by the tests selected here: {', '.join(others)}")
