@@ -116,8 +116,8 @@ class BookTest(CommonTest, unittest.TestCase):
 
 # Each test about rotary positions starts from a config that has them.
 for name in dir(BookTest):
-    if name.startswith("test_model_rope_") and callable(test := getattr(BookTest, name)):
-        setattr(BookTest, name, unittest.skip("Learned positions are not rotary")(test))
+    if name.startswith("test_model_rope_") and callable(method := getattr(BookTest, name)):
+        setattr(BookTest, name, unittest.skip("Learned positions are not rotary")(method))
 
 
 class LlamaTest(CommonTest, unittest.TestCase):
