@@ -38,7 +38,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from . import zero
@@ -113,10 +112,9 @@ def save_model(directory: str | Path, *, model: PreTrainedModel, accelerator: Ac
     tied = _tied_names(bare)
     weights = {name: tensor for name, tensor in weights.items() if name not in tied}
     # FSDP2 changes the model's class and DeepSpeed its type, and both would be written into config.json: so it is an
-    # empty model of the same config that is saved, with these weights.
-    model_class = next(kind for kind in type(bare).__mro__ if not issubclass(kind, FSDPModule))
+    # empty model of the same config that is saved, with these weights. (FSDP2's class makes models of the first one.)
     with torch.device("meta"):
-        whole = model_class(bare.config)
+        whole = type(bare)(bare.config)
     whole.generation_config = bare.generation_config
     whole.save_pretrained(directory, state_dict=weights)
 

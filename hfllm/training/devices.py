@@ -15,7 +15,6 @@ from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 
 from . import zero
 
@@ -214,10 +213,7 @@ def _leave(code: int) -> None:
 
 def clip_gradient(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> float:
     """Shorten the gradient to `max_norm`; returns its length before that, of the whole model on every process."""
-    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    return float(norm)
+    return float(accelerator.clip_grad_norm_(model.parameters(), max_norm))  # a sharded one is added up by that
 
 
 def keep_freed_memory(keep: bool = True) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from hfllm.report import read_log
@@ -36,12 +35,11 @@ def run(words: list[str], *, timeout: float = 300, **variables: str) -> subproce
     )
 
 
-def probe(config: str | Path, num_processes: int, *launcher_options: object) -> list[dict]:
+def probe(folder: Path, config: str | Path, num_processes: int, *launcher_options: object) -> list[dict]:
     """What each process of a launch says about itself and the gradient it helped to make, see probe.py."""
-    with tempfile.TemporaryDirectory() as folder:
-        finished = run([*command(config, num_processes, *launcher_options), str(PROBE), folder])
-        assert finished.returncode == 0, finished.stdout + finished.stderr
-        return [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
+    finished = run([*command(config, num_processes, *launcher_options), str(PROBE), str(folder)])
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 def recipe(options: dict[str, object]) -> list[str]:

@@ -40,17 +40,20 @@ def gradient_norm_of_one_process() -> float:
     return float(torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()]))
 
 
-def check(answers: list[dict], num_processes: int, sharding: str) -> None:
+def check(folder: Path, num_processes: int, sharding: str, answers: list[dict]) -> None:
     assert [answer["process"] for answer in answers] == list(range(num_processes))
     for answer in answers:
         assert answer["num_processes"] == num_processes
         assert answer["sharding"] == sharding
         assert answer["grad_norm"] == pytest.approx(gradient_norm_of_one_process(), rel=1e-6)
+        assert answer["sees_infinity"]
+    before, after = (folder / name / "step-00000000" / "model.safetensors" for name in ("before", "after"))
+    assert before.read_bytes() == after.read_bytes()
 
 
-def test_fsdp2_shards_on_any_machine():
+def test_fsdp2_shards_on_any_machine(tmp_path):
     """The default run's own launch; the others are slow."""
-    check(probe("fsdp2.yaml", 2), 2, "FSDP2")
+    check(tmp_path, 2, "FSDP2", probe(tmp_path, "fsdp2.yaml", 2))
 
 
 @pytest.mark.slow
@@ -66,8 +69,8 @@ def test_fsdp2_shards_on_any_machine():
         pytest.param("deepspeed_zero3.yaml", 2, "ZeRO-3", [], marks=needs_deepspeed),
     ],
 )
-def test_a_launch_is_what_its_file_says(config, num_processes, sharding, options):
-    check(probe(config, num_processes, *options), num_processes, sharding)
+def test_a_launch_is_what_its_file_says(tmp_path, config, num_processes, sharding, options):
+    check(tmp_path, num_processes, sharding, probe(tmp_path, config, num_processes, *options))
 
 
 def changed(tmp_path: Path, name: str, **changes: object) -> Path:
