@@ -14,7 +14,8 @@ import {pathToFileURL} from "node:url";
 
 process.on("uncaughtException", (error) => {
     console.error(String(error)); // without the stack: llama.cpp's own messages are what explains it
-    process.exit(1);
+    // Those come from a thread of its own, and may still be waiting in the event loop: let it turn before the end.
+    setTimeout(() => process.exit(1), 200);
 });
 
 const [jobFile, resultFile] = process.argv.slice(2);
