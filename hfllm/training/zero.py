@@ -54,7 +54,7 @@ def gather_weights(model: nn.Module, accelerator: Accelerator) -> dict[str, torc
         value = safe_get_full_fp32_param(parameter)
         if value is None:  # a frozen parameter
             with GatheredParameters([parameter]):
-                value = parameter.detach()
+                value = parameter.detach().clone()
         if accelerator.is_main_process:
             state[name] = value.to("cpu", torch.float32, copy=True)
     if accelerator.is_main_process:
@@ -128,8 +128,9 @@ def load_optimizer(model: nn.Module, zero: Any, optimizer_state: dict[str, Any],
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     zero.optimizer.state.clear()
     for flat, parameters in _partitions(zero):
-        # One number (the step) stands for all parameters of a piece: they were all updated together.
-        for what, value in (plan.get(names[id(parameters[0])]) or {}).items():
+        # One number (the step) stands for all parameters of a piece: they are all updated together.
+        saved = next((values for parameter in parameters if (values := plan.get(names[id(parameter)]))), {})
+        for what, value in saved.items():
             is_number = torch.is_tensor(value)
             zero.optimizer.state[flat][what] = (
                 torch.zeros_like(flat) if value is None else value.to(flat.device) if is_number else value
@@ -184,12 +185,9 @@ def _partitions(zero: Any) -> list[tuple[torch.Tensor, list[nn.Parameter]]]:
 def _piece(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
     """This process's piece of a whole tensor, cut as ZeRO-3 cuts: flat, padded with zeros to equal pieces."""
     size = parameter.ds_tensor.numel()
-    rank, number = (function(parameter.ds_process_group) for function in (torch.distributed.get_rank, _size))
+    rank = torch.distributed.get_rank(parameter.ds_process_group)
+    number = torch.distributed.get_world_size(parameter.ds_process_group)
     return nn.functional.pad(value.flatten(), (0, size * number - value.numel()))[rank * size : (rank + 1) * size]
-
-
-def _size(group: Any) -> int:
-    return torch.distributed.get_world_size(group)
 
 
 def _broadcast(
