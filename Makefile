@@ -65,7 +65,7 @@ demo: install  ## Train a tokenizer and a small model on Python's own library, a
 test: install  ## Lint, and run the tests that need neither GPU nor network nor much time
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: install-interop  ## Run the tests that take minutes, other people's tools included
 	$(BIN)/python -m pytest -m "slow and not gpu and not hub"

@@ -6,13 +6,18 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 import hfllm
-from tests.faults import pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401  (the table of faults)
+from tests.faults import (  # noqa: F401  (the table of faults)
+    pytest_runtest_logreport,
+    pytest_runtest_makereport,
+    pytest_terminal_summary,
+)
 
 
 # The book's texts and GPT-2's vocabulary, where the machine has them; tests that need them say so.
@@ -25,6 +30,10 @@ def book_data() -> Path:
         pytest.skip(f"needs the book's data in {BOOK_DATA}")
     return BOOK_DATA
 
+
+# A worker of pytest-xdist ignores Ctrl-C, and so would every process that a test starts in it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # These models are so small that a second thread costs more than it brings.
 torch.set_num_threads(1)

@@ -43,7 +43,13 @@ def pytest_runtest_makereport(item, call):
         for mark in item.iter_markers("fault"):
             for number in mark.args:
                 assert number in FAULTS, f"{item.nodeid} injects fault {number}, which tests/faults.py does not list"
-                OUTCOMES[number].append(report.outcome)
+                report.user_properties.append(("fault", number))  # what a worker of pytest-xdist hands over too
+
+
+def pytest_runtest_logreport(report):
+    for name, number in report.user_properties:
+        if name == "fault":
+            OUTCOMES[number].append(report.outcome)
 
 
 def pytest_terminal_summary(terminalreporter):
