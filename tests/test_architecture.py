@@ -15,6 +15,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokenization": set(),
     "report": {"report"},
     "hub": {"conversion", "hub", "model", "report", "tokenization"},
+    "progress": {"report"},
     "model": {"model"},
     "data": {"data"},
     "training": {"training"},
