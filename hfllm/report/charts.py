@@ -49,8 +49,9 @@ def chart(title: str, lines: Sequence[Line], *, unit: str = "", can_be_logarithm
     is_logarithmic = can_be_logarithmic and 0 < 2 * low < high
     ticks = _log_ticks(low, high) if is_logarithmic else _ticks(min(low, 0.0) if low < 0.4 * high else low, high)
     bottom, top = min(low, ticks[0]), max(high, ticks[-1])
-    first, last = min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines)
-    first = 0 if first < 0.1 * last else first
+    first = float(min(line.steps[0] for line in lines))
+    last = float(max(line.steps[-1] for line in lines))
+    first = 0.0 if first < 0.1 * last else first
     x_ticks = _step_ticks(first, last)
 
     def x_of(step: float) -> float:
@@ -64,16 +65,19 @@ def chart(title: str, lines: Sequence[Line], *, unit: str = "", can_be_logarithm
     drawing = "".join(f'<path class="grid" d="M0 {y_of(tick):.2f}H100"/>' for tick in ticks)
     drawing += "".join(_draw(line, x_of, y_of) for line in lines)
     y_labels = "".join(f'<span style="top:{y_of(tick):.2f}%">{_number(tick)}</span>' for tick in ticks)
-    x_labels = "".join(f'<span style="left:{x_of(tick):.2f}%">{tick:,.0f}</span>' for tick in x_ticks)
+    x_labels = "".join(
+        f'<span style="left:{x_of(tick):.2f}%">{"step " if tick == x_ticks[0] else ""}{tick:,.0f}</span>'
+        for tick in x_ticks
+    )
     legend = "".join(
         f'<span class="key s{line.color % COLORS}">{escape(line.label)} <b>{_last(line.values)}</b></span>'
         for line in lines
     )
-    scale = {"first": float(first), "last": float(last), "bottom": bottom, "top": top, "log": is_logarithmic}
+    scale = {"first": first, "last": last, "bottom": bottom, "top": top, "log": is_logarithmic}
     data = [{"label": line.label, "color": line.color % COLORS, "points": _points(line, digits=5)} for line in lines]
-    kind = ", logarithmic" if is_logarithmic else ""
+    subtitle = ", ".join([unit] * bool(unit) + ["logarithmic"] * is_logarithmic)
     return f"""<figure class="chart" data-scale="{escape(json.dumps(scale))}" data-lines="{escape(json.dumps(data))}">
-<figcaption>{escape(title)}{f" <small>{escape(unit)}{kind}</small>" if unit or kind else ""}</figcaption>
+<figcaption>{escape(title)}{f" <small>{escape(subtitle)}</small>" if subtitle else ""}</figcaption>
 <div class="legend">{legend}</div>
 <div class="frame"><div class="y">{y_labels}</div><div class="plot">
 <svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{escape(title)}">{drawing}</svg>
@@ -141,7 +145,7 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    digits = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 20 * low else (1, 2, 5) if high < 500 * low else (1,)
+    digits = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 4 * low else (1, 2, 5) if high < 500 * low else (1,)
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [digit * 10.0**exponent for exponent in exponents for digit in digits]
     below = max((tick for tick in ticks if tick <= low), default=low)

@@ -20,6 +20,7 @@ from .words import (
     format_seconds,
     format_value,
     label_of,
+    plain_value,
     sentence_about,
     short_number,
 )
@@ -62,7 +63,7 @@ def render_run(run: Run) -> str:
         ("What it wrote as training went", _samples(run.samples)),
         ("Evaluation", _evaluation(run)),
         ("Tokenizer", _tokenizer(run.tokenizer_report)),
-        ("Arguments", _definitions(run.arguments, many=True)),
+        ("Arguments", _arguments(run.arguments)),
         ("Model", _definitions(_shape(run), many=True)),
         ("Environment", _definitions(run.environment, many=True)),
     ]
@@ -146,6 +147,7 @@ def _tiles(run: Run) -> str:
             figure = short_number(value)
         else:
             figure = format_seconds(value) if name == "train_seconds" else format_value(value, name)
+            figure = f"{value:.4g}" if name.endswith("perplexity") and value < 1000 else figure
         tiles.append(f'<div class="tile"><b>{_text(figure)}</b><span>{_text(label_of(name))}</span></div>')
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
@@ -296,6 +298,16 @@ def _tokenizer(report: dict[str, Any]) -> str:
 {f'<p class="quiet">Its longest tokens:</p><p>{tokens}</p>' if tokens else ""}</div>"""
 
 
+def _arguments(arguments: dict[str, Any]) -> str:
+    """The options by their own names; those that were not given and have no default are left out."""
+    items = "".join(
+        f"<div><dt><code>{_text(name)}</code></dt><dd>{_text(plain_value(value))}</dd></div>"
+        for name, value in arguments.items()
+        if value is not None
+    )
+    return f'<div class="card many"><dl>{items}</dl></div>' if items else ""
+
+
 def _definitions(values: dict[str, Any], *, many: bool = False) -> str:
     return f'<div class="card{" many" if many else ""}">{_definition_list(values)}</div>' if values else ""
 
@@ -351,10 +363,10 @@ def _compared_arguments(runs: Sequence[Run], names: Sequence[str]) -> str:
     keys = dict.fromkeys(key for run in runs for key in run.arguments)
     rows = []
     for key in keys:
-        values = [format_value(run.arguments[key], key) if key in run.arguments else "" for run in runs]
+        values = [plain_value(run.arguments.get(key)) for run in runs]
         if len(set(values)) > 1:
             cells = "".join(f'<td class="number">{_text(value)}</td>' for value in values)
-            rows.append(f"<tr><th>{_text(key)}</th>{cells}</tr>")
+            rows.append(f"<tr><th><code>{_text(key)}</code></th>{cells}</tr>")
     return _comparison_table(names, rows)
 
 

@@ -59,8 +59,8 @@ class Run:
         for name, value in self.metrics.items():
             if not name.endswith("confusion_matrix"):
                 continue
-            counts = value.get("counts", value.get("matrix")) if isinstance(value, dict) else value
-            labels = value.get("labels") if isinstance(value, dict) else self.metrics.get("labels")
+            counts: Any = value.get("counts", value.get("matrix")) if isinstance(value, dict) else value
+            labels: Any = value.get("labels") if isinstance(value, dict) else self.metrics.get("labels")
             if labels is None:
                 id2label = self.config.get("id2label") or {}
                 labels = [id2label[key] for key in sorted(id2label, key=int)]

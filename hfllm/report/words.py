@@ -69,6 +69,13 @@ def format_value(value: Any, name: str = "") -> str:
     return f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.4g}"
 
 
+def plain_value(value: Any) -> str:
+    """An option's value as one would type it, with separators in large counts."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None else format_value(value, "seed" if isinstance(value, int) and value < 10_000 else "")
+
+
 def format_seconds(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
