@@ -3,6 +3,7 @@
 from .card import write_card
 from .errors import PushError
 from .push import check_repo_id, push_to_hub
+from .training import TrainingPush
 
 
-__all__ = ["PushError", "check_repo_id", "push_to_hub", "write_card"]
+__all__ = ["PushError", "TrainingPush", "check_repo_id", "push_to_hub", "write_card"]

@@ -38,8 +38,14 @@ def line_of(log: list[dict[str, Any]], key: str, label: str, *, color: int, is_d
     return Line(label, steps, values, color, is_dotted) if np.isfinite(values).any() else None
 
 
-def chart(title: str, lines: Sequence[Line], *, unit: str = "", can_be_logarithmic: bool = False) -> str:
-    """A chart as HTML, or nothing if there are no lines. Values that are not finite leave a gap."""
+def chart(
+    title: str, lines: Sequence[Line], *, unit: str = "", can_be_logarithmic: bool = False, from_zero: bool = False
+) -> str:
+    """A chart as HTML, or nothing if there are no lines. Values that are not finite leave a gap.
+
+    An axis is logarithmic, where it may be, if the largest value is more than twice the smallest; it begins at zero
+    where the values come near it, or always (`from_zero`).
+    """
     lines = [line for line in lines if np.isfinite(line.values).any()]
     if not lines:
         return ""
@@ -47,7 +53,11 @@ def chart(title: str, lines: Sequence[Line], *, unit: str = "", can_be_logarithm
     low, high = float(finite.min()), float(finite.max())
     # The first steps fall from log(vocab_size); on a linear axis they would take the room of all the others.
     is_logarithmic = can_be_logarithmic and 0 < 2 * low < high
-    ticks = _log_ticks(low, high) if is_logarithmic else _ticks(min(low, 0.0) if low < 0.4 * high else low, high)
+    ticks = (
+        _log_ticks(low, high)
+        if is_logarithmic
+        else _ticks(min(low, 0.0) if from_zero or low < 0.4 * high else low, high)
+    )
     bottom, top = min(low, ticks[0]), max(high, ticks[-1])
     first = float(min(line.steps[0] for line in lines))
     last = float(max(line.steps[-1] for line in lines))

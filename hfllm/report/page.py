@@ -174,7 +174,7 @@ def _panel(key: str, title: str, unit: str, runs: Sequence[Run], names: Sequence
         line = line_of(run.log, key, name or label_of(key), color=color, is_dotted=is_evaluation)
         if line is not None:
             lines.append(line)
-    return chart(title, lines, unit=unit, can_be_logarithmic=key == "grad_norm")
+    return chart(title, lines, unit=unit, can_be_logarithmic=key == "grad_norm", from_zero=key == "tokens_per_second")
 
 
 def _compared_curves(runs: Sequence[Run], names: Sequence[str]) -> str:

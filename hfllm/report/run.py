@@ -170,9 +170,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer_report(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The report that lies in the run's folder, or in that of the tokenizer it was given."""
-    places = [folder, *(Path(str(arguments[name])) for name in ("tokenizer", "model") if arguments.get(name))]
-    return next(filter(None, (_read_json(place / TOKENIZER_REPORT_FILE) for place in places)), {})
+    """The report of the tokenizer that the run used: it lies in the run's folder, or in the tokenizer's."""
+    names = [arguments.get("tokenizer") or "out/tokenizer", arguments.get("model")] if arguments else []
+    sha256 = _read_json(folder / "metrics.json").get("tokenizer_sha256")
+    for place in (folder, *(Path(str(name)) for name in names if name)):
+        report = _read_json(place / TOKENIZER_REPORT_FILE)
+        if report and sha256 in (None, report.get("fingerprint")):
+            return report
+    return {}
 
 
 def _read_samples(path: Path) -> list[tuple[int, str]]:
