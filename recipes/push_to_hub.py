@@ -28,7 +28,7 @@ import hfllm  # noqa: F401  (registers the model with transformers)
 from hfllm.arguments import run
 from hfllm.hub import check_repo_id, push_to_hub
 from hfllm.hub.contents import check_model_folder
-from hfllm.hub.forms import save_merged, save_native
+from hfllm.hub.forms import save_adapter_alone, save_merged, save_native
 
 
 @dataclass
@@ -37,7 +37,7 @@ class PushArguments:
     repo_id: str = HfArg(help="Where to: owner/name on the Hub. Made if it is not there.")
     private: bool = HfArg(default=False, help="Make the repository a private one.")
     revision: str | None = HfArg(default=None, help="Branch to push to, made if it is not there; default: main.")
-    adapter: bool = HfArg(default=False, help="Insist that the folder holds a LoRA adapter, and push that alone.")
+    adapter: bool = HfArg(default=False, help="Push the LoRA adapter alone: the folder, or adapter/ in it.")
     base_model: str | None = HfArg(default=None, help="Id of the adapter's base on the Hub, if it says a folder here.")
     merge: bool = HfArg(default=False, help="Merge the adapter into its base, and push the whole model.")
     native: bool = HfArg(default=False, help="Push the gpt2, llama or qwen3 that the model is, without code of ours.")
@@ -48,7 +48,10 @@ class PushArguments:
     def check(self) -> None:
         """Stop at the door what cannot go together, before anything is loaded or sent."""
         check_repo_id(self.repo_id)
-        kind = check_model_folder(Path(self.model).expanduser())
+        folder = Path(self.model).expanduser()
+        kind = check_model_folder(folder)
+        if self.adapter and kind == "model" and (folder / "adapter" / "adapter_config.json").exists():
+            kind = "adapter"  # a fine-tuning recipe left it beside the merged model
         if self.adapter and self.merge:
             raise ValueError("--adapter pushes the adapter alone, --merge the whole model. Leave one of them out.")
         for name in ("adapter", "merge", "base_model"):
@@ -62,12 +65,15 @@ def main(args: PushArguments) -> None:
     args.check()
     logging.basicConfig(format="%(message)s")
     disable_progress_bar()
-    with tempfile.TemporaryDirectory() as merged, tempfile.TemporaryDirectory() as native:
+    with tempfile.TemporaryDirectory() as beside, tempfile.TemporaryDirectory() as native:
         # 1. The form it is to have there
         folder = args.model
+        if args.adapter and not (Path(folder).expanduser() / "adapter_config.json").exists():
+            save_adapter_alone(folder, beside)
+            folder = beside
         if args.merge:
-            save_merged(folder, merged)
-            folder = merged
+            save_merged(folder, beside)
+            folder = beside
         if args.native:
             save_native(folder, native)
             folder = native

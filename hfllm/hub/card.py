@@ -191,11 +191,12 @@ def _results(run: Run) -> str:
 def _samples(run: Run) -> str:
     if not run.samples:
         return ""
-    step, text = run.samples[-1]
+    heading, text = run.samples[-1]
+    said = f"What it wrote at step {heading:,}" if isinstance(heading, int) else f"What it wrote when asked: {heading}"
     text = text[:MAX_SAMPLE_CHARACTERS]
     longest = max((len(match) for match in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"## A sample\n\nWhat it wrote at step {step:,}, drawn and not chosen:\n\n{fence}text\n{text}\n{fence}"
+    return f"## A sample\n\n{said}\n\n{fence}text\n{text}\n{fence}"
 
 
 def _dataset(run: Run) -> str:

@@ -46,6 +46,18 @@ def save_merged(folder: str | Path, target: str | Path) -> None:
     _copy_run(folder, target)
 
 
+def save_adapter_alone(folder: str | Path, target: str | Path) -> None:
+    """Write into `target` the adapter that a fine-tuning run left in `adapter/`, with what tells of the run."""
+    folder, target = Path(folder).expanduser(), Path(target)
+    for path in folder.iterdir():
+        if path.name.startswith(("tokenizer", "chat_template", "special_tokens")) and path.is_file():
+            shutil.copyfile(path, target / path.name)
+    _copy_run(folder, target)
+    (target / "README.md").unlink(missing_ok=True)  # the merged model's
+    for path in (folder / "adapter").iterdir():
+        shutil.copyfile(path, target / path.name)
+
+
 def save_native(folder: str | Path, target: str | Path) -> None:
     """Write into `target` the gpt2, llama or qwen3 that a model of ours is, see `to_native`."""
     folder = Path(folder).expanduser()

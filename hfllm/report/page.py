@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .charts import Line, chart, line_of
-from .run import Confusion, Run
+from .run import Confusion, Run, is_confusion
 from .words import (
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
@@ -58,9 +58,10 @@ def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
 
 def render_run(run: Run) -> str:
     """The page of one run, as HTML."""
+    is_by_step = all(isinstance(heading, int) for heading, _ in run.samples)
     sections = [
         ("Curves", _curves(run)),
-        ("What it wrote as training went", _samples(run.samples)),
+        ("What it wrote as training went" if is_by_step else "What it answers", _samples(run.samples)),
         ("Evaluation", _evaluation(run)),
         ("Tokenizer", _tokenizer(run.tokenizer_report)),
         ("Arguments", _arguments(run.arguments)),
@@ -220,7 +221,7 @@ def _evaluation(run: Run) -> str:
     parts = [f'<div class="card many">{_definition_list(plain)}</div>'] if plain else []
     tables = [_confusion(confusion) for confusion in run.confusions]
     for name, value in run.metrics.items():
-        if isinstance(value, (dict, list)) and not name.endswith("confusion_matrix") and name != "labels":
+        if isinstance(value, (dict, list)) and not is_confusion(name) and name != "labels":
             tables.append(_nested(name, value))
     parts += [f'<div class="card wide" style="margin-top:14px">{table}</div>' for table in tables if table]
     hashes = {name: value for name, value in run.metrics.items() if name.endswith("sha256")}

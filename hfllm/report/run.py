@@ -17,7 +17,8 @@ from .log import read_log
 logger = logging.getLogger(__name__)
 
 TOKENIZER_REPORT_FILE = "tokenizer_report.json"
-SAMPLE_HEADING = re.compile(r"^--- step (\d+)$", re.MULTILINE)
+STEP_HEADING = re.compile(r"^--- step (\d+)$", re.MULTILINE)
+HEADING = re.compile(r"^--- (.+)$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Run:
     config: dict[str, Any]
     adapter: dict[str, Any]
     tokenizer_report: dict[str, Any]
-    samples: list[tuple[int, str]]
+    samples: list[tuple[int | str, str]]  # what the model wrote, under its step or under what it was asked
 
     @property
     def numbers(self) -> dict[str, float | int]:
@@ -57,10 +58,12 @@ class Run:
         """The confusion matrices among the final numbers, with the labels as the model names them."""
         found = []
         for name, value in self.metrics.items():
-            if not name.endswith("confusion_matrix"):
+            if not is_confusion(name):
                 continue
             counts: Any = value.get("counts", value.get("matrix")) if isinstance(value, dict) else value
             labels: Any = value.get("labels") if isinstance(value, dict) else self.metrics.get("labels")
+            if labels is None and (rows := self.metrics.get(f"{name.rpartition('confusion')[0]}per_label")):
+                labels = list(rows)
             if labels is None:
                 id2label = self.config.get("id2label") or {}
                 labels = [id2label[key] for key in sorted(id2label, key=int)]
@@ -147,6 +150,11 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not is_place(name) and not Path(name).exists()
 
 
+def is_confusion(name: str) -> bool:
+    """Whether a number of `metrics.json` is a confusion matrix."""
+    return name.endswith(("confusion", "confusion_matrix"))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
@@ -180,15 +188,19 @@ def _read_tokenizer_report(folder: Path, arguments: dict[str, Any]) -> dict[str,
     return {}
 
 
-def _read_samples(path: Path) -> list[tuple[int, str]]:
-    """What the model wrote at each step; of a run that went back to a checkpoint, what counts."""
+def _read_samples(path: Path) -> list[tuple[int | str, str]]:
+    """What the model wrote, under each step or each question; of a run that went back to a checkpoint, what counts."""
     if not path.exists():
         return []
-    pieces = SAMPLE_HEADING.split(path.read_text(encoding="utf-8", errors="replace"))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not STEP_HEADING.match(text):
+        pieces = HEADING.split(text)
+        return [(heading, sample.strip("\n")) for heading, sample in zip(pieces[1::2], pieces[2::2])]
+    pieces = STEP_HEADING.split(text)
     samples: dict[int, str] = {}
-    for step, text in zip(map(int, pieces[1::2]), pieces[2::2]):
-        samples = {earlier: sample for earlier, sample in samples.items() if earlier < step}
-        samples[step] = text.strip("\n")
+    for step, sample in zip(map(int, pieces[1::2]), pieces[2::2]):
+        samples = {earlier: kept for earlier, kept in samples.items() if earlier < step}
+        samples[step] = sample.strip("\n")
     return list(samples.items())
 
 

@@ -152,6 +152,20 @@ def test_an_adapter_whose_base_is_a_folder_is_not_pushed_so(hub, run_folder, tmp
     assert str(run_folder) not in "".join(hub.files("me/lora")[name].decode() for name in ("README.md",))
 
 
+def test_an_adapter_beside_its_merged_model_is_pushed_with_the_runs_numbers(hub, make_run):
+    folder = make_run(seed=5)
+    (folder / "adapter").mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "me/my-gpt", "r": 4, "task_type": "CAUSAL_LM"}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
+    push("--model", folder, "--repo_id", "me/lora", "--adapter")
+    files = hub.files("me/lora")
+    assert len(files["adapter_model.safetensors"]) == 100 and "model.safetensors" not in files
+    assert "config.json" not in files and "tokenizer.json" in files
+    card = files["README.md"].decode()
+    assert "base_model: me/my-gpt" in card and "bits_per_byte" in card
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

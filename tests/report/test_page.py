@@ -151,6 +151,12 @@ def test_a_confusion_matrix_shows_each_count(make_folder):
     assert "--share:0.900" in str(page.elements) and "91.3%" in page.text
 
 
+def test_a_confusion_matrix_is_labelled_by_the_table_beside_it(make_folder):
+    metrics = {"test_confusion": [[5, 1], [2, 4]], "test_per_label": {"os": {"f1": 0.77}, "json": {"f1": 0.73}}}
+    page = Page(render_run(read_run(make_folder(metrics=metrics))))
+    assert ["os", "5", "1"] in page.rows and ["json", "2", "4"] in page.rows and ["os", "0.7700"] in page.rows
+
+
 def test_tables_of_tables_are_shown(make_folder):
     tasks = {"hellaswag": {"acc": 0.25, "stderr": 0.01}, "arc_easy": {"acc": 0.5, "stderr": 0.02}}
     page = Page(render_run(read_run(make_folder(metrics={"tasks": tasks}))))
@@ -176,6 +182,13 @@ def test_the_tokenizers_report_is_on_the_page_if_it_is_of_this_tokenizer(make_fo
 def test_samples_that_a_resumed_run_took_back_are_not_shown(make_folder):
     samples = "--- step 10\nten\n--- step 20\nnever happened\n--- step 10\nten again\n--- step 20\ntwenty\n"
     assert read_run(make_folder(samples=samples)).samples == [(10, "ten again"), (20, "twenty")]
+
+
+def test_answers_stand_under_their_questions(make_folder):
+    samples = "--- What is len?\nexpected: 3\nafter:    3\n\n--- And sum?\nafter: 6\n"
+    run = read_run(make_folder(samples=samples))
+    assert run.samples == [("What is len?", "expected: 3\nafter:    3"), ("And sum?", "after: 6")]
+    assert "What it answers" in Page(render_run(run)).text
 
 
 def test_several_runs_are_compared_on_one_page(make_folder, tmp_path):
