@@ -54,6 +54,7 @@ demo: install  ## Train a tokenizer and a small model on Python's own library, a
 	@echo
 	@echo "out/tokenizer   the tokenizer, and tokenizer_report.json: how well it compresses held-out text"
 	@echo "out/demo        the model, its curves (curves.png), numbers (metrics.json), log and checkpoints"
+	@echo "out/demo/report.html  the run's page: open it in a browser"
 	@echo
 	@echo "Next: source $(BIN)/activate, and let it write something else:"
 	@echo "    python recipes/generate.py --model out/demo --prompt 'import ' --num_samples 3"

@@ -37,12 +37,14 @@ from hfllm.arguments import parse_overrides, run, save_arguments
 from hfllm.data.inspection import describe_row
 from hfllm.data.packing import Rows
 from hfllm.data.training_text import TrainingText, prepare_text
+from hfllm.hub import TrainingPush, write_card
 from hfllm.model import GPTConfig, GPTForCausalLM
 from hfllm.progress import RunLog
-from hfllm.report import plot_curves, read_log
+from hfllm.report import plot_curves, read_log, read_run, save_environment, write_page
+from hfllm.report.page import PAGE_FILE
 from hfllm.tokenization import document_encoder, load_tokenizer, tokenizer_fingerprint
 from hfllm.training.checkpoint import save_checkpoint, save_model
-from hfllm.training.devices import clip_gradient, leaving_at_once, start_accelerator
+from hfllm.training.devices import clip_gradient, leaving_at_once, on_main_process, start_accelerator
 from hfllm.training.evaluation import evaluate_rows, score_rows
 from hfllm.training.interruption import EXIT_CODE, StopRequest
 from hfllm.training.optimization import build_adamw, learning_rate_at
@@ -121,6 +123,10 @@ class PretrainArguments:
     sample_prompt: str = HfArg(default="", help="What the samples begin with; default: the start of a document.")
     sample_tokens: int = HfArg(default=64, help="Tokens of the sample after each evaluation; 0: none.")
     report_to: list[str] | None = HfArg(default=None, help="Trackers, by accelerate's names: tensorboard trackio wandb")
+    push_to_hub: bool = HfArg(default=False, help="Push the model to the Hub; a push that fails is only a warning.")
+    hub_model_id: str | None = HfArg(default=None, help="owner/name there; default: the name of output_dir.")
+    hub_strategy: Literal["every_save", "end"] = HfArg(default="every_save", help="Push each checkpoint, or the end.")
+    hub_private_repo: bool = HfArg(default=False, help="Make the repository there a private one.")
     config: str | None = HfArg(default=None, help="A YAML file of these options.")
 
     def check(self) -> None:
@@ -137,6 +143,8 @@ class PretrainArguments:
             raise ValueError("--eval_train_rows reads rows again, and a stream is read once. Leave one of them out.")
         if self.skip_spikes is not None:
             SpikeDetector(self.skip_spikes)
+        if (self.hub_model_id is not None or self.hub_private_repo) and not self.push_to_hub:
+            raise ValueError("--hub_model_id and --hub_private_repo say where to push; give --push_to_hub as well.")
         if self.max_steps is not None:
             self.learning_rate_at(0, self.max_steps)
 
@@ -196,6 +204,7 @@ class Setup(NamedTuple):
     text: TrainingText
     max_steps: int
     sizes: dict[str, int]  # num_parameters and flops_per_token, counted before devices share the model out
+    hub: TrainingPush | None  # with --push_to_hub
 
 
 def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: StopRequest) -> bool:
@@ -203,6 +212,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
     # 2. The tokenizer and the model's shape: what cannot work together stops here, before the work starts.
     tokenizer = load_tokenizer(args.tokenizer or args.model or "out/tokenizer")
     config = build_config(args, tokenizer)
+    hub = open_hub(args, accelerator)
 
     # 3. Text to rows
     text = load_text(args, tokenizer, accelerator)
@@ -228,7 +238,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
         epsilon=args.adam_epsilon,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    setup = Setup(accelerator, model, optimizer, text, max_steps, sizes)
+    setup = Setup(accelerator, model, optimizer, text, max_steps, sizes, hub)
     if args.dry_run:
         rehearse_run(args, setup)
         text.close()
@@ -249,6 +259,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
         if accelerator.is_main_process:
             save_arguments(args, Path(args.output_dir) / "arguments.yaml")
             tokenizer.save_pretrained(args.output_dir)
+            save_environment(args.output_dir, num_processes=accelerator.num_processes)
         tokens_per_second = train(args, setup, state, stop_request)
         if state["step"] >= max_steps:
             finish(args, setup, state, tokens_per_second)
@@ -394,7 +405,7 @@ def save(args: PretrainArguments, setup: Setup, state: dict, detector: SpikeDete
     state["text"] = setup.text.state()
     if detector is not None:
         state["spike_history"] = detector.history
-    save_checkpoint(
+    checkpoint = save_checkpoint(
         Path(args.output_dir) / "checkpoints",
         model=setup.model,
         optimizer=setup.optimizer,
@@ -402,6 +413,9 @@ def save(args: PretrainArguments, setup: Setup, state: dict, detector: SpikeDete
         accelerator=setup.accelerator,
         keep=args.save_total_limit,
     )
+    is_pushed = args.hub_strategy == "every_save" and state["step"] < setup.max_steps  # the end has a push of its own
+    if setup.hub is not None and setup.accelerator.is_main_process and is_pushed:
+        setup.hub.push_checkpoint(checkpoint, setup.accelerator.unwrap_model(setup.model), step=state["step"])
     state["save_seconds"] += time.perf_counter() - start
 
 
@@ -481,8 +495,16 @@ def build_model(args: PretrainArguments, config: GPTConfig) -> PreTrainedModel:
     return model
 
 
+def open_hub(args: PretrainArguments, accelerator: Accelerator) -> TrainingPush | None:
+    """The repository that the run is pushed to; a token that may not write there stops the run before it starts."""
+    if not args.push_to_hub or args.dry_run:
+        return None
+    place = {"repo_id": args.hub_model_id, "private": args.hub_private_repo}
+    return on_main_process(accelerator, lambda: TrainingPush(args.output_dir, **place))
+
+
 def finish(args: PretrainArguments, setup: Setup, state: dict, tokens_per_second: float | None) -> None:
-    """Save the model, `metrics.json` and the curves, and tell where they lie."""
+    """Save the model, `metrics.json`, the curves, the run's page and the model card, and tell where they lie."""
     output_dir, text = Path(args.output_dir), setup.text
     save_model(output_dir, model=setup.model, accelerator=setup.accelerator)
     if not setup.accelerator.is_main_process:
@@ -492,7 +514,11 @@ def finish(args: PretrainArguments, setup: Setup, state: dict, tokens_per_second
     metrics |= {"tokenizer_sha256": text.tokenizer_sha256, "seed": args.seed}
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=str(output_dir))
+    write_page(read_run(output_dir), output_dir / PAGE_FILE)
+    write_card(output_dir)
     print(describe_result(output_dir, metrics, prompt=args.sample_prompt or "import "))
+    if setup.hub is not None and (address := setup.hub.push_result()):
+        print(f"\nOn the Hub: {address}")
 
 
 if __name__ == "__main__":

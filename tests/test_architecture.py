@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT: dict[str, set[str]] = {
     "arguments": set(),
     "tokenization": set(),
-    "report": set(),
+    "report": {"report"},
+    "hub": {"conversion", "hub", "model", "report", "tokenization"},
     "progress": {"report"},
     "model": {"model"},
     "data": {"data"},

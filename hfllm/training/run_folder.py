@@ -16,7 +16,7 @@ from .lock import run_lock
 
 
 # What a run writes beside its checkpoints, and what --overwrite_output_dir deletes.
-FILES = ("log.jsonl", "metrics.json", "curves.png", "model.safetensors", "config.json", "samples.txt")
+FILES = ("log.jsonl", "metrics.json", "curves.png", "model.safetensors", "config.json", "samples.txt", "report.html")
 
 
 @contextlib.contextmanager

@@ -82,7 +82,8 @@ def describe_result(output_dir: Path, metrics: dict[str, Any], *, prompt: str) -
 Validation: {metrics["eval_loss"]:.4f} nats per token, {metrics["eval_bits_per_byte"]:.4f} bits per byte.
 
 {output_dir}/model.safetensors   the model, {size}, with its tokenizer and code beside it
-{output_dir}/curves.png          the curves; log.jsonl holds their numbers, metrics.json the final ones
+{output_dir}/report.html         the run's page: curves, samples, numbers, arguments; open it in a browser
+{output_dir}/README.md           the model card, for the Hub: recipes/push_to_hub.py
 {output_dir}/checkpoints         to go on from, with a larger --max_steps
 
 Next, let it write:

@@ -1,10 +1,7 @@
 """Pictures: a run's curves, and what a model does with a prompt."""
 
 import functools
-import json
-import logging
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.ft2font import FT2Font
 
-logger = logging.getLogger(__name__)
 
 TRAINING, VALIDATION, TEXT, GRID = "#31688e", "#d1603d", "#3d4650", "#e3e6e9"
 EDGE, FUTURE = "#b8bec4", "#eceef0"
@@ -28,39 +24,6 @@ SMALL_PANELS = (
     ("grad_norm", "gradient norm"),
     ("tokens_per_second", "tokens per second"),
 )
-
-
-def append_to_log(path: str | Path, entry: dict[str, Any]) -> None:
-    """Add a line to a run's `log.jsonl`; one that a kill has torn is ended first, so that it takes no other with it."""
-    with Path(path).open("a+b") as file:
-        is_torn = False
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            is_torn = file.read(1) != b"\n"
-        file.write(("\n" if is_torn else "").encode() + json.dumps(entry).encode() + b"\n")
-
-
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a run's `log.jsonl` in the order of their steps, as the model that came out of it saw them.
-
-    A run that was killed starts again from its last checkpoint and goes back in its log: what stood there from that
-    step on no longer counts. A torn line, as a kill leaves it, is left out with a warning.
-    """
-    entries: dict[int, dict[str, Any]] = {}
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            step = int(entry["step"])
-        except (ValueError, KeyError, TypeError):
-            logger.warning("%s, line %d is torn or no entry of a log, and left out: %.60r", path, number, line)
-            continue
-        while entries and (last := next(reversed(entries))) > step:
-            del entries[last]
-        entries[step] = entries.get(step, {}) | entry
-    return list(entries.values())
 
 
 def plot_curves(log: list[dict[str, Any]], path: str | Path, *, title: str | None = None) -> Path:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from hfllm.report import _smooth, append_to_log, plot_attention, plot_curves, plot_probabilities, read_log
+from hfllm.report import append_to_log, plot_attention, plot_curves, plot_probabilities, read_log
+from hfllm.report.pictures import _smooth
 
 
 @pytest.fixture

@@ -1,0 +1,292 @@
+"""The model card: README.md, written from what the run left, with metadata that the Hub understands.
+
+What hfllm writes stands between two marks, and is written anew each time; what a person adds outside them stays.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..report.run import Run, is_hub_id, is_place, read_run, without_places
+from ..report.words import format_value, kind_of, label_of, plain_value, sentence_about
+
+
+CARD_FILE = "README.md"
+BEGIN, END = "<!-- written by hfllm: begin -->", "<!-- written by hfllm: end -->"
+# What PEFT and transformers' Trainer write when nobody else does.
+BOILERPLATE = ("# Model Card for Model ID", "This model card has been generated automatically")
+METRICS = {  # of metrics.json -> type and name of the Hub's metric
+    "loss": ("loss", "loss, nats per token"),
+    "perplexity": ("perplexity", "perplexity"),
+    "bits_per_byte": ("bits_per_byte", "bits per byte"),
+    "accuracy": ("accuracy", "accuracy"),
+    "f1_macro": ("f1", "F1, mean over classes"),
+    "f1": ("f1", "F1"),
+    "exact_match": ("exact_match", "exact match"),
+}
+SPLITS = {"eval": "validation", "test": "test"}
+MAX_SAMPLE_CHARACTERS = 1200
+
+
+def write_card(folder: str | Path, *, repo_id: str | None = None, base_model: str | None = None) -> bool:
+    """Write the card into a run's folder; False if a card stands there that somebody wrote by hand.
+
+    Paths of this machine do not enter it. `repo_id` is what the commands open; without one, they name the folder.
+    """
+    folder = Path(folder).expanduser()
+    path = folder / CARD_FILE
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    new = make_card(read_run(folder), repo_id=repo_id, base_model=base_model)
+    merged = join_cards(new, old)
+    if merged is None:
+        return False
+    path.write_text(merged, encoding="utf-8")
+    return True
+
+
+def make_card(run: Run, *, repo_id: str | None = None, base_model: str | None = None, has_curves: bool = True) -> str:
+    """The card's text: metadata between `---`, and the words between the two marks."""
+    base = base_model or _base_of(run)
+    run = without_places(run)
+    metadata = _metadata(run, repo_id=repo_id, base_model=base)
+    name = repo_id or run.name
+    parts = [
+        f"# {name.split('/')[-1]}",
+        f"{sentence_about(run)} Made with hfllm.",
+        "## How to use it\n\n" + _usage(run, name, base),
+        _results(run),
+        "![Curves of the training](curves.png)" if has_curves and run.log else "",
+        _samples(run),
+        "## Data\n\n" + _data(run),
+        "## Model\n\n" + _table({**_shape(run), "parameters": run.metrics.get("num_parameters")}),
+        "## Training\n\n" + _table({f"`{key}`": plain_value(value) for key, value in _hyper_parameters(run).items()}),
+        _costs(run),
+        "## Limits\n\n" + _limits(run),
+    ]
+    body = "\n\n".join(part for part in parts if part)
+    return f"---\n{metadata.to_yaml()}\n---\n\n{BEGIN}\n\n{body}\n\n{END}\n"
+
+
+def join_cards(new: str, old: str) -> str | None:
+    """The new card with what a person wrote into the old one: words outside the marks, and metadata of other names.
+
+    None if the old card is not of ours at all, and is to stay as it is.
+    """
+    if not old.strip() or any(words in old for words in BOILERPLATE):
+        return new
+    if BEGIN not in old or END not in old:
+        return None
+    new_card, old_card = ModelCard(new, ignore_metadata_errors=True), ModelCard(old, ignore_metadata_errors=True)
+    metadata = {**old_card.data.to_dict(), **new_card.data.to_dict()}
+    before, rest = old_card.text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    between = new_card.text[new_card.text.index(BEGIN) : new_card.text.index(END) + len(END)]
+    text = f"{before.rstrip()}\n\n{between}\n\n{after.strip()}".strip() + "\n"
+    return f"---\n{ModelCardData(**metadata, ignore_metadata_errors=True).to_yaml()}\n---\n\n{text}"
+
+
+def _metadata(run: Run, *, repo_id: str | None, base_model: str | None) -> ModelCardData:
+    dataset = _dataset(run)
+    is_classifier = kind_of(run) == "text classifier" or run.adapter.get("task_type") == "SEQ_CLS"
+    task = "text-classification" if is_classifier else "text-generation"
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset if is_hub_id(dataset) and dataset != "stdlib" else "text",
+            dataset_name="Python's standard library" if dataset == "stdlib" else dataset,
+            dataset_split=SPLITS[split],
+            dataset_args=_dataset_hash(run),
+            metric_type=METRICS[metric][0],
+            metric_name=METRICS[metric][1],
+            metric_value=value,
+        )
+        for name, value in run.numbers.items()
+        for split, _, metric in [name.partition("_")]
+        if split in SPLITS and metric in METRICS
+    ]
+    model_type = run.config.get("model_type")
+    return ModelCardData(
+        base_model=base_model if base_model and is_hub_id(base_model) else None,
+        datasets=[dataset] if "/" in dataset and is_hub_id(dataset) else None,
+        library_name="peft" if run.adapter else "transformers",
+        pipeline_tag=task,
+        tags=[
+            "hfllm",
+            *([model_type] if model_type and model_type != "hfllm_gpt" else []),
+            *["lora"] * bool(run.adapter),
+        ],
+        model_name=(repo_id or run.name).split("/")[-1],
+        eval_results=results or None,
+    )
+
+
+def _usage(run: Run, name: str, base: str | None) -> str:
+    """Commands that run as they stand, in a process without hfllm."""
+    is_classifier = kind_of(run) == "text classifier" or run.adapter.get("task_type") == "SEQ_CLS"
+    trust = ", trust_remote_code=True" if run.config.get("model_type", "hfllm_gpt") == "hfllm_gpt" else ""
+    prompt = run.arguments.get("sample_prompt") or "import "
+    quoted = json.dumps(name)
+    if run.adapter:
+        auto = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
+        where = json.dumps(base) if base else "..."
+        note = (
+            ""
+            if base and is_hub_id(base)
+            else "\nIts base is not on the Hub: put the base's folder in place of `...`.\n"
+        )
+        return f"""```python
+from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+
+base = {auto}.from_pretrained({where}, trust_remote_code=True)
+model = PeftModel.from_pretrained(base, {quoted})
+tokenizer = AutoTokenizer.from_pretrained({where}, trust_remote_code=True)
+```
+{note}"""
+    if is_classifier:
+        return f"""```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", {quoted}{trust})
+print(classify("A text to sort."))
+```
+"""
+    text = f"""```python
+from transformers import pipeline
+
+write = pipeline("text-generation", {quoted}{trust})
+print(write({json.dumps(prompt)}, max_new_tokens=40)[0]["generated_text"])
+```
+"""
+    if trust:
+        text += f"""
+The model brings its own code, which `trust_remote_code=True` runs; with hfllm installed, `import hfllm` does instead.
+From its checkout:
+
+```
+python recipes/generate.py --model {shlex.quote(name)} --prompt {shlex.quote(prompt)}
+```
+"""
+    return text
+
+
+def _results(run: Run) -> str:
+    rows = {
+        label_of(name): format_value(value, name)
+        for name, value in run.numbers.items()
+        if name.startswith(("eval_", "test_"))
+    }
+    if not rows:
+        return ""
+    note = ""
+    if any("bits_per_byte" in name for name in run.numbers):
+        note = "\n\nSums over every token, divided by their count. Bits per byte do not depend on the tokenizer."
+    return f"## Results\n\n{_table(rows)}{note}"
+
+
+def _samples(run: Run) -> str:
+    if not run.samples:
+        return ""
+    heading, text = run.samples[-1]
+    said = f"What it wrote at step {heading:,}" if isinstance(heading, int) else f"What it wrote when asked: {heading}"
+    text = text[:MAX_SAMPLE_CHARACTERS]
+    longest = max((len(match) for match in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"## A sample\n\n{said}\n\n{fence}text\n{text}\n{fence}"
+
+
+def _dataset(run: Run) -> str:
+    return str(run.metrics.get("dataset") or run.arguments.get("dataset") or "unknown text")
+
+
+def _dataset_hash(run: Run) -> dict[str, str] | None:
+    return {"sha256": run.metrics["corpus_sha256"]} if run.metrics.get("corpus_sha256") else None
+
+
+def _data(run: Run) -> str:
+    dataset = _dataset(run)
+    what = "`stdlib`: the source of Python's standard library, read in place" if dataset == "stdlib" else f"`{dataset}`"
+    rows: dict[str, Any] = {"dataset": what}
+    for name in ("dataset_config", "split", "text_column", "label_column", "validation_fraction"):
+        if run.arguments.get(name) not in (None, ""):
+            rows[name.replace("_", " ")] = plain_value(run.arguments[name])
+    for name in ("corpus_sha256", "tokenizer_sha256"):
+        if run.metrics.get(name):
+            rows[label_of(name)] = f"`{run.metrics[name]}`"
+    if run.metrics.get("train_tokens"):
+        rows["training tokens"] = f"{run.metrics['train_tokens']:,}"
+    return _table(rows)
+
+
+def _shape(run: Run) -> dict[str, Any]:
+    names: tuple[str, ...] = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "task_type")
+    if not run.adapter:
+        names = (
+            *("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
+            *("num_key_value_heads", "max_position_embeddings", "vocab_size", "position_embedding_type", "norm_type"),
+            *("hidden_act", "tie_word_embeddings"),
+        )
+    source = run.adapter or run.config
+    return {name.replace("_", " "): plain_value(source[name]) for name in names if source.get(name) is not None}
+
+
+# What is said elsewhere on the card, or tells nothing about the model.
+NOT_HYPER_PARAMETERS = {
+    *("dataset", "dataset_config", "split", "text_column", "label_column", "validation_fraction", "tokenizer"),
+    *("output_dir", "cache_dir", "overwrite_output_dir", "dry_run", "report_to", "logging_steps", "save_steps"),
+    *("save_total_limit", "sample_tokens", "config", "on_bad_record", "push_to_hub", "hub_model_id", "hub_strategy"),
+    *("hub_private_repo", "sample_prompt"),
+}
+
+
+def _hyper_parameters(run: Run) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in run.arguments.items()
+        if name not in NOT_HYPER_PARAMETERS and value not in (None, False)
+    }
+
+
+def _costs(run: Run) -> str:
+    rows = {}
+    for name in ("train_steps", "train_tokens", "train_seconds", "tokens_per_second", "mfu", "peak_memory_bytes"):
+        if run.metrics.get(name) is not None:
+            rows[label_of(name)] = format_value(run.metrics[name], name)
+    for name, value in run.environment.items():
+        if value not in (None, [], ""):
+            rows[name.replace("_", " ")] = format_value(value)
+    return f"## Hardware, time, versions\n\n{_table(rows)}" if rows else ""
+
+
+def _limits(run: Run) -> str:
+    context = run.config.get("max_position_embeddings")
+    window = f" It reads {context:,} tokens at most." if context else ""
+    parameters = run.metrics.get("num_parameters") or 0
+    small = " It is a small model, made to learn from: what it says is often wrong." if parameters < 1e9 else ""
+    if kind_of(run) == "text classifier":
+        return (
+            "It knows the labels and the kind of text it was trained on, and gives every text one of them, however "
+            f"little it fits.{window} The numbers above hold for texts like those of its data set."
+        )
+    return (
+        f"It continues text in the manner of its data, with that data's errors and prejudices, and knows nothing else."
+        f"{window}{small} Nothing was done to make its answers safe. Check what it writes before you use it."
+    )
+
+
+def _table(rows: dict[str, Any]) -> str:
+    def cell(value: Any) -> str:
+        return str(value).replace("|", "\\|").replace("\n", " ")
+
+    lines = [f"| {cell(name)} | {cell(value)} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _base_of(run: Run) -> str | None:
+    """The id of the model it was made from, if that is one of the Hub."""
+    name = run.adapter.get("base_model_name_or_path") or run.arguments.get("model")
+    return str(name) if name and not is_place(str(name)) else None

@@ -1,0 +1,146 @@
+"""What of a run's folder travels to the Hub: the model as everybody opens it, and nothing of this machine."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import get_token
+
+from ..model import configuration_gpt, modeling_gpt
+from ..report import read_run, without_places
+from ..report.page import PAGE_FILE, render_run
+from ..report.run import is_hub_id, shorten_paths
+from .card import CARD_FILE, join_cards, make_card
+from .errors import PushError
+
+
+Files = dict[str, Path | bytes]  # a file's place in the repository -> where it lies, or what it holds
+
+WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+# Sent as they are.
+PLAIN_FILES = (
+    *("generation_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "chat_template.jinja", "tokenizer_report.json", "environment.json", "curves.png"),
+)
+# Sent without what they say about this machine.
+CONFIG_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "base_model.json", "metrics.json")
+HOW_IT_WAS_LOADED = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{24,}")
+LARGEST_TEXT = 20_000_000  # bytes of a file that is searched for tokens
+
+
+def gather_files(
+    folder: str | Path, *, repo_id: str | None = None, base_model: str | None = None, old_card: str = ""
+) -> Files:
+    """The files of a model's folder to be pushed, with the card and the page written for others to read.
+
+    `base_model` is the id of an adapter's base; `old_card` the one that the repository has, whose own words stay.
+
+    Raises:
+        PushError: the folder is not a model's, the adapter's base is a path, or a file holds a token.
+    """
+    folder = Path(folder).expanduser()
+    kind = check_model_folder(folder)
+    files: Files = {path.name: path for pattern in WEIGHTS for path in sorted(folder.glob(pattern))}
+    if kind == "adapter":
+        files = {name: path for name, path in files.items() if name.startswith("adapter_")}
+    files |= {name: folder / name for name in PLAIN_FILES if (folder / name).exists()}
+    for name in CONFIG_FILES:
+        if (folder / name).exists() and not (kind == "adapter" and name == "config.json"):
+            files[name] = _as_json(_public(json.loads((folder / name).read_text(encoding="utf-8"))))
+    if kind == "adapter":
+        files |= _adapter_files(folder, base_model)
+    else:
+        files |= _code_files(folder)
+
+    run = read_run(folder)
+    if repo_id is not None:
+        run = dataclasses.replace(run, name=repo_id.split("/")[-1])
+    card = make_card(run, repo_id=repo_id, base_model=base_model, has_curves="curves.png" in files)
+    by_hand = (folder / CARD_FILE).read_text(encoding="utf-8") if (folder / CARD_FILE).exists() else ""
+    for old in (old_card, by_hand):
+        joined = join_cards(card, old)
+        card = old if joined is None else joined
+    files[CARD_FILE] = card.encode()
+    if run.log or run.metrics:
+        files[PAGE_FILE] = render_run(without_places(run)).encode()
+    check_for_tokens(files)
+    return files
+
+
+def check_model_folder(folder: Path) -> str:
+    """`"adapter"` or `"model"`; anything else is an error that says what is missing."""
+    if not folder.is_dir():
+        raise PushError(f"{folder} is not a folder. Give a model's, for example the --output_dir of a run.")
+    held = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+    if (folder / "adapter_config.json").exists():
+        if not (folder / "adapter_model.safetensors").exists():
+            raise PushError(f"{folder} has an adapter_config.json but no adapter_model.safetensors; it holds {held}.")
+        return "adapter"
+    if not (folder / "config.json").exists():
+        under_way = (
+            " The run is not over: its model is written at the end." if (folder / "checkpoints").exists() else ""
+        )
+        raise PushError(f"{folder} is not a model's folder: it has no config.json; it holds {held}.{under_way}")
+    if not any(folder.glob("model*.safetensors")):
+        raise PushError(f"{folder} has a config.json but no model.safetensors, so no weights; it holds {held}.")
+    if "model_type" not in _read(folder / "config.json"):
+        raise PushError(f"{folder / 'config.json'} has no model_type, so nobody could tell which model it is.")
+    return "model"
+
+
+def check_for_tokens(files: Files) -> None:
+    """Stop if a text to be sent holds a token of the Hub; the token itself is not told."""
+    token = get_token()
+    for name, source in files.items():
+        if name.endswith((".safetensors", ".png")):
+            continue
+        content = source if isinstance(source, bytes) else source.read_bytes()
+        text = content[:LARGEST_TEXT].decode("utf-8", errors="replace")
+        if TOKEN.search(text) or (token and token in text):
+            raise PushError(f"{name} holds what looks like a token of the Hub, and is not sent. Remove it there first.")
+
+
+def _adapter_files(folder: Path, base_model: str | None) -> Files:
+    """The adapter's config with a base that others can open."""
+    config = _read(folder / "adapter_config.json")
+    base = base_model or config.get("base_model_name_or_path")
+    if not base or not is_hub_id(str(base)) or "/" not in str(base):
+        raise PushError(
+            f"The adapter's base is {base!r}, which nobody else has. Push the base first, then say with --base_model "
+            "which it is there (me/my-gpt); or push base and adapter as one with --merge."
+        )
+    files: Files = {"adapter_config.json": _as_json(_public({**config, "base_model_name_or_path": base}))}
+    if (folder / "base_model.json").exists():
+        known_by = {**_read(folder / "base_model.json"), "base_model_name_or_path": base}
+        files["base_model.json"] = _as_json(known_by)
+    return files
+
+
+def _code_files(folder: Path) -> Files:
+    """For a model of ours its two code files, and a config whose `auto_map` names all its classes."""
+    config = _public(_read(folder / "config.json"))
+    if config["model_type"] != configuration_gpt.GPTConfig.model_type:
+        return {"config.json": _as_json(config)}
+    files: Files = {"config.json": _as_json({**config, "auto_map": dict(configuration_gpt.AUTO_MAP)})}
+    for module in (configuration_gpt, modeling_gpt):
+        name = Path(str(module.__file__)).name
+        files[name] = folder / name if (folder / name).exists() else Path(str(module.__file__))
+    return files
+
+
+def _public(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: shorten_paths(value) for name, value in content.items() if name not in HOW_IT_WAS_LOADED}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PushError(f"{path} is not JSON: {error}.") from error
+
+
+def _as_json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,71 @@
+"""Other forms of a model to be pushed: an adapter merged into its base, and the twin that transformers knows."""
+
+import json
+import shutil
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from ..conversion import to_native
+from ..conversion.folder import save_model
+from ..conversion.loading import load_causal_lm
+from .errors import PushError
+
+
+# What tells of the run, for the card and the page of its other form.
+RUN_FILES = (
+    *("arguments.yaml", "metrics.json", "log.jsonl", "samples.txt", "environment.json", "curves.png"),
+    *("tokenizer_report.json", "README.md"),
+)
+
+
+def save_merged(folder: str | Path, target: str | Path) -> None:
+    """Write into `target` the whole model that an adapter's folder makes with its base; summed in float32."""
+    from peft import PeftModel  # takes time to import
+
+    folder, target = Path(folder).expanduser(), Path(target)
+    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = adapter.get("base_model_name_or_path")
+    is_classifier = adapter.get("task_type") == "SEQ_CLS"
+    auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    # A classifier's labels are the adapter's; where its recipe wrote them, they stand in the config beside it.
+    labels = {}
+    if is_classifier and (folder / "config.json").exists():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        labels = {"id2label": {int(key): label for key, label in config["id2label"].items()}}
+        labels["label2id"] = {label: key for key, label in labels["id2label"].items()}
+    try:
+        model: PreTrainedModel = auto_class.from_pretrained(base, dtype="float32", **labels)
+        dtype = getattr(model.config, "dtype", None) or model.dtype
+        merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PushError(f"The adapter in {folder} could not be merged into its base {base!r}: {reason}") from error
+    tokenizer = AutoTokenizer.from_pretrained(folder if (folder / "tokenizer.json").exists() else base)
+    save_model(merged.to(dtype), tokenizer, target)
+    _copy_run(folder, target)
+
+
+def save_adapter_alone(folder: str | Path, target: str | Path) -> None:
+    """Write into `target` the adapter that a fine-tuning run left in `adapter/`, with what tells of the run."""
+    folder, target = Path(folder).expanduser(), Path(target)
+    for path in folder.iterdir():
+        if path.name.startswith(("tokenizer", "chat_template", "special_tokens")) and path.is_file():
+            shutil.copyfile(path, target / path.name)
+    _copy_run(folder, target)
+    (target / "README.md").unlink(missing_ok=True)  # the merged model's
+    for path in (folder / "adapter").iterdir():
+        shutil.copyfile(path, target / path.name)
+
+
+def save_native(folder: str | Path, target: str | Path) -> None:
+    """Write into `target` the gpt2, llama or qwen3 that a model of ours is, see `to_native`."""
+    folder = Path(folder).expanduser()
+    save_model(to_native(load_causal_lm(folder)), AutoTokenizer.from_pretrained(folder), target)
+    _copy_run(folder, Path(target))
+
+
+def _copy_run(folder: Path, target: Path) -> None:
+    for name in RUN_FILES:
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, target / name)

@@ -1,0 +1,97 @@
+"""Share a model: its folder on the Hugging Face Hub, for everybody's `from_pretrained`, with a card from its run.
+
+    hf auth login
+    python recipes/push_to_hub.py --model out/demo --repo_id me/my-gpt --private
+
+A LoRA adapter alone, for whoever has its base, or merged into it as a model of its own:
+
+    python recipes/push_to_hub.py --model out/chat-lora --repo_id me/my-chat-lora --base_model me/my-gpt
+    python recipes/push_to_hub.py --model out/chat-lora --repo_id me/my-chat --merge
+
+As the gpt2, llama or qwen3 that it is, for vLLM and whatever else has no code of ours:
+
+    python recipes/push_to_hub.py --model out/demo --repo_id me/my-gpt-qwen3 --native
+
+Weights, tokenizer, chat template, code, card, page and curves go, in one commit; checkpoints, logs and paths of this
+machine stay. The same command again sends what has changed. The token comes from `hf auth login` or HF_TOKEN.
+"""
+
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.hf_argparser import HfArg
+from transformers.utils.logging import disable_progress_bar
+
+import hfllm  # noqa: F401  (registers the model with transformers)
+from hfllm.arguments import run
+from hfllm.hub import check_repo_id, push_to_hub
+from hfllm.hub.contents import check_model_folder
+from hfllm.hub.forms import save_adapter_alone, save_merged, save_native
+
+
+@dataclass
+class PushArguments:
+    model: str = HfArg(help="Folder of the model or adapter: the --output_dir of a run.")
+    repo_id: str = HfArg(help="Where to: owner/name on the Hub. Made if it is not there.")
+    private: bool = HfArg(default=False, help="Make the repository a private one.")
+    revision: str | None = HfArg(default=None, help="Branch to push to, made if it is not there; default: main.")
+    adapter: bool = HfArg(default=False, help="Push the LoRA adapter alone: the folder, or adapter/ in it.")
+    base_model: str | None = HfArg(default=None, help="Id of the adapter's base on the Hub, if it says a folder here.")
+    merge: bool = HfArg(default=False, help="Merge the adapter into its base, and push the whole model.")
+    native: bool = HfArg(default=False, help="Push the gpt2, llama or qwen3 that the model is, without code of ours.")
+    overwrite: bool = HfArg(default=False, help="Replace another model that the repository holds; its history stays.")
+    commit_message: str | None = HfArg(default=None, help="Message of the commit.")
+    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+
+    def check(self) -> None:
+        """Stop at the door what cannot go together, before anything is loaded or sent."""
+        check_repo_id(self.repo_id)
+        folder = Path(self.model).expanduser()
+        kind = check_model_folder(folder)
+        if self.adapter and kind == "model" and (folder / "adapter" / "adapter_config.json").exists():
+            kind = "adapter"  # a fine-tuning recipe left it beside the merged model
+        if self.adapter and self.merge:
+            raise ValueError("--adapter pushes the adapter alone, --merge the whole model. Leave one of them out.")
+        for name in ("adapter", "merge", "base_model"):
+            if getattr(self, name) and kind != "adapter":
+                raise ValueError(f"--{name} is for a LoRA adapter, but {self.model} holds a whole model. Leave it out.")
+        if self.native and kind == "adapter" and not self.merge:
+            raise ValueError("An adapter has no native twin; with --merge, --native pushes that of the merged model.")
+
+
+def main(args: PushArguments) -> None:
+    args.check()
+    logging.basicConfig(format="%(message)s")
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory() as beside, tempfile.TemporaryDirectory() as native:
+        # 1. The form it is to have there
+        folder = args.model
+        if args.adapter and not (Path(folder).expanduser() / "adapter_config.json").exists():
+            save_adapter_alone(folder, beside)
+            folder = beside
+        if args.merge:
+            save_merged(folder, beside)
+            folder = beside
+        if args.native:
+            save_native(folder, native)
+            folder = native
+
+        # 2. One commit, whole or not at all
+        address = push_to_hub(
+            folder,
+            args.repo_id,
+            private=args.private,
+            revision=args.revision,
+            overwrite=args.overwrite,
+            base_model=args.base_model,
+            commit_message=args.commit_message,
+        )
+
+    # 3. Where it is, and what opens it
+    print(f"Pushed: {address}\nIts card there says how to open it, and what it is.")
+
+
+if __name__ == "__main__":
+    run(main, PushArguments, description=__doc__)

@@ -1,0 +1,41 @@
+"""A run's page: everything a run tells of itself in one HTML file that opens anywhere, without a network.
+
+    python recipes/report.py --runs out/demo
+
+Several runs on one page, their curves over each other, with the arguments that made the difference:
+
+    python recipes/report.py --runs out/demo out/other --output_file out/compare.html
+
+pretrain.py writes the page of its own run; this recipe writes that of one which is under way or stopped, and compares.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.hf_argparser import HfArg
+
+from hfllm.arguments import run
+from hfllm.report import read_run, write_comparison, write_page
+from hfllm.report.page import PAGE_FILE
+
+
+@dataclass
+class ReportArguments:
+    runs: list[str] = HfArg(help="Folders of runs (their --output_dir); two or more are compared.")
+    output_file: str | None = HfArg(
+        default=None, help="The page; default: report.html in the run's folder, or compare.html here."
+    )
+    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+
+
+def main(args: ReportArguments) -> None:
+    runs = [read_run(folder) for folder in args.runs]
+    if len(runs) == 1:
+        page = write_page(runs[0], args.output_file or Path(args.runs[0]).expanduser() / PAGE_FILE)
+    else:
+        page = write_comparison(runs, args.output_file or "compare.html")
+    print(f"{page}, {page.stat().st_size / 1024:,.0f} KiB: open it in a browser.")
+
+
+if __name__ == "__main__":
+    run(main, ReportArguments, description=__doc__)

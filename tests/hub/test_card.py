@@ -1,0 +1,77 @@
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hfllm.hub import write_card
+from hfllm.hub.card import BEGIN, END, join_cards, make_card
+from hfllm.report import read_run
+from tests.hub.double import card_errors
+
+
+@pytest.fixture
+def copied(make_run):
+    return make_run(seed=7)
+
+
+def test_the_results_are_metadata_that_huggingface_hub_reads_back(copied):
+    assert write_card(copied)
+    card = ModelCard.load(copied / "README.md")
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert results["loss"].metric_value == 2.5 and results["bits_per_byte"].metric_value == 1.25
+    assert results["loss"].dataset_name == "animals.txt" and results["loss"].dataset_split == "validation"
+    assert results["loss"].dataset_args == {"sha256": "ab" * 32}
+    assert card.data.pipeline_tag == "text-generation" and card.data.library_name == "transformers"
+    assert card_errors(card.data.to_dict()) == []
+
+
+def test_a_card_says_what_the_run_was(copied):
+    card = make_card(read_run(copied), repo_id="me/my-gpt")
+    for said in ("# my-gpt", '"me/my-gpt"', "animals.txt", "ab" * 32, "1,234 tokens", "9.5 s", "| hidden size | 32 |"):
+        assert said in card, said
+    assert "| `learning_rate` | 0.001 |" in card
+    assert "/home/somebody" not in card
+
+
+def test_a_number_that_is_not_finite_is_no_result(copied):
+    metrics = json.loads((copied / "metrics.json").read_text())
+    (copied / "metrics.json").write_text(json.dumps({**metrics, "eval_loss": float("nan")}))
+    write_card(copied)
+    types = {result.metric_type for result in ModelCard.load(copied / "README.md").data.eval_results}
+    assert types == {"bits_per_byte"}
+
+
+def test_a_sample_cannot_end_the_block_it_stands_in(copied):
+    (copied / "samples.txt").write_text("--- step 3\n```\n# not a heading\n````\n")
+    card = make_card(read_run(copied))
+    assert "`````text\n```\n# not a heading\n````\n`````" in card
+
+
+def test_words_of_a_person_stay_and_boilerplate_goes(copied):
+    write_card(copied)
+    path = copied / "README.md"
+    path.write_text(path.read_text().replace(END, END + "\n\nMine.").replace("tags:", "license: mit\ntags:"))
+    assert write_card(copied)
+    card = ModelCard.load(path)
+    assert card.data.license == "mit" and card.text.rstrip().endswith("Mine.")
+    path.write_text("---\nlibrary_name: peft\n---\n# Model Card for Model ID\n")
+    assert write_card(copied) and BEGIN in path.read_text()
+    path.write_text("# All by hand\n")
+    assert not write_card(copied) and path.read_text() == "# All by hand\n"
+    assert join_cards("new", "# All by hand") is None
+
+
+def test_an_adapters_card_names_its_base(tmp_path):
+    config = {"base_model_name_or_path": "me/my-gpt", "r": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    card = ModelCard(make_card(read_run(tmp_path), repo_id="me/lora"))
+    assert card.data.base_model == "me/my-gpt" and card.data.library_name == "peft"
+    assert 'PeftModel.from_pretrained(base, "me/lora")' in card.text
+
+
+def test_a_base_that_is_a_folder_of_this_machine_is_not_named(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base), "r": 8}))
+    card = make_card(read_run(tmp_path), repo_id="me/lora")
+    assert str(tmp_path) not in card and ModelCard(card).data.base_model is None

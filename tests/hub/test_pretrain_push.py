@@ -1,0 +1,69 @@
+"""`recipes/pretrain.py --push_to_hub`: what is pushed while it trains, and that the Hub's faults are not the run's."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load
+
+import hfllm
+from hfllm.hub import PushError, push_to_hub
+from tests.recipes.conftest import run_pretrain, small, text_file, tokenizer_folder  # noqa: F401
+
+
+@pytest.fixture
+def pushed(small):  # noqa: F811
+    return {**small, "push_to_hub": True, "hub_model_id": "me/my-gpt", "save_total_limit": 1}
+
+
+def test_a_run_pushes_its_checkpoints_and_its_end(hub, run_pretrain, pushed):  # noqa: F811
+    metrics = run_pretrain(**pushed)
+    commits = list(hub.repositories["me/my-gpt"].commits.values())
+    assert [commit.message for commit in commits] == ["initial commit", "Step 6", "End of training"]
+    under_way = hfllm.GPTForCausalLM.from_pretrained("me/my-gpt", revision=commits[1].oid)
+    final = hfllm.GPTForCausalLM.from_pretrained("me/my-gpt")
+    there = load(hub.files("me/my-gpt")["model.safetensors"])
+    assert torch.equal(final.model.norm.weight, there["model.norm.weight"])
+    assert not torch.equal(under_way.model.norm.weight, final.model.norm.weight)
+    assert "metrics.json" not in commits[1].files
+    assert json.loads(hub.files("me/my-gpt")["metrics.json"])["eval_loss"] == metrics["eval_loss"]
+    assert not (pushed["output_dir"] / ".hub-snapshot").exists()
+
+
+@pytest.mark.fault(22)
+def test_a_hub_that_fails_ends_no_run_and_the_push_can_be_repeated(hub, run_pretrain, pushed):  # noqa: F811
+    hub.fail("POST", "/commit/", status=503, times=999)
+    with pytest.warns(UserWarning, match=r"End of training was not pushed.*(\n.*)*recipes/push_to_hub.py --model"):
+        metrics = run_pretrain(**pushed)
+    assert metrics["train_steps"] == 12
+    hub.faults.clear()
+    push_to_hub(pushed["output_dir"], "me/my-gpt")
+    assert hub.files("me/my-gpt")["model.safetensors"] == (pushed["output_dir"] / "model.safetensors").read_bytes()
+
+
+@pytest.mark.fault(22)
+def test_a_hub_that_is_down_at_the_start_is_a_warning(hub, run_pretrain, pushed):  # noqa: F811
+    hub.fail("POST", "/api/repos/create", status=503)
+    with pytest.warns(UserWarning, match="The training starts, and pushes when it saves"):
+        run_pretrain(**{**pushed, "hub_strategy": "end"})
+    assert hub.num_commits("me/my-gpt") == 2
+
+
+def test_a_token_that_may_not_write_there_stops_the_run_before_it_trains(hub, run_pretrain, pushed):  # noqa: F811
+    with pytest.raises(PushError, match="may not write to google/my-gpt"):
+        run_pretrain(**{**pushed, "hub_model_id": "google/my-gpt"})
+    assert not (pushed["output_dir"] / "log.jsonl").exists()
+
+
+def test_a_place_to_push_to_without_a_push_is_an_error(run_pretrain, small):  # noqa: F811
+    with pytest.raises(ValueError, match="give --push_to_hub as well"):
+        run_pretrain(**small, hub_model_id="me/my-gpt")
+
+
+def test_the_page_and_the_card_stand_in_the_runs_folder(run_pretrain, small, caplog):  # noqa: F811
+    with caplog.at_level(logging.WARNING):
+        run_pretrain(**{**small, "max_steps": 6})
+    card, page = ((small["output_dir"] / name).read_text() for name in ("README.md", "report.html"))
+    assert "model-index" in card and str(small["output_dir"].parent) not in card
+    assert page.startswith("<!DOCTYPE html>") and "Bits per byte" in page
