@@ -19,21 +19,17 @@ The same command again goes on where the run was interrupted. `--help` explains 
 share the work and in which precision is the accelerate file's business alone.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
-import shutil
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
@@ -42,17 +38,20 @@ from hfllm.data.inspection import describe_row
 from hfllm.data.packing import Rows
 from hfllm.data.training_text import TrainingText, prepare_text
 from hfllm.model import GPTConfig, GPTForCausalLM
-from hfllm.report import append_to_log, plot_curves, read_log
+from hfllm.progress import RunLog
+from hfllm.report import plot_curves, read_log
 from hfllm.tokenization import document_encoder, load_tokenizer, tokenizer_fingerprint
-from hfllm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
-from hfllm.training.devices import clip_gradient, describe_sharding, leaving_at_once, start_accelerator
-from hfllm.training.evaluation import Evaluation, evaluate_rows, score_rows
+from hfllm.training.checkpoint import save_checkpoint, save_model
+from hfllm.training.devices import clip_gradient, leaving_at_once, start_accelerator
+from hfllm.training.evaluation import evaluate_rows, score_rows
 from hfllm.training.interruption import EXIT_CODE, StopRequest
-from hfllm.training.lock import run_lock
 from hfllm.training.optimization import build_adamw, learning_rate_at
-from hfllm.training.rehearsal import rehearse
-from hfllm.training.spikes import SpikeDetector
-from hfllm.training.throughput import ThroughputMeter, flops_per_token, peak_flops, peak_memory_bytes
+from hfllm.training.rehearsal import describe_rehearsal, rehearse
+from hfllm.training.run_folder import claim_folder, find_state, identify
+from hfllm.training.sampling import draw_sample
+from hfllm.training.spikes import SpikeDetector, stop_if_hopeless
+from hfllm.training.summary import describe_result, describe_run, final_metrics
+from hfllm.training.throughput import ThroughputMeter, flops_per_token
 
 
 @dataclasses.dataclass
@@ -130,12 +129,12 @@ class PretrainArguments:
         for name in (*counts, "block_size", "logging_steps", "eval_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: give at least 1.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"--max_steps {self.max_steps}: give at least 1, or leave it out for whole epochs.")
         if self.streaming and self.max_steps is None:
             raise ValueError("A stream has no end that is known beforehand: with --streaming give --max_steps.")
-        if self.streaming and self.stride is not None:
-            raise ValueError(
-                "--stride cuts prepared documents into windows; a stream is packed. Leave one of them out."
-            )
+        if self.streaming and self.eval_train_rows:
+            raise ValueError("--eval_train_rows reads rows again, and a stream is read once. Leave one of them out.")
         if self.skip_spikes is not None:
             SpikeDetector(self.skip_spikes)
         if self.max_steps is not None:
@@ -159,178 +158,169 @@ FIXED_ARGUMENTS += ("min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", 
 FIXED_ARGUMENTS += ("skip_spikes",)
 SHAPE_ARGUMENTS = ("preset", "num_hidden_layers", "hidden_size", "num_attention_heads")
 SHAPE_ARGUMENTS += ("num_key_value_heads", "config_overrides")
-MAX_SKIPPED_IN_A_ROW = 10  # updates whose gradient was not finite; after so many it is no accident
-
-
 TEXT_ARGUMENTS = ("dataset_config", "split", "validation_split", "validation_fraction", "text_column")
 TEXT_ARGUMENTS += ("on_bad_record", "block_size", "stride", "cache_dir", "streaming", "seed")
 
 
 def main(args: PretrainArguments) -> None:
     args.check()
-    output_dir = Path(args.output_dir)
 
     # 1. Devices: how many processes there are, and what they share, is what `accelerate launch` was told.
     accelerator = start_accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         per_device_train_batch_size=args.per_device_train_batch_size,
         max_grad_norm=args.max_grad_norm,
+        skips_updates=args.skip_spikes is not None,
         log_with=args.report_to,
         project_dir=args.output_dir,
     )
-    if args.skip_spikes is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "--skip_spikes decides between the gradient and the update, and DeepSpeed takes both at once. Leave it "
-            "out, or shard with accelerate_configs/fsdp2.yaml."
-        )
-    lock = contextlib.nullcontext() if args.dry_run else run_lock(output_dir, accelerator=accelerator)
-    with leaving_at_once(accelerator), lock, StopRequest(accelerator) as stop_request:
-        if args.overwrite_output_dir and not args.dry_run:
-            delete_earlier_run(output_dir, accelerator)
-        elif (
-            not args.overwrite_output_dir
-            and (output_dir / "config.json").exists()
-            and not (output_dir / "arguments.yaml").exists()
-        ):
-            raise ValueError(
-                f"{output_dir} holds a model that no run of this recipe made, and would be overwritten. Choose another "
-                "--output_dir, or overwrite it with --overwrite_output_dir."
-            )
-
-        # 2. The tokenizer and the model's shape: what cannot work together stops here, before the work starts.
-        tokenizer = load_tokenizer(args.tokenizer or args.model or "out/tokenizer")
-        config = build_config(args, tokenizer)
-
-        # 3. Text to rows
-        text = load_text(args, tokenizer, accelerator)
-        accelerator.print(text.summary)
-        max_steps = args.max_steps
-        if max_steps is None:
-            max_steps = math.ceil(args.num_train_epochs * len(text.train) / rows_per_step(args, accelerator))
-        args.learning_rate_at(0, max_steps)  # a schedule that does not fit stops here
-
-        # 4. Random weights, or those of --model
-        torch.manual_seed(args.seed)
-        model = build_model(args, config)
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        flops = flops_per_token(model, block_size=args.block_size)
-        describe(args, accelerator, model, text, max_steps)
-
-        # 5. The optimizer, and what model and optimizer become on these devices
-        optimizer = build_adamw(
-            model,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            betas=(args.adam_beta1, args.adam_beta2),
-            epsilon=args.adam_epsilon,
-        )
-        model, optimizer = accelerator.prepare(model, optimizer)
-
-        if args.dry_run:
-            rehearse_run(args, accelerator, model, optimizer, text, max_steps)
-            is_finished = True
-        else:
-            # 6. Where this folder's run stopped, or the beginning
-            state = find_state(args, accelerator, model, optimizer, text, identify(args, accelerator, config, text))
-
-            # 7. The loop, and at its end the model as everybody's tools open it, with the numbers
-            is_finished = state["step"] >= max_steps and (output_dir / "metrics.json").exists()
-            if is_finished:
-                accelerator.print(f"The run in {output_dir} ended at step {state['step']:,}: nothing to do.")
-            else:
-                accelerator.init_trackers("hfllm", config={name: str(value) for name, value in vars(args).items()})
-                if accelerator.is_main_process:
-                    save_arguments(args, output_dir / "arguments.yaml")
-                    tokenizer.save_pretrained(output_dir)
-                throughput = train(args, accelerator, model, optimizer, text, state, max_steps, stop_request)
-                is_finished = state["step"] >= max_steps
-                if is_finished:
-                    finish(args, accelerator, model, text, state, throughput, flops, num_parameters)
-
-    text.close()
+    folder = claim_folder(
+        args.output_dir, overwrite=args.overwrite_output_dir, accelerator=accelerator, only_look=args.dry_run
+    )
+    with leaving_at_once(accelerator), folder, StopRequest(accelerator) as stop_request:
+        is_finished = pretrain(args, accelerator, stop_request)
     # DDP has to let go of the process group before it is destroyed: the other way round, gloo waits for Python's lock
     # while Python waits for gloo, and now and then a process never ends.
-    model, optimizer = accelerator.free_memory(model, optimizer)
+    accelerator.free_memory()
     accelerator.end_training()
     if not is_finished:
-        accelerator.print(f"Stopped at step {state['step']:,} of {max_steps:,}; the same command goes on from here.")
         sys.exit(EXIT_CODE)
 
 
-def train(
-    args: PretrainArguments,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    text: TrainingText,
-    state: dict,
-    max_steps: int,
-    stop_request: StopRequest,
-) -> float | None:
+class Setup(NamedTuple):
+    """What every step works with; model and optimizer are what `accelerator.prepare` made of them."""
+
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    text: TrainingText
+    max_steps: int
+    sizes: dict[str, int]  # num_parameters and flops_per_token, counted before devices share the model out
+
+
+def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: StopRequest) -> bool:
+    """From text to a saved model; False if the run was told to stop before its end."""
+    # 2. The tokenizer and the model's shape: what cannot work together stops here, before the work starts.
+    tokenizer = load_tokenizer(args.tokenizer or args.model or "out/tokenizer")
+    config = build_config(args, tokenizer)
+
+    # 3. Text to rows
+    text = load_text(args, tokenizer, accelerator)
+    accelerator.print(text.summary)
+    num_rows = len(text.train) if isinstance(text.train, Rows) else None  # a stream has no end
+    max_steps = args.max_steps or math.ceil(args.num_train_epochs * num_rows / rows_per_step(args, accelerator))
+    args.learning_rate_at(0, max_steps)  # a schedule that does not fit stops here
+
+    # 4. Random weights, or those of --model
+    torch.manual_seed(args.seed)
+    model = build_model(args, config)
+    flops = flops_per_token(model, block_size=args.block_size)
+    sizes = {"num_parameters": model.num_parameters(), "flops_per_token": flops}
+    batch = {"rows_per_step": rows_per_step(args, accelerator), "block_size": args.block_size}
+    accelerator.print(describe_run(model, accelerator=accelerator, max_steps=max_steps, num_rows=num_rows, **batch))
+
+    # 5. The optimizer, and what model and optimizer become on these devices
+    optimizer = build_adamw(
+        model,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        epsilon=args.adam_epsilon,
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    setup = Setup(accelerator, model, optimizer, text, max_steps, sizes)
+    if args.dry_run:
+        rehearse_run(args, setup)
+        text.close()
+        return True
+
+    # 6. Where this folder's run stopped, or the beginning; a checkpoint of another run is refused
+    fixed = {name: getattr(args, name) for name in FIXED_ARGUMENTS}
+    identity = identify(config, **text.identity, rows_per_step=batch["rows_per_step"], **fixed)
+    state = find_state(args.output_dir, model=model, optimizer=optimizer, accelerator=accelerator, identity=identity)
+    if state["step"] > 0:
+        text.load_state(state.get("text"))
+
+    # 7. The loop, and at its end the model as everybody's tools open it, with the numbers
+    if state["step"] >= max_steps and (Path(args.output_dir) / "metrics.json").exists():
+        accelerator.print(f"The run in {args.output_dir} ended at step {state['step']:,}: nothing to do.")
+    else:
+        accelerator.init_trackers("hfllm", config={name: str(value) for name, value in vars(args).items()})
+        if accelerator.is_main_process:
+            save_arguments(args, Path(args.output_dir) / "arguments.yaml")
+            tokenizer.save_pretrained(args.output_dir)
+        tokens_per_second = train(args, setup, state, stop_request)
+        if state["step"] >= max_steps:
+            finish(args, setup, state, tokens_per_second)
+        else:
+            accelerator.print(
+                f"Stopped at step {state['step']:,} of {max_steps:,}; the same command goes on from here."
+            )
+    text.close()
+    return state["step"] >= max_steps
+
+
+def train(args: PretrainArguments, setup: Setup, state: dict, stop_request: StopRequest) -> float | None:
     """Take the steps from `state["step"]` to `max_steps`, with `state` kept up to date; returns tokens per second."""
+    accelerator, max_steps = setup.accelerator, setup.max_steps
     detector = SpikeDetector(args.skip_spikes, history=state.get("spike_history")) if args.skip_spikes else None
-    cut = cut_of_step(args, accelerator)
     interval_nats = torch.zeros((), device=accelerator.device)
     interval_targets = num_skipped_in_a_row = 0
     meter = ThroughputMeter(accelerator.device)
-    if state["step"] == 0:
-        evaluate(args, accelerator, model, text, state)
-    model.train()
-    every = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file gets a line now and then
-    is_silent = not accelerator.is_main_process
-    progress = tqdm(total=max_steps, initial=state["step"], unit="step", mininterval=every, disable=is_silent)
-    for step in range(state["step"], max_steps):
-        step_start = time.perf_counter()
-        batches, num_targets = text.read_step(step, **cut)
-        learning_rate = args.learning_rate_at(step, max_steps)
-        taken = take_step(args, accelerator, model, optimizer, batches, num_targets, step, learning_rate, detector)
+    with RunLog(args.output_dir, accelerator=accelerator, step=state["step"], max_steps=max_steps) as log:
+        if state["step"] == 0:
+            evaluate(args, setup, state, log)
+        setup.model.train()
+        for step in range(state["step"], max_steps):
+            step_start = time.perf_counter()
+            batches, num_targets = setup.text.read_step(step, **cut_of_step(args, accelerator))
+            taken = take_step(args, setup, batches, num_targets, step, detector)
 
-        # The step is done: count it, and tell.
-        num_tokens = rows_per_step(args, accelerator) * args.block_size
-        meter.step(num_tokens)
-        state["step"] = step + 1
-        state["train_tokens"] += num_tokens
-        state["seconds"] += time.perf_counter() - step_start
-        state["skipped_updates"] += not taken.is_update
-        num_skipped_in_a_row = 0 if taken.is_update else num_skipped_in_a_row + 1
-        interval_nats += taken.nats
-        interval_targets += num_targets
-        progress.update()
-        is_last = state["step"] == max_steps
-        is_stopping = stop_request.agreed()
-        if state["step"] % args.logging_steps == 0 or is_last:
-            record = {
-                "step": state["step"],
-                "loss": accelerator.reduce(interval_nats).item() / interval_targets,
-                "learning_rate": learning_rate,
-                "grad_norm": taken.grad_norm,
-                "tokens_per_second": meter.read(),
-                "train_tokens": state["train_tokens"],
-            }
-            log(args, accelerator, record, progress)
-            interval_nats.zero_()
-            interval_targets = 0
-        stop_if_hopeless(args, num_skipped_in_a_row, state)
-        with meter.paused():
-            if state["step"] % args.eval_steps == 0 or is_last:
-                evaluate(args, accelerator, model, text, state)
-            if state["step"] % args.save_steps == 0 or is_last or is_stopping:
-                save(args, accelerator, model, optimizer, text, state, detector)
-        if is_stopping:
-            break
-    progress.close()
+            # The step is done: count it, and tell.
+            num_tokens = rows_per_step(args, accelerator) * args.block_size
+            meter.step(num_tokens)
+            state["step"] = step + 1
+            state["train_tokens"] += num_tokens
+            state["seconds"] += time.perf_counter() - step_start
+            state["skipped_updates"] += not taken.is_update
+            num_skipped_in_a_row = 0 if taken.is_update else num_skipped_in_a_row + 1
+            interval_nats += taken.nats
+            interval_targets += num_targets
+            log.advance()
+            is_last = state["step"] == max_steps
+            is_stopping = stop_request.agreed()
+            if state["step"] % args.logging_steps == 0 or is_last:
+                record = {
+                    "step": state["step"],
+                    "loss": accelerator.reduce(interval_nats).item() / interval_targets,
+                    "learning_rate": args.learning_rate_at(step, max_steps),
+                    "grad_norm": taken.grad_norm,
+                    "tokens_per_second": meter.read(),
+                    "train_tokens": state["train_tokens"],
+                }
+                log.write(record)
+                interval_nats.zero_()
+                interval_targets = 0
+            stop_if_hopeless(num_skipped_in_a_row, step=step + 1, learning_rate=args.learning_rate, detector=detector)
+            with meter.paused():
+                if state["step"] % args.eval_steps == 0 or is_last:
+                    evaluate(args, setup, state, log)
+                if state["step"] % args.save_steps == 0 or is_last or is_stopping:
+                    save(args, setup, state, detector)
+            if is_stopping:
+                break
     return meter.overall()
+
+
+def rows_per_step(args: PretrainArguments, accelerator: Accelerator) -> int:
+    """The effective batch: rows per device x accumulation x processes, however it is cut."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
 def cut_of_step(args: PretrainArguments, accelerator: Accelerator) -> dict[str, Any]:
     """Which rows a step has, and how they are dealt to forward passes and processes."""
     batch = {"batch_size": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps}
     return {**batch, "seed": args.seed, "accelerator": accelerator}
-
-
-def rows_per_step(args: PretrainArguments, accelerator: Accelerator) -> int:
-    """The effective batch: rows per device x accumulation x processes, however it is cut."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
 class Taken(NamedTuple):
@@ -341,18 +331,16 @@ class Taken(NamedTuple):
 
 def take_step(
     args: PretrainArguments,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    setup: Setup,
     batches: list[dict[str, torch.Tensor]],
     num_targets: int,
     step: int,
-    learning_rate: float,
     detector: SpikeDetector | None = None,
 ) -> Taken:
     """Forward, backward, clip, update."""
+    accelerator, model, optimizer = setup.accelerator, setup.model, setup.optimizer
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = args.learning_rate_at(step, setup.max_steps)
     # Dropout, like the order of rows, is a function of seed and step, so that a resumed run repeats it exactly.
     torch.manual_seed(np.random.SeedSequence((args.seed, step, accelerator.process_index)).generate_state(1)[0])
 
@@ -381,120 +369,66 @@ def take_step(
     return Taken(nats, grad_norm, is_update)
 
 
-def save(
-    args: PretrainArguments,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    text: TrainingText,
-    state: dict,
-    detector: SpikeDetector | None,
-) -> None:
+def evaluate(args: PretrainArguments, setup: Setup, state: dict, log: RunLog) -> None:
+    """Nats per token and bits per byte over every validation token, and a sample of what the model writes."""
+    accelerator, text = setup.accelerator, setup.text
+    scoring = {"batch_size": args.per_device_eval_batch_size, "accelerator": accelerator}
+    result = evaluate_rows(setup.model, text.validation, **scoring)
+    state["evaluation"] = dataclasses.asdict(result)  # part of the checkpoint, for the final numbers
+    record = {"step": state["step"], "eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
+    if args.eval_train_rows:
+        rows = np.arange(min(args.eval_train_rows, len(text.train)))
+        record["eval_train_loss"], _ = score_rows(setup.model, text.train, rows, **scoring)
+    log.write(record)
+    # Generating with a sharded model takes all processes together, so such a run has no samples.
+    is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if args.sample_tokens and state["step"] > 0 and accelerator.is_main_process and not is_sharded:
+        model = accelerator.unwrap_model(setup.model)
+        sample = draw_sample(model, text.tokenizer, args.sample_prompt, num_tokens=args.sample_tokens)
+        log.write_sample(state["step"], sample)
+
+
+def save(args: PretrainArguments, setup: Setup, state: dict, detector: SpikeDetector | None) -> None:
+    """A checkpoint: the run goes on from it as if it had not been interrupted."""
     start = time.perf_counter()
-    state["text"] = text.state()
+    state["text"] = setup.text.state()
     if detector is not None:
         state["spike_history"] = detector.history
     save_checkpoint(
         Path(args.output_dir) / "checkpoints",
-        model=model,
-        optimizer=optimizer,
+        model=setup.model,
+        optimizer=setup.optimizer,
         state=state,
-        accelerator=accelerator,
+        accelerator=setup.accelerator,
         keep=args.save_total_limit,
     )
     state["save_seconds"] += time.perf_counter() - start
 
 
-def find_state(
-    args: PretrainArguments,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    text: TrainingText,
-    identity: dict,
-) -> dict:
-    """The state of the newest sound checkpoint, loaded into model, optimizer and stream; or that of the beginning."""
-    directory = Path(args.output_dir) / "checkpoints"
-    checkpoint = latest_checkpoint(directory, accelerator=accelerator)
-    if checkpoint is not None:
-        state = load_checkpoint(
-            checkpoint, model=model, optimizer=optimizer, accelerator=accelerator, identity=identity
-        )
-        text.load_state(state.get("text"))
-        accelerator.print(f"Going on from step {state['step']:,}, saved in {checkpoint}.")
-        return state
-    if list(directory.glob("step-*")):
-        raise ValueError(
-            f"No sound checkpoint is left in {directory}, only broken ones. Put a sound one there, or start anew with "
-            "--overwrite_output_dir."
-        )
-    return {
-        "step": 0,
-        "train_tokens": 0,
-        "seconds": 0.0,
-        "save_seconds": 0.0,
-        "skipped_updates": 0,
-        "identity": identity,
-    }
-
-
-def rehearse_run(
-    args: PretrainArguments,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    text: TrainingText,
-    max_steps: int,
-) -> None:
+def rehearse_run(args: PretrainArguments, setup: Setup) -> None:
     """What the run would need and do: memory by part, time, the learning rate's course, and a row as text."""
-    cut = cut_of_step(args, accelerator)
+    accelerator, text, max_steps = setup.accelerator, setup.text, setup.max_steps
     first: list[dict[str, torch.Tensor]] = []
 
     def step(index: int) -> None:
-        batches, num_targets = text.read_step(index, **cut)
+        batches, num_targets = text.read_step(index, **cut_of_step(args, accelerator))
         first.extend(batches[: not first])
-        take_step(args, accelerator, model, optimizer, batches, num_targets, index, args.learning_rate_at(0, max_steps))
+        take_step(args, setup, batches, num_targets, index)
 
-    model.train()
-    need = rehearse(model, optimizer, step)
-    num_tokens = rows_per_step(args, accelerator) * args.block_size
-    hours = max_steps * need.seconds_per_step / 3600
-    flops = flops_per_token(accelerator.unwrap_model(model), block_size=args.block_size)
-    warm = min(args.warmup_steps, max_steps - 1)
-    steps = sorted({0, warm, *(max_steps * quarter // 4 for quarter in (1, 2, 3)), max_steps - 1})
-    accelerator.print(
-        f"\n{need}\n"
-        f"A checkpoint: {(need.parameters + need.optimizer_state) / 2**20:,.1f} MiB, times the processes if they share "
-        "the model out.\n"
-        f"Time: {need.seconds_per_step:.3f} s a step, {num_tokens / need.seconds_per_step:,.0f} tokens/s; "
-        f"{max_steps:,} steps take {hours:.2f} hours without evaluations, and {max_steps * num_tokens * flops:.2e} "
-        "floating-point operations.\nLearning rate: "
-        + ", ".join(f"{args.learning_rate_at(step, max_steps):.2e} at step {step:,}" for step in steps)
-        + f".\n\nThe first row of the first step, of {args.block_size} tokens:"
+    setup.model.train()
+    needed = describe_rehearsal(
+        rehearse(setup.model, setup.optimizer, step),
+        max_steps=max_steps,
+        tokens_per_step=rows_per_step(args, accelerator) * args.block_size,
+        flops_per_token=setup.sizes["flops_per_token"],
+        learning_rate_at=lambda step: args.learning_rate_at(step, max_steps),
+        warmup_steps=args.warmup_steps,
     )
+    accelerator.print(f"\n{needed}\n\nThe first row of the first step, of {args.block_size} tokens:")
     accelerator.print(describe_row(first[0], 0, text.tokenizer.decode))
     if checkpoints := sorted(path.name for path in (Path(args.output_dir) / "checkpoints").glob("step-*")):
         accelerator.print(f"\n{args.output_dir} holds a run, which would go on from {checkpoints[-1]}.")
     accelerator.print("\nThis was a dry run: nothing was written. Without --dry_run, it starts.")
-
-
-def stop_if_hopeless(args: PretrainArguments, num_skipped_in_a_row: int, state: dict) -> None:
-    if num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-        or_spike = "" if args.skip_spikes is None else "or the step was a spike, "
-        raise ValueError(
-            f"The gradient was not finite {or_spike}{num_skipped_in_a_row} times in a row, up to step "
-            f"{state['step']:,}; those updates were skipped. Start anew with a lower --learning_rate than "
-            f"{args.learning_rate}."
-        )
-
-
-def delete_earlier_run(output_dir: Path, accelerator: Accelerator) -> None:
-    """Delete what a run of ours writes, and nothing else that may lie in the folder."""
-    if accelerator.is_main_process:
-        shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
-        for name in ("log.jsonl", "metrics.json", "curves.png", "model.safetensors", "config.json", "samples.txt"):
-            (output_dir / name).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
 
 
 def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> GPTConfig:
@@ -507,15 +441,9 @@ def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) ->
     else:
         overrides = parse_overrides(args.config_overrides or [], GPTConfig().to_dict())
         special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        fields = {
-            "vocab_size": len(tokenizer),
-            "num_hidden_layers": args.num_hidden_layers,
-            "hidden_size": args.hidden_size,
-            "num_attention_heads": args.num_attention_heads,
-            "num_key_value_heads": args.num_key_value_heads,
-            "max_position_embeddings": args.block_size,
-        }
-        config = GPTConfig.from_preset(args.preset, **{**fields, **special_ids, **overrides})
+        shape = {name: getattr(args, name) for name in SHAPE_ARGUMENTS if name not in ("preset", "config_overrides")}
+        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": args.block_size}
+        config = GPTConfig.from_preset(args.preset, **{**shape, **sizes, **special_ids, **overrides})
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer):,} ids, but the model's vocab_size is {config.vocab_size:,}: it has no "
@@ -553,158 +481,18 @@ def build_model(args: PretrainArguments, config: GPTConfig) -> PreTrainedModel:
     return model
 
 
-def describe(
-    args: PretrainArguments,
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    text: TrainingText,
-    max_steps: int,
-) -> None:
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    num_embedding = model.get_input_embeddings().weight.numel()
-    tied = "tied to the head" if model.config.tie_word_embeddings else "beside a head of the same size"
-    num_rows = rows_per_step(args, accelerator)
-    passes = "a stream of rows"
-    if isinstance(text.train, Rows):
-        passes = f"{max_steps * num_rows / len(text.train):.2f} passes over {len(text.train):,} rows"
-    sharding = f" ({kind})" if (kind := describe_sharding(accelerator)) else ""
-    precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    accelerator.print(
-        f"Model: {num_parameters:,} parameters, of which {num_embedding:,} in the token embedding, {tied}.\n"
-        f"Training: {max_steps:,} steps of {num_rows * args.block_size:,} tokens ({num_rows} rows of "
-        f"{args.block_size}), {passes}, on {accelerator.num_processes} x {accelerator.device.type}{sharding} in "
-        f"{precision}."
-    )
-
-
-def identify(args: PretrainArguments, accelerator: Accelerator, config: GPTConfig, text: TrainingText) -> dict:
-    """What makes a run this run and no other; a checkpoint of another one is refused."""
-    identity = {f"model.{name}": value for name, value in config.to_dict().items()}
-    for volatile in ("transformers_version", "architectures", "auto_map", "dtype", "use_cache"):
-        identity.pop(f"model.{volatile}", None)
-    return {
-        **json.loads(json.dumps(identity)),
-        **text.identity,
-        "rows_per_step": rows_per_step(args, accelerator),
-        **{name: getattr(args, name) for name in FIXED_ARGUMENTS},
-    }
-
-
-def evaluate(
-    args: PretrainArguments, accelerator: Accelerator, model: torch.nn.Module, text: TrainingText, state: dict
-) -> dict:
-    """Nats per token and bits per byte over every validation token, and a sample of what the model writes."""
-    result = evaluate_rows(model, text.validation, batch_size=args.per_device_eval_batch_size, accelerator=accelerator)
-    state["evaluation"] = dataclasses.asdict(result)  # part of the checkpoint, for the final numbers
-    record = {"step": state["step"], "eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
-    if args.eval_train_rows:
-        rows = np.arange(min(args.eval_train_rows, len(text.train)))
-        record["eval_train_loss"], _ = score_rows(
-            model, text.train, rows, batch_size=args.per_device_eval_batch_size, accelerator=accelerator
-        )
-    log(args, accelerator, record)
-    # Generating with a sharded model takes all processes together, so such a run has no samples.
-    is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if args.sample_tokens and state["step"] > 0 and accelerator.is_main_process and not is_sharded:
-        text = sample(args, accelerator.unwrap_model(model), text.tokenizer)
-        tqdm.write(f"    sample: {text!r}")
-        with (Path(args.output_dir) / "samples.txt").open("a", encoding="utf-8") as file:
-            file.write(f"--- step {state['step']}\n{text}\n")
-
-
-@torch.no_grad()
-def sample(args: PretrainArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the model writes after the prompt, one token drawn after the other."""
-    was_training = model.training
-    model.eval()
-    prompt = tokenizer(args.sample_prompt, return_tensors="pt").input_ids
-    if prompt.shape[1] == 0:
-        prompt = torch.tensor([[tokenizer.eos_token_id]])
-    room = model.config.max_position_embeddings - prompt.shape[1]
-    tokens = model.generate(
-        prompt.to(model.device), max_new_tokens=min(args.sample_tokens, room), do_sample=True, temperature=0.8, top_k=50
-    )
-    model.train(was_training)
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
-
-
-def log(args: PretrainArguments, accelerator: Accelerator, record: dict, progress: tqdm | None = None) -> None:
-    """One line of log.jsonl, the same to the trackers, and a word on the terminal."""
-    try:
-        accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
-    except Exception as error:  # each tracker fails in its own way, and none of them is worth a run
-        warnings.warn(f"A tracker failed: {error!r}. The run goes on, and log.jsonl has everything.", stacklevel=1)
-    if not accelerator.is_main_process:
-        return
-    append_to_log(Path(args.output_dir) / "log.jsonl", record)
-    if "eval_loss" in record:
-        tqdm.write(
-            f"step {record['step']:,}: validation {record['eval_loss']:.4f} nats per token, "
-            f"{record['eval_bits_per_byte']:.4f} bits per byte"
-        )
-    elif progress is not None:
-        speed = record["tokens_per_second"]
-        text = f"loss {record['loss']:.3f}" + (f", {speed:,.0f} tokens/s" if speed else "")
-        progress.set_postfix_str(text, refresh=False)
-
-
-def finish(
-    args: PretrainArguments,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    text: TrainingText,
-    state: dict,
-    throughput: float | None,
-    flops: int,
-    num_parameters: int,
-) -> None:
+def finish(args: PretrainArguments, setup: Setup, state: dict, tokens_per_second: float | None) -> None:
     """Save the model, `metrics.json` and the curves, and tell where they lie."""
-    output_dir = Path(args.output_dir)
-    result = Evaluation(**state["evaluation"])
-    save_model(output_dir, model=model, accelerator=accelerator)
-    if not accelerator.is_main_process:
+    output_dir, text = Path(args.output_dir), setup.text
+    save_model(output_dir, model=setup.model, accelerator=setup.accelerator)
+    if not setup.accelerator.is_main_process:
         return
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    peak = peak_flops(accelerator.device, dtype)
-    metrics = {
-        "eval_loss": result.loss,
-        "eval_perplexity": result.perplexity,
-        "eval_bits_per_byte": result.bits_per_byte,
-        "eval_tokens": result.num_tokens,
-        "eval_bytes": result.num_bytes,
-        "train_steps": state["step"],
-        "train_tokens": state["train_tokens"],
-        "train_seconds": round(state["seconds"], 1),
-        "save_seconds": round(state["save_seconds"], 2),
-        "skipped_updates": state["skipped_updates"],
-        "tokens_per_second": throughput,
-        "mfu": throughput and throughput * flops / (peak * accelerator.num_processes),
-        "peak_flops_per_device": peak,
-        "peak_memory_bytes": peak_memory_bytes(accelerator.device),
-        "num_parameters": num_parameters,
-        "dataset": args.dataset,
-        "corpus_sha256": text.fingerprint,
-        "tokenizer_sha256": text.tokenizer_sha256,
-        "seed": args.seed,
-    }
+    metrics = final_metrics(state, accelerator=setup.accelerator, tokens_per_second=tokens_per_second, **setup.sizes)
+    metrics |= {"dataset": args.dataset, "corpus_sha256": text.fingerprint}
+    metrics |= {"tokenizer_sha256": text.tokenizer_sha256, "seed": args.seed}
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=str(output_dir))
-    speed = f" at {throughput:,.0f} tokens/s, {metrics['mfu']:.0%} of what it can multiply" if throughput else ""
-    print(
-        f"""
-{state["train_tokens"]:,} tokens in {state["seconds"] / 60:.1f} minutes{speed}.
-Validation: {result.loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte.
-
-{output_dir}/model.safetensors   the model, {num_parameters:,} parameters, with its tokenizer and code beside it
-{output_dir}/curves.png          the curves; log.jsonl holds their numbers, metrics.json the final ones
-{output_dir}/checkpoints         to go on from, with a larger --max_steps
-
-Next, let it write:
-    python recipes/generate.py --model {output_dir} --prompt "{args.sample_prompt or "import "}"
-or open it in Python:
-    import hfllm; from transformers import pipeline
-    pipeline("text-generation", "{output_dir}")("{args.sample_prompt or "import "}")"""
-    )
+    print(describe_result(output_dir, metrics, prompt=args.sample_prompt or "import "))
 
 
 if __name__ == "__main__":

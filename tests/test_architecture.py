@@ -14,6 +14,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arguments": set(),
     "tokenization": set(),
     "report": set(),
+    "progress": {"report"},
     "model": {"model"},
     "data": {"data"},
     "training": {"training"},

@@ -29,6 +29,7 @@ def start_accelerator(
     gradient_accumulation_steps: int = 1,
     per_device_train_batch_size: int = 1,
     max_grad_norm: float = 0.0,
+    skips_updates: bool = False,
     **arguments: Any,
 ) -> Accelerator:
     """An `Accelerator` that is what was launched: as many processes, and sharded as the accelerate file says.
@@ -39,7 +40,8 @@ def start_accelerator(
     ours cannot hold. On a machine without accelerators DDP, FSDP2 and DeepSpeed run on the CPU, over gloo.
 
     DeepSpeed takes the optimizer's steps itself and has to know two of the loop's numbers for that: the rows of a
-    forward pass and the longest gradient (0: any). `arguments` are `Accelerator`'s own.
+    forward pass and the longest gradient (0: any). A loop that decides between the gradient and the update
+    (`skips_updates`) cannot have it. `arguments` are `Accelerator`'s own.
 
     Raises:
         ValueError: what runs would not be what was launched, or could not be saved.
@@ -82,6 +84,11 @@ def start_accelerator(
             param_dtype=policy.param_dtype, reduce_dtype=torch.float32
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if skips_updates:
+            raise ValueError(
+                "--skip_spikes decides between the gradient and the update, and DeepSpeed takes both at once. Leave it "
+                "out, or shard with accelerate_configs/fsdp2.yaml."
+            )
         zero.configure(accelerator, rows_per_device=per_device_train_batch_size, max_grad_norm=max_grad_norm)
     return accelerator
 

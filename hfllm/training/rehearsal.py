@@ -96,6 +96,31 @@ def rehearse(
     )
 
 
+def describe_rehearsal(
+    need: Rehearsal,
+    *,
+    max_steps: int,
+    tokens_per_step: int,
+    flops_per_token: int,
+    learning_rate_at: Callable[[int], float],
+    warmup_steps: int,
+) -> str:
+    """What a run of `max_steps` such steps takes: memory, disk, time, arithmetic, and its learning rates."""
+    hours = max_steps * need.seconds_per_step / 3600
+    warm = min(warmup_steps, max_steps - 1)
+    steps = sorted({0, warm, *(max_steps * quarter // 4 for quarter in (1, 2, 3)), max_steps - 1})
+    return (
+        f"{need}\n"
+        f"A checkpoint: {(need.parameters + need.optimizer_state) / 2**20:,.1f} MiB, times the processes if they share "
+        "the model out.\n"
+        f"Time: {need.seconds_per_step:.3f} s a step, {tokens_per_step / need.seconds_per_step:,.0f} tokens/s; "
+        f"{max_steps:,} steps take {hours:.2f} hours without evaluations, and "
+        f"{max_steps * tokens_per_step * flops_per_token:.2e} floating-point operations.\nLearning rate: "
+        + ", ".join(f"{learning_rate_at(step):.2e} at step {step:,}" for step in steps)
+        + "."
+    )
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a sharded tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

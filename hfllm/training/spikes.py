@@ -4,6 +4,9 @@ import statistics
 from collections import deque
 
 
+MAX_SKIPPED_IN_A_ROW = 10  # updates that were no updates; after so many it is no accident
+
+
 class SpikeDetector:
     """Tells whether a step's loss or gradient norm lies more than `sigmas` standard deviations above the last ones.
 
@@ -31,3 +34,16 @@ class SpikeDetector:
                     return True
         self.past.append((loss, grad_norm))
         return False
+
+
+def stop_if_hopeless(
+    num_skipped_in_a_row: int, *, step: int, learning_rate: float, detector: SpikeDetector | None
+) -> None:
+    """Raise a ValueError when the last updates, up to `step`, were all skipped: the next ones would be as well."""
+    if num_skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+        return
+    or_spike = "" if detector is None else "or the step was a spike, "
+    raise ValueError(
+        f"The gradient was not finite {or_spike}{num_skipped_in_a_row} times in a row, up to step {step:,}; those "
+        f"updates were skipped. Start anew with a lower --learning_rate than {learning_rate}."
+    )

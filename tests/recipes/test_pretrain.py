@@ -255,6 +255,8 @@ BAD_INPUT = {
     ),
     "no rows": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size 0"),
     "more warm-up than steps": ({"warmup_steps": 100}, "warmup_steps=100"),
+    "no steps": ({"max_steps": 0}, "max_steps 0"),
+    "rows of a stream again": ({"streaming": True, "eval_train_rows": 4}, "--eval_train_rows.*a stream is read once"),
     "nothing held back": ({"validation_fraction": 0.0}, "nothing to evaluate on"),
     "a file in the way": (lambda folder: {"output_dir": make(folder, "file", b"")}, "cannot be used"),
 }
@@ -311,7 +313,7 @@ def test_two_processes_take_the_steps_of_one(run_pretrain, small, tmp_path):
     run_pretrain(**{**options, "output_dir": tmp_path / "one"})
     two = {**options, "output_dir": tmp_path / "two", "per_device_train_batch_size": 2}
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
         *("recipes/pretrain.py", *(f"--{name}={value}" for name, value in two.items())),
     ]
     subprocess.run(command, cwd=Path(__file__).parents[2], check=True, timeout=240)

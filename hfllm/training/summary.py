@@ -1,0 +1,92 @@
+"""A run in words and numbers: what it is before it starts, and what came of it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from .devices import describe_sharding
+from .evaluation import Evaluation
+from .throughput import peak_flops, peak_memory_bytes
+
+
+def describe_run(
+    model: PreTrainedModel,
+    *,
+    accelerator: Accelerator,
+    max_steps: int,
+    rows_per_step: int,
+    block_size: int,
+    num_rows: int | None,
+) -> str:
+    """The model's size, a step's tokens and the devices; of a stream, whose `num_rows` is None, without its passes."""
+    num_embedding = model.get_input_embeddings().weight.numel()
+    tied = "tied to the head" if model.config.tie_word_embeddings else "beside a head of the same size"
+    passes = "a stream of rows"
+    if num_rows is not None:
+        passes = f"{max_steps * rows_per_step / num_rows:.2f} passes over {num_rows:,} rows"
+    sharding = f" ({kind})" if (kind := describe_sharding(accelerator)) else ""
+    precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    return (
+        f"Model: {model.num_parameters():,} parameters, of which {num_embedding:,} in the token embedding, {tied}.\n"
+        f"Training: {max_steps:,} steps of {rows_per_step * block_size:,} tokens ({rows_per_step} rows of "
+        f"{block_size}), {passes}, on {accelerator.num_processes} x {accelerator.device.type}{sharding} in "
+        f"{precision}."
+    )
+
+
+def final_metrics(
+    state: dict[str, Any],
+    *,
+    accelerator: Accelerator,
+    num_parameters: int,
+    flops_per_token: int,
+    tokens_per_second: float | None,
+) -> dict[str, Any]:
+    """The numbers of `metrics.json`: loss, tokens, time, speed, the share of the machine's arithmetic, and memory.
+
+    `state` is the loop's, with its counts and the last evaluation.
+    """
+    result = Evaluation(**state["evaluation"])
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    peak = peak_flops(accelerator.device, dtype)
+    return {
+        "eval_loss": result.loss,
+        "eval_perplexity": result.perplexity,
+        "eval_bits_per_byte": result.bits_per_byte,
+        "eval_tokens": result.num_tokens,
+        "eval_bytes": result.num_bytes,
+        "train_steps": state["step"],
+        "train_tokens": state["train_tokens"],
+        "train_seconds": round(state["seconds"], 1),
+        "save_seconds": round(state["save_seconds"], 2),
+        "skipped_updates": state["skipped_updates"],
+        "tokens_per_second": tokens_per_second,
+        "mfu": tokens_per_second and tokens_per_second * flops_per_token / (peak * accelerator.num_processes),
+        "peak_flops_per_device": peak,
+        "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+        "num_parameters": num_parameters,
+    }
+
+
+def describe_result(output_dir: Path, metrics: dict[str, Any], *, prompt: str) -> str:
+    """What came of a run of recipes/pretrain.py, where it lies, and what to do with it next."""
+    speed = ""
+    if metrics["tokens_per_second"]:
+        speed = f" at {metrics['tokens_per_second']:,.0f} tokens/s, {metrics['mfu']:.0%} of what it can multiply"
+    size = f"{metrics['num_parameters']:,} parameters"
+    return f"""
+{metrics["train_tokens"]:,} tokens in {metrics["train_seconds"] / 60:.1f} minutes{speed}.
+Validation: {metrics["eval_loss"]:.4f} nats per token, {metrics["eval_bits_per_byte"]:.4f} bits per byte.
+
+{output_dir}/model.safetensors   the model, {size}, with its tokenizer and code beside it
+{output_dir}/curves.png          the curves; log.jsonl holds their numbers, metrics.json the final ones
+{output_dir}/checkpoints         to go on from, with a larger --max_steps
+
+Next, let it write:
+    python recipes/generate.py --model {output_dir} --prompt "{prompt}"
+or open it in Python:
+    import hfllm; from transformers import pipeline
+    pipeline("text-generation", "{output_dir}")("{prompt}")"""
