@@ -47,7 +47,7 @@ from hfllm.training.checkpoint import save_checkpoint, save_model
 from hfllm.training.devices import clip_gradient, leaving_at_once, on_main_process, start_accelerator
 from hfllm.training.evaluation import evaluate_rows, score_rows
 from hfllm.training.interruption import EXIT_CODE, StopRequest
-from hfllm.training.optimization import build_adamw, learning_rate_at
+from hfllm.training.optimization import build_adamw, build_muon, learning_rate_at, scale_learning_rates
 from hfllm.training.rehearsal import describe_rehearsal, rehearse
 from hfllm.training.run_folder import claim_folder, find_state, identify
 from hfllm.training.sampling import draw_sample
@@ -92,14 +92,23 @@ class PretrainArguments:
     num_train_epochs: float = HfArg(default=1.0, help="Passes over the rows, if max_steps is not given.")
     per_device_train_batch_size: int = HfArg(default=8, help="Rows per device and forward pass.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
-    learning_rate: float = HfArg(default=1e-3, help="Highest learning rate.")
+    optimizer: Literal["muon", "adamw"] | None = HfArg(
+        default=None, help="Default: muon for random weights of the modern preset, adamw for all else."
+    )
+    learning_rate: float | None = HfArg(
+        default=None, help="Highest learning rate; with muon, of the hidden matrices. Default: muon 0.02, adamw 0.001."
+    )
+    adam_learning_rate: float | None = HfArg(
+        default=None, help="With muon: that of embeddings, head, norms and biases. Default: half of learning_rate."
+    )
+    muon_momentum: float = HfArg(default=0.95, help="Decay of Muon's mean.")
     lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = HfArg(
         default="cosine", help="Course of the learning rate after warm-up."
     )
     warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
     decay_steps: int | None = HfArg(default=None, help="Steps of warmup_stable_decay's final fall; default: a fifth.")
     min_lr_ratio: float = HfArg(default=0.1, help="The lowest learning rate, as a share of the highest.")
-    weight_decay: float = HfArg(default=0.1, help="Decoupled decay of the matrices.")
+    weight_decay: float = HfArg(default=0.1, help="Decoupled decay of matrices and embeddings.")
     adam_beta1: float = HfArg(default=0.9, help="Decay of AdamW's mean.")
     adam_beta2: float = HfArg(default=0.95, help="Decay of AdamW's variance.")
     adam_epsilon: float = HfArg(default=1e-8, help="AdamW's epsilon.")
@@ -129,6 +138,18 @@ class PretrainArguments:
     hub_private_repo: bool = HfArg(default=False, help="Make the repository there a private one.")
     config: str | None = HfArg(default=None, help="A YAML file of these options.")
 
+    def resolve(self) -> None:
+        """Fill in the defaults that depend on other options."""
+        if self.optimizer is None:
+            self.optimizer = "muon" if self.preset == "modern" and self.model is None else "adamw"
+        if self.learning_rate is None:
+            self.learning_rate = {"muon": 0.02, "adamw": 1e-3}[self.optimizer]
+        if self.optimizer == "adamw":
+            if self.adam_learning_rate is not None:
+                raise ValueError("--adam_learning_rate belongs to --optimizer muon; with adamw, give --learning_rate.")
+        elif self.adam_learning_rate is None:
+            self.adam_learning_rate = self.learning_rate / 2
+
     def check(self) -> None:
         """Stop at the door what is wrong whatever the text and the tokenizer are."""
         counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
@@ -145,13 +166,16 @@ class PretrainArguments:
             SpikeDetector(self.skip_spikes)
         if (self.hub_model_id is not None or self.hub_private_repo) and not self.push_to_hub:
             raise ValueError("--hub_model_id and --hub_private_repo say where to push; give --push_to_hub as well.")
+        if not 0 <= self.muon_momentum < 1:
+            raise ValueError(f"--muon_momentum {self.muon_momentum}: give a number of at least 0 and less than 1.")
         if self.max_steps is not None:
-            self.learning_rate_at(0, self.max_steps)
+            self.height_at(0, self.max_steps)
 
-    def learning_rate_at(self, step: int, max_steps: int) -> float:
+    def height_at(self, step: int, max_steps: int) -> float:
+        """The share of its highest learning rate that each group of parameters has in a step."""
         return learning_rate_at(
             step,
-            learning_rate=self.learning_rate,
+            learning_rate=1.0,
             max_steps=max_steps,
             warmup_steps=self.warmup_steps,
             schedule=self.lr_scheduler_type,
@@ -163,7 +187,7 @@ class PretrainArguments:
 # A resumed run is the same run only with the same of these (and the same data, tokenizer and model).
 FIXED_ARGUMENTS = ("block_size", "stride", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "decay_steps")
 FIXED_ARGUMENTS += ("min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
-FIXED_ARGUMENTS += ("skip_spikes",)
+FIXED_ARGUMENTS += ("skip_spikes", "optimizer", "adam_learning_rate", "muon_momentum")
 SHAPE_ARGUMENTS = ("preset", "num_hidden_layers", "hidden_size", "num_attention_heads")
 SHAPE_ARGUMENTS += ("num_key_value_heads", "config_overrides")
 TEXT_ARGUMENTS = ("dataset_config", "split", "validation_split", "validation_fraction", "text_column")
@@ -171,6 +195,7 @@ TEXT_ARGUMENTS += ("on_bad_record", "block_size", "stride", "cache_dir", "stream
 
 
 def main(args: PretrainArguments) -> None:
+    args.resolve()
     args.check()
 
     # 1. Devices: how many processes there are, and what they share, is what `accelerate launch` was told.
@@ -179,6 +204,7 @@ def main(args: PretrainArguments) -> None:
         per_device_train_batch_size=args.per_device_train_batch_size,
         max_grad_norm=args.max_grad_norm,
         skips_updates=args.skip_spikes is not None,
+        needs_whole_matrices=args.optimizer == "muon",
         log_with=args.report_to,
         project_dir=args.output_dir,
     )
@@ -219,7 +245,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
     accelerator.print(text.summary)
     num_rows = len(text.train) if isinstance(text.train, Rows) else None  # a stream has no end
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * num_rows / rows_per_step(args, accelerator))
-    args.learning_rate_at(0, max_steps)  # a schedule that does not fit stops here
+    args.height_at(0, max_steps)  # a schedule that does not fit stops here
 
     # 4. Random weights, or those of --model
     torch.manual_seed(args.seed)
@@ -230,13 +256,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
     accelerator.print(describe_run(model, accelerator=accelerator, max_steps=max_steps, num_rows=num_rows, **batch))
 
     # 5. The optimizer, and what model and optimizer become on these devices
-    optimizer = build_adamw(
-        model,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        betas=(args.adam_beta1, args.adam_beta2),
-        epsilon=args.adam_epsilon,
-    )
+    optimizer = build_optimizer(args, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     setup = Setup(accelerator, model, optimizer, text, max_steps, sizes, hub)
     if args.dry_run:
@@ -304,7 +324,7 @@ def train(args: PretrainArguments, setup: Setup, state: dict, stop_request: Stop
                 record = {
                     "step": state["step"],
                     "loss": accelerator.reduce(interval_nats).item() / interval_targets,
-                    "learning_rate": args.learning_rate_at(step, max_steps),
+                    "learning_rate": args.learning_rate * args.height_at(step, max_steps),
                     "grad_norm": taken.grad_norm,
                     "tokens_per_second": meter.read(),
                     "train_tokens": state["train_tokens"],
@@ -350,8 +370,7 @@ def take_step(
 ) -> Taken:
     """Forward, backward, clip, update."""
     accelerator, model, optimizer = setup.accelerator, setup.model, setup.optimizer
-    for group in optimizer.param_groups:
-        group["lr"] = args.learning_rate_at(step, setup.max_steps)
+    scale_learning_rates(optimizer, args.height_at(step, setup.max_steps))
     # Dropout, like the order of rows, is a function of seed and step, so that a resumed run repeats it exactly.
     torch.manual_seed(np.random.SeedSequence((args.seed, step, accelerator.process_index)).generate_state(1)[0])
 
@@ -435,7 +454,7 @@ def rehearse_run(args: PretrainArguments, setup: Setup) -> None:
         max_steps=max_steps,
         tokens_per_step=rows_per_step(args, accelerator) * args.block_size,
         flops_per_token=setup.sizes["flops_per_token"],
-        learning_rate_at=lambda step: args.learning_rate_at(step, max_steps),
+        learning_rate_at=lambda step: args.learning_rate * args.height_at(step, max_steps),
         warmup_steps=args.warmup_steps,
     )
     accelerator.print(f"\n{needed}\n\nThe first row of the first step, of {args.block_size} tokens:")
@@ -501,6 +520,13 @@ def open_hub(args: PretrainArguments, accelerator: Accelerator) -> TrainingPush 
         return None
     place = {"repo_id": args.hub_model_id, "private": args.hub_private_repo}
     return on_main_process(accelerator, lambda: TrainingPush(args.output_dir, **place))
+def build_optimizer(args: PretrainArguments, model: PreTrainedModel) -> torch.optim.Optimizer:
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "epsilon": args.adam_epsilon}
+    rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
+    if args.optimizer == "adamw":
+        return build_adamw(model, **rates, **adam)
+    rates["adam_learning_rate"] = args.adam_learning_rate
+    return build_muon(model, **rates, **adam, momentum=args.muon_momentum)
 
 
 def finish(args: PretrainArguments, setup: Setup, state: dict, tokens_per_second: float | None) -> None:

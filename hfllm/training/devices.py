@@ -30,6 +30,7 @@ def start_accelerator(
     per_device_train_batch_size: int = 1,
     max_grad_norm: float = 0.0,
     skips_updates: bool = False,
+    needs_whole_matrices: bool = False,
     **arguments: Any,
 ) -> Accelerator:
     """An `Accelerator` that is what was launched: as many processes, and sharded as the accelerate file says.
@@ -41,7 +42,8 @@ def start_accelerator(
 
     DeepSpeed takes the optimizer's steps itself and has to know two of the loop's numbers for that: the rows of a
     forward pass and the longest gradient (0: any). A loop that decides between the gradient and the update
-    (`skips_updates`) cannot have it. `arguments` are `Accelerator`'s own.
+    (`skips_updates`), or whose optimizer has to see whole matrices (`needs_whole_matrices`, Muon's), cannot have it.
+    `arguments` are `Accelerator`'s own.
 
     Raises:
         ValueError: what runs would not be what was launched, or could not be saved.
@@ -88,6 +90,11 @@ def start_accelerator(
             raise ValueError(
                 "--skip_spikes decides between the gradient and the update, and DeepSpeed takes both at once. Leave it "
                 "out, or shard with accelerate_configs/fsdp2.yaml."
+            )
+        if needs_whole_matrices:
+            raise ValueError(
+                "Muon makes whole matrices orthogonal, and DeepSpeed gives an optimizer pieces of them. Shard with "
+                "accelerate_configs/fsdp2.yaml, or give --optimizer adamw."
             )
         zero.configure(accelerator, rows_per_device=per_device_train_batch_size, max_grad_norm=max_grad_norm)
     return accelerator

@@ -19,7 +19,7 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 # A document ends in most packed rows, and each document's last window is padded: rows differ in their targets.
 VARIANTS: dict[str, dict[str, object]] = {"packed": {}, "padded": {"stride": 32}}
 # ZeRO-3 leaves parameters of less than 100,000 numbers whole.
-VARIANTS["wide"] = {"hidden_size": 352}
+VARIANTS["wide"] = {"hidden_size": 352, "optimizer": "adamw"}
 
 
 @pytest.fixture(scope="session")

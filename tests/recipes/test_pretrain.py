@@ -170,6 +170,23 @@ def test_overwriting_starts_anew_and_keeps_what_is_not_ours(run_pretrain, small)
     assert len(losses_of(small["output_dir"])) == 6
 
 
+@pytest.mark.parametrize(
+    ("given", "optimizer", "rates"),
+    [
+        ({}, "muon", (0.02, 0.01)),
+        ({"learning_rate": 0.03, "adam_learning_rate": 0.002}, "muon", (0.03, 0.002)),
+        ({"preset": "book"}, "adamw", (0.001, None)),
+        ({"model": "a model's folder"}, "adamw", (0.001, None)),
+    ],
+)
+def test_random_weights_of_the_modern_preset_train_with_muon_and_all_else_with_adamw(
+    run_pretrain, given, optimizer, rates
+):
+    args = run_pretrain.recipe.PretrainArguments(**given)
+    args.resolve()
+    assert (args.optimizer, (args.learning_rate, args.adam_learning_rate)) == (optimizer, rates)
+
+
 def test_going_on_from_a_model_starts_at_its_loss(run_pretrain, small, tmp_path):
     first = run_pretrain(**small)
     run_pretrain(**{**small, "output_dir": tmp_path / "second", "model": small["output_dir"], "learning_rate": 1e-4})
@@ -257,6 +274,11 @@ BAD_INPUT = {
     "more warm-up than steps": ({"warmup_steps": 100}, "warmup_steps=100"),
     "no steps": ({"max_steps": 0}, "max_steps 0"),
     "rows of a stream again": ({"streaming": True, "eval_train_rows": 4}, "--eval_train_rows.*a stream is read once"),
+    "a rate for another optimizer": (
+        {"optimizer": "adamw", "adam_learning_rate": 0.1},
+        "--adam_learning_rate belongs to --optimizer muon",
+    ),
+    "a momentum of all": ({"muon_momentum": 1.0}, "--muon_momentum 1.0"),
     "nothing held back": ({"validation_fraction": 0.0}, "nothing to evaluate on"),
     "a file in the way": (lambda folder: {"output_dir": make(folder, "file", b"")}, "cannot be used"),
 }
@@ -277,7 +299,7 @@ def test_bad_input_stops_before_the_work_starts(run_pretrain, small, tmp_path, w
     ("change", "message"),
     [
         ({"hidden_size": 64}, "model.hidden_size: 32 in the checkpoint, 64 now"),
-        ({"learning_rate": 0.5}, "learning_rate: 0.001 in the checkpoint, 0.5 now"),
+        ({"learning_rate": 0.5}, "learning_rate: 0.02 in the checkpoint, 0.5 now"),
         ({"per_device_train_batch_size": 8}, "rows_per_step: 4 in the checkpoint, 8 now"),
         ({"validation_fraction": 0.3}, "rows: "),
     ],
@@ -358,7 +380,7 @@ def test_a_dry_run_tells_what_the_run_would_need_and_writes_nothing(run_pretrain
     num_parameters = 30_304
     assert f"{4 * num_parameters / 2**20:10,.1f} MiB" in told  # parameters, and as much for the gradients
     assert "kept for the backward pass" in told
-    assert "5.00e-04 at step 0" in told  # half of it, in two steps of warm-up
+    assert "1.00e-02 at step 0" in told  # half of it, in two steps of warm-up
     assert "tokens 0 to" in told and "targets" in told
     assert "Without --dry_run, it starts" in told
 

@@ -1,0 +1,175 @@
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): momentum, made orthogonal, as the update.
+
+A matrix's gradient is mostly a few large directions, and AdamW's update follows them. Muon replaces the singular values
+of the momentum by ones: every direction moves alike, which reaches the same loss with a fraction of the tokens. That is
+for the matrices between hidden states. Embeddings, the head, norms, biases and learned positions take AdamW's steps, in
+the same optimizer, so that one object is scheduled, saved and resumed.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim.adamw import adamw
+
+
+# An odd polynomial ax + bx^3 + cx^5 that takes singular values in (0, 1] towards 1, steepest at 0: five times applied,
+# those above 0.004 lie between 0.68 and 1.21 (Jordan et al. 2024).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NUM_ITERATIONS = 5
+STACK_NUMBERS = 1 << 26  # numbers orthogonalised at a time, so that a large model's stacks do not fill the memory
+
+
+class Muon(torch.optim.Optimizer):
+    """Groups with `"orthogonal": True` take Muon's step, all others that of `torch.optim.AdamW`.
+
+    The update of a matrix of R rows and C columns is lr * sqrt(max(1, R / C)) times an orthogonal one: what a layer
+    puts out then changes by about as much at every width, and a learning rate found on a small model serves a wider
+    one. Weight decay is decoupled: lr * weight_decay of a parameter is taken away. The state of a matrix is its
+    `momentum_buffer`, of anything else AdamW's.
+
+    A parameter may be sharded (FSDP2's DTensor): its momentum then is gathered, every process orthogonalises it whole,
+    and keeps its part of the result.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(groups, {**defaults, "orthogonal": False})
+        for group in self.param_groups:
+            for parameter in group["params"] if group["orthogonal"] else []:
+                if parameter.ndim != 2:
+                    raise ValueError(
+                        f"Only matrices can be made orthogonal; here is a parameter of shape {tuple(parameter.shape)}. "
+                        'Put it into a group without "orthogonal".'
+                    )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["orthogonal"]:
+                self._step_orthogonal(group, parameters)
+            elif parameters:
+                self._step_adamw(group, parameters)
+        return loss
+
+    def _step_orthogonal(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for stack in _stacks(parameters):
+            updates = [self._update_momentum(parameter, group["momentum"]) for parameter in stack]
+            for parameter, update in zip(stack, orthogonalize(updates)):
+                rows, columns = parameter.shape
+                own, update = _local(parameter), _share(update, parameter)
+                own.mul_(1 - group["lr"] * group["weight_decay"])
+                own.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+    def _update_momentum(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
+        """Nesterov's momentum, whole: the mean of the gradients with the newest one counted once more."""
+        assert parameter.grad is not None
+        gradient, buffer = _local(parameter.grad), _local(self.state[parameter]["momentum_buffer"])
+        buffer.lerp_(gradient, 1 - momentum)
+        return _gather(torch.lerp(gradient, buffer, momentum), parameter)
+
+    def _step_adamw(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] |= {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            [_local(parameter) for parameter in parameters],
+            [_local(parameter.grad) for parameter in parameters],
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def orthogonalize(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Each matrix with its singular values near 1: about U V^T for U S V^T, by Newton and Schulz's iteration.
+
+    The matrices have one shape, or that shape transposed, and are multiplied together as one stack: on a CPU in
+    float32, elsewhere in bfloat16, whose rounding the iteration bears. A matrix of zeros stays one.
+    """
+    rows, columns = matrices[0].shape
+    is_tall = [
+        matrix.shape[0] > matrix.shape[1] for matrix in matrices
+    ]  # the Gram matrix below is then the smaller one
+    device = matrices[0].device
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    x = torch.empty(len(matrices), min(rows, columns), max(rows, columns), dtype=dtype, device=device)
+    for place, matrix, tall in zip(x, matrices, is_tall):
+        place.copy_(matrix.mT if tall else matrix)
+    a, b, c = NEWTON_SCHULZ
+    x /= torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_(min=1e-7)  # no singular value is above 1 now
+    for _ in range(NUM_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return [matrix.mT if tall else matrix for matrix, tall in zip(x, is_tall)]
+
+
+def _stacks(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters by shape, a shape and its transpose together, in stacks of a bounded size."""
+    by_shape: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        by_shape[(*sorted(parameter.shape), parameter.device)].append(parameter)
+    stacks = []
+    for alike in by_shape.values():
+        most = max(1, STACK_NUMBERS // max(1, alike[0].numel()))
+        stacks += [alike[first : first + most] for first in range(0, len(alike), most)]
+    return stacks
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _gather(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The whole of which `local` is this process's part, as `parameter` is sharded."""
+    if not isinstance(parameter, DTensor):
+        return local
+    mesh, placements = parameter.device_mesh, parameter.placements
+    sharded = DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+    return sharded.full_tensor()
+
+
+def _share(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of `whole`, as `parameter` is sharded; nothing is sent."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    mesh = parameter.device_mesh
+    replicated = DTensor.from_local(whole.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=parameter.placements).to_local()
