@@ -320,3 +320,24 @@ def mark_learned(row: EncodedConversation, tokenizer: PreTrainedTokenizerBase) -
         text = tokenizer.decode(row.input_ids[start:end].tolist())
         pieces.append(f">>{text}<<" if row.is_learned[start] else text)
     return "".join(pieces)
+
+
+def fit_messages(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, *, max_prompt_length: int
+) -> tuple[Messages, list[int], int]:
+    """The newest messages whose prompt has at most so many tokens, its token ids, and how many messages were dropped.
+
+    The oldest turns go first, a question together with its answer; the system message stays. The prompt is encoded
+    anew: the keys and values of a longer conversation were computed at other positions and after what was dropped.
+    """
+    system = messages[:1] if messages and messages[0]["role"] == "system" else []
+    turns = messages[len(system) :]
+    for dropped in range(0, len(turns), 2):
+        kept = [*system, *turns[dropped:]]
+        input_ids = encode_prompt(kept, tokenizer)
+        if len(input_ids) <= max_prompt_length:
+            return kept, input_ids, dropped
+    raise ValueError(
+        f"With this message alone the prompt has {len(input_ids):,} tokens, and there is room for "
+        f"{max_prompt_length:,}. Shorten it{', or the system message' if system else ''}."
+    )

@@ -60,6 +60,7 @@ NODES = (
     *(ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn, ast.BoolOp, ast.And, ast.Or),
 )
 LARGEST_NUMBER = 10_000
+MISSES_IN_A_ROW = 1000  # expressions drawn that were drawn before, after which there are no others
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,16 @@ def _expression_questions(num_expressions: int, draw: random.Random) -> Iterator
     for index, (kind, make) in enumerate(makers.items()):
         wanted = (num_expressions + index) // len(makers)
         seen: set[str] = set()
-        attempts = 0
+        num_misses = 0  # in a row
         while len(seen) < wanted:
             expression = make(draw)
-            attempts += 1
-            if attempts > 20 * wanted + 1000:
+            num_misses = num_misses + 1 if expression in seen else 0
+            if num_misses > MISSES_IN_A_ROW:
                 raise ValueError(
                     f"There are not {wanted:,} different {kind} expressions; {len(seen):,} were found. "
                     "Ask for fewer expressions."
                 )
-            if expression not in seen:
+            if num_misses == 0:
                 seen.add(expression)
                 yield Question(kind, f"What does Python print for {expression}", evaluate_expression(expression))
 
