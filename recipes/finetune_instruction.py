@@ -22,6 +22,7 @@ A row has the columns instruction, input and output (Alpaca), or prompt and resp
 (chapter 7.0); `--method full` trains all of them. The same command goes on where the run was interrupted.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -33,6 +34,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
+from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -44,6 +46,7 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
 
 import hfllm  # noqa: F401  (registers the model with the Auto classes)
 from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
@@ -58,7 +61,13 @@ from hfllm.data.instruction import (
 )
 from hfllm.report import append_to_log
 from hfllm.tokenization import load_tokenizer
+from hfllm.training.devices import keep_freed_memory
 from hfllm.training.evaluation import score_rows
+from hfllm.training.lock import run_lock
+
+
+# The book trains all weights with 5e-5 (GPT-2 355M) and LoRA with 5e-5 to 8e-4.
+LEARNING_RATES = {"lora": 5e-4, "full": 5e-5}
 
 
 @dataclasses.dataclass
@@ -84,16 +93,17 @@ class InstructionArguments:
     model: str = HfArg(default="out/demo", help="Folder or Hub id of a pretrained model.")
     method: Literal["lora", "full"] = HfArg(default="lora", help="Train small matrices beside the weights, or all.")
     lora_r: int = HfArg(default=16, help="Rank of LoRA's matrices.")
-    lora_alpha: float = HfArg(default=32, help="LoRA's output is scaled by alpha / r.")
+    lora_alpha: float = HfArg(default=16, help="LoRA's scale: its output is multiplied by lora_alpha / lora_r.")
     lora_dropout: float = HfArg(default=0.0, help="Dropout in front of LoRA's matrices.")
-    gradient_checkpointing: bool = HfArg(default=False, help="Less memory for a third more time.")
+    gradient_checkpointing: bool = HfArg(default=False, help="Less memory for more time.")
+    bf16: bool = HfArg(default=False, help="Compute in bfloat16, where the device is fast at it.")
 
     # Optimization
     num_train_epochs: float = HfArg(default=2.0, help="Passes over the rows, if max_steps is not given.")
     max_steps: int | None = HfArg(default=None, help="Optimizer steps; default: num_train_epochs.")
     per_device_train_batch_size: int = HfArg(default=8, help="Rows per device and forward pass.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
-    learning_rate: float | None = HfArg(default=None, help="Highest learning rate; default: 1e-3 for LoRA, else 1e-4.")
+    learning_rate: float | None = HfArg(default=None, help=f"Highest learning rate; default: {LEARNING_RATES}.")
     lr_scheduler_type: str = HfArg(default="cosine", help="Course of the learning rate after warm-up.")
     warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
     weight_decay: float = HfArg(default=0.0, help="Decoupled decay of the matrices.")
@@ -114,6 +124,16 @@ class InstructionArguments:
     report_to: list[str] | None = HfArg(default=None, help="Trackers, by accelerate's names: tensorboard trackio wandb")
     config: str | None = HfArg(default=None, help="A YAML file of these options.")
 
+    def check(self) -> None:
+        """Stop at the door what is wrong whatever the conversations are."""
+        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in (*counts, "logging_steps", "eval_steps", "save_steps", "max_new_tokens", "max_answers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: give at least 1.")
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: it is more than 0 and less than 1.")
+
 
 class InstructionTrainer(Trainer):
     """transformers' Trainer, whose evaluation is a sum over the learned tokens divided by their count.
@@ -122,12 +142,7 @@ class InstructionTrainer(Trainer):
     """
 
     def evaluate(self, eval_dataset: ConversationRows | None = None, *args, metric_key_prefix: str = "eval", **kwargs):
-        rows = eval_dataset or self.eval_dataset
-        batch_size = self.args.per_device_eval_batch_size
-        loss, _ = score_rows(
-            self.model, rows, np.arange(len(rows)), batch_size=batch_size, accelerator=self.accelerator
-        )
-        metrics = {f"{metric_key_prefix}_loss": loss}
+        metrics = {f"{metric_key_prefix}_loss": response_loss(self, eval_dataset or self.eval_dataset)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -148,116 +163,100 @@ class LogFile(TrainerCallback):
 
 
 def main(args: InstructionArguments) -> None:
+    args.check()
     output_dir = Path(args.output_dir)
-    if is_finished(args, output_dir):
-        return
+    is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
+    transformers_logging.set_verbosity_error()
+    keep_freed_memory()
+    with run_lock(output_dir) if is_main else contextlib.nullcontext():
+        if is_finished(args, output_dir, is_main=is_main):
+            return
 
-    # 1. The model and its tokenizer, whose chat template says how a conversation is written
-    tokenizer = load_tokenizer(args.model)
-    set_seed(args.seed)
-    # Training needs float32 weights, whatever precision the checkpoint was exported in.
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    block_size = choose_block_size(args, model, tokenizer)
+        # 1. The model and its tokenizer, whose chat template says how a conversation is written
+        tokenizer = load_tokenizer(args.model)
+        set_seed(args.seed)
+        # Training needs float32 weights, whatever precision the checkpoint was exported in.
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        block_size = choose_block_size(args, model, tokenizer)
+        # Where a tokenizer has no pad token its eos will do: positions and labels say what is padding, not ids.
+        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    # 2. Conversations to token ids, and the mask of what is learned
-    training, validation, test, description = load_data(args)
-    encoded = {
-        name: encode_conversations(side, tokenizer, max_length=block_size, train_on_prompt=learned)
-        for name, side, learned in [
-            ("train", training, args.train_on_prompt),
-            ("eval", validation, False),
-            ("test", test, False),
-        ]
-    }
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows = {
-        name: ConversationRows(each, block_size=block_size, pad_token_id=pad_token_id, packing=args.packing)
-        for name, each in encoded.items()
-    }
-    if args.packing:
-        check_packing(model, rows["train"])
-    # The model stops at the end of its turn as well as at the end of a document, in everybody's `generate`.
-    stop_ids = [tokenizer.eos_token_id, encoded["train"].stop_token_id]
-    model.generation_config.eos_token_id = sorted(set(stop_ids))
-    model.generation_config.pad_token_id = pad_token_id
+        # 2. Conversations to token ids, and the mask of what is learned
+        (training, validation, test), description = load_data(args)
+        sides = {"train": training, "eval": validation, "test": test}
+        rows = {}
+        for name, side in sides.items():
+            on_prompt = args.train_on_prompt and name == "train"  # what is measured is always the responses
+            encoded = encode_conversations(side, tokenizer, max_length=block_size, train_on_prompt=on_prompt)
+            rows[name] = ConversationRows(
+                encoded, block_size=block_size, pad_token_id=pad_token_id, packing=args.packing
+            )
+        if args.packing:
+            check_packing(model, rows["train"])
+        # The model stops at the end of its turn as well as at the end of a document, in everybody's `generate`.
+        stop_ids = {tokenizer.eos_token_id, rows["train"].encoded.stop_token_id}
+        model.generation_config.eos_token_id = sorted(stop_ids)
+        model.generation_config.pad_token_id = pad_token_id
 
-    # 3. What is trained: small matrices beside the frozen weights, or everything
-    if args.method == "lora":
-        model = add_lora(
-            model,
-            r=args.lora_r,
-            alpha=args.lora_alpha,
-            dropout=args.lora_dropout,
-            gradient_checkpointing=args.gradient_checkpointing,
-        )
-    trainer = make_trainer(args, model, rows)
-    if trainer.is_world_process_zero():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        save_arguments(args, output_dir / "arguments.yaml")
-        show = mark_learned(encoded["train"].rows[0], tokenizer)
-        packed = f"packed into {len(rows['train']):,} rows of up to {block_size}" if args.packing else "a row each"
-        print(
-            f"{description}\n"
-            f"Split by prompts: {len(training):,} to train on, {len(validation):,} to validate, {len(test):,} to test\n"
-            f"Training: {encoded['train'].summary()}; {packed}.\n"
-            f"The first conversation, with what is learned between >> and <<:\n\n{show}\n\n{describe_trained(model)}"
-        )
+        # 3. What is trained: small matrices beside the frozen weights, or everything
+        if args.method == "lora":
+            model = add_lora(
+                model,
+                r=args.lora_r,
+                alpha=args.lora_alpha,
+                dropout=args.lora_dropout,
+                gradient_checkpointing=args.gradient_checkpointing,
+            )
+        elif args.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trainer = make_trainer(args, model, rows)
+        if is_main:
+            save_arguments(args, output_dir / "arguments.yaml")
+            describe(args, description, sides, rows, tokenizer, model)
 
-    # 4. What the model says before
-    questions = [test[row.index] for row in encoded["test"].rows]
-    samples = pick_samples(questions, args.num_samples)
-    before = answer(args, trainer, tokenizer, samples)
-    metrics: dict[str, Any] = {
-        "eval_loss_before": trainer.evaluate(metric_key_prefix="eval")["eval_loss"],
-        "test_loss_before": test_loss(trainer, rows["test"]),
-    }
+        # 4. What the model says before
+        questions = [test[row.index] for row in rows["test"].encoded.rows]
+        samples = pick_samples(questions, args.num_samples)
+        before = answer(args, trainer, tokenizer, samples)
+        metrics: dict[str, Any] = {
+            "eval_loss_before": response_loss(trainer, rows["eval"]),
+            "test_loss_before": response_loss(trainer, rows["test"]),
+        }
 
-    # 5. Training: transformers' Trainer, which divides the summed loss by the count of learned tokens, whatever the
-    # accumulation and the number of processes
-    started = time.perf_counter()
-    checkpoint = get_last_checkpoint(output_dir / "checkpoints") if (output_dir / "checkpoints").is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
+        # 5. Training: transformers' Trainer, which divides the summed loss by the count of learned tokens, whatever
+        # the accumulation and the number of processes
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir / "checkpoints"))
+        metrics["train_seconds"] = round(time.perf_counter() - started, 1)
 
-    # 6. What it says after
-    metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
-    metrics["test_loss"] = test_loss(trainer, rows["test"])
-    if args.check_answers if args.check_answers is not None else args.dataset == "stdlib":
-        checked = questions[: args.max_answers]
-        metrics |= exact_match(checked, answer(args, trainer, tokenizer, checked))
-    after = answer(args, trainer, tokenizer, samples)
+        # 6. What it says after
+        metrics["eval_loss"] = response_loss(trainer, rows["eval"])
+        metrics["test_loss"] = response_loss(trainer, rows["test"])
+        if args.check_answers if args.check_answers is not None else args.dataset == "stdlib":
+            checked = questions[: args.max_answers]
+            metrics |= exact_match(checked, answer(args, trainer, tokenizer, checked))
+        after = answer(args, trainer, tokenizer, samples)
 
-    # 7. The model as everybody's tools open it: LoRA merged into the weights, and beside it the adapter alone
-    trained, total = count_parameters(model)
-    metrics |= {
-        **{f"train_{name}": number for name, number in encoded["train"].account.items()},
-        "train_rows": len(rows["train"]),
-        "train_padding_share": rows["train"].seen_padding_share,
-        "train_steps": trainer.state.global_step,
-        "train_seconds": round(seconds, 1),
-        "tokens_per_second": round(rows["train"].tokens_seen * trainer.args.world_size / seconds, 1),
-        "num_parameters": total,
-        "num_trained_parameters": trained,
-        "dataset": args.dataset,
-        "seed": args.seed,
-    }
-    save_model(args, trainer, tokenizer, output_dir)
-    if trainer.is_world_process_zero():
-        write_samples(output_dir / "samples.txt", samples, before, after)
-        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        report(args, metrics, output_dir)
-    trainer.accelerator.end_training()
+        # 7. The model as everybody's tools open it: LoRA merged into the weights, and beside it the adapter alone
+        metrics |= describe_run(args, trainer, rows["train"])
+        save_model(args, trainer, tokenizer, output_dir)
+        if is_main:
+            write_samples(output_dir / "samples.txt", samples, before, after)
+            (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            report(args, metrics, output_dir)
+        trainer.accelerator.end_training()
 
 
-def is_finished(args: InstructionArguments, output_dir: Path) -> bool:
+def is_finished(args: InstructionArguments, output_dir: Path, *, is_main: bool) -> bool:
     """Whether this run ended before; a folder that holds anything else is refused."""
     if Path(args.model).exists() and output_dir.exists() and Path(args.model).samefile(output_dir):
         raise ValueError(f"--output_dir {output_dir} is --model itself, which would be overwritten. Choose another.")
     if args.overwrite_output_dir:
-        for name in ("checkpoints", "adapter"):
-            shutil.rmtree(output_dir / name, ignore_errors=True)
-        for name in ("arguments.yaml", "log.jsonl", "metrics.json", "samples.txt", "model.safetensors", "config.json"):
-            (output_dir / name).unlink(missing_ok=True)
+        if is_main:
+            for name in ("checkpoints", "adapter"):
+                shutil.rmtree(output_dir / name, ignore_errors=True)
+            for name in ("arguments.yaml", "log.jsonl", "metrics.json", "samples.txt", "model.safetensors"):
+                (output_dir / name).unlink(missing_ok=True)
         return False
     if not (output_dir / "arguments.yaml").exists():
         if (output_dir / "config.json").exists():
@@ -266,7 +265,7 @@ def is_finished(args: InstructionArguments, output_dir: Path) -> bool:
             )
         return False
     there = yaml.safe_load((output_dir / "arguments.yaml").read_text(encoding="utf-8"))
-    free = {"output_dir", "overwrite_output_dir", "config", "save_total_limit", "report_to"}
+    free = {"output_dir", "overwrite_output_dir", "config", "save_total_limit", "report_to", "logging_steps"}
     here = json.loads(json.dumps(dataclasses.asdict(args)))
     changed = [name for name in here if name not in free and here[name] != there.get(name)]
     if changed:
@@ -276,7 +275,8 @@ def is_finished(args: InstructionArguments, output_dir: Path) -> bool:
             "--overwrite_output_dir."
         )
     if (output_dir / "metrics.json").exists():
-        print(f"The run in {output_dir} is finished: nothing to do.")
+        if is_main:
+            print(f"The run in {output_dir} is finished: nothing to do. --overwrite_output_dir starts it anew.")
         return True
     return False
 
@@ -295,7 +295,7 @@ def choose_block_size(args: InstructionArguments, model: PreTrainedModel, tokeni
 
 def load_data(
     args: InstructionArguments,
-) -> tuple[list[Conversation], list[Conversation], list[Conversation], str]:
+) -> tuple[tuple[list[Conversation], list[Conversation], list[Conversation]], str]:
     column_map = {}
     for each in args.column_map or []:
         name, equals, meaning = each.partition("=")
@@ -310,23 +310,18 @@ def load_data(
         on_bad_record=args.on_bad_record,
         seed=args.seed,
     )
-    if args.validation_fraction <= 0 or args.test_fraction <= 0:
-        raise ValueError("--validation_fraction and --test_fraction: both must be above 0, or nothing is measured.")
     sides = split_conversations(
         conversations.rows,
         validation_fraction=args.validation_fraction,
         test_fraction=args.test_fraction,
         seed=args.seed,
     )
-    return *sides, conversations.description
+    return sides, conversations.description
 
 
 def make_trainer(
     args: InstructionArguments, model: torch.nn.Module, rows: dict[str, ConversationRows]
 ) -> InstructionTrainer:
-    learning_rate = args.learning_rate or (1e-3 if args.method == "lora" else 1e-4)
-    if args.gradient_checkpointing and args.method == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     arguments = TrainingArguments(
         output_dir=str(Path(args.output_dir) / "checkpoints"),
         max_steps=args.max_steps or -1,
@@ -334,7 +329,7 @@ def make_trainer(
         per_device_train_batch_size=args.per_device_train_batch_size,
         per_device_eval_batch_size=args.per_device_eval_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        learning_rate=learning_rate,
+        learning_rate=args.learning_rate or LEARNING_RATES[args.method],
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay,
@@ -346,6 +341,7 @@ def make_trainer(
         save_steps=args.save_steps,
         save_total_limit=args.save_total_limit,
         report_to=args.report_to or "none",
+        bf16=args.bf16,
         seed=args.seed,
         use_cpu=not torch.accelerator.is_available(),
         remove_unused_columns=False,
@@ -362,11 +358,13 @@ def make_trainer(
     return trainer
 
 
-def test_loss(trainer: InstructionTrainer, rows: ConversationRows) -> float:
+def response_loss(trainer: InstructionTrainer, rows: ConversationRows) -> float:
+    """Nats per token of the responses: a sum over the learned tokens of all rows divided by their count."""
     batch_size = trainer.args.per_device_eval_batch_size
-    return score_rows(
+    loss, _ = score_rows(
         trainer.model, rows, np.arange(len(rows)), batch_size=batch_size, accelerator=trainer.accelerator
-    )[0]
+    )
+    return loss
 
 
 def pick_samples(questions: list[Conversation], number: int) -> list[Conversation]:
@@ -430,6 +428,46 @@ def exact_match(questions: list[Conversation], replies: list[str]) -> dict[str, 
     return {"test_answers": len(replies), **shares}
 
 
+def describe(
+    args: InstructionArguments,
+    description: str,
+    sides: dict[str, list[Conversation]],
+    rows: dict[str, ConversationRows],
+    tokenizer: PreTrainedTokenizerBase,
+    model: torch.nn.Module,
+) -> None:
+    training, encoded = rows["train"], rows["train"].encoded
+    how = "a row each, rows of about equal lengths together"
+    if args.packing:
+        how = f"packed into {len(training):,} rows of up to {training.block_size}, {training.packing_waste:.1%} empty"
+    print(
+        f"{description}\n"
+        f"Split by prompts: {len(sides['train']):,} to train on, {len(sides['eval']):,} to validate, "
+        f"{len(sides['test']):,} to test.\n"
+        f"Training: {encoded.summary()}; {how}.\n"
+        "The first conversation, with what is learned between >> and <<:\n\n"
+        f"{mark_learned(encoded.rows[0], tokenizer)}\n{describe_trained(model)}",
+        flush=True,
+    )
+
+
+def describe_run(args: InstructionArguments, trainer: InstructionTrainer, rows: ConversationRows) -> dict[str, Any]:
+    runtime = next((entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry), None)
+    trained, total = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
+    return {
+        **{f"train_{name}": number for name, number in rows.encoded.account.items()},
+        "train_rows": len(rows),
+        "train_padding_share": rows.seen_padding_share,
+        "train_steps": trainer.state.global_step,
+        "tokens_per_second": round(rows.tokens_seen * trainer.args.world_size / runtime, 1) if runtime else None,
+        "num_parameters": total,
+        "num_trained_parameters": trained,
+        "method": args.method,
+        "dataset": args.dataset,
+        "seed": args.seed,
+    }
+
+
 def save_model(
     args: InstructionArguments, trainer: InstructionTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path
 ) -> None:
@@ -476,8 +514,8 @@ def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path
         f"Loss in nats per response token (prompts do not count): validation {metrics['eval_loss_before']:.4f} before, "
         f"{metrics['eval_loss']:.4f} after; test {metrics['test_loss_before']:.4f} and {metrics['test_loss']:.4f}.\n"
         f"{exact}"
-        f"{metrics['train_steps']:,} steps in {metrics['train_seconds'] / 60:.1f} minutes, "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['train_padding_share']:.1%} padding.\n\n"
+        f"{metrics['train_steps']:,} steps in {metrics['train_seconds'] / 60:.1f} minutes with evaluations, "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['train_padding_share']:.1%} of the places padding.\n\n"
         f"{output_dir}/model.safetensors   the model, with its tokenizer and code beside it\n{adapter}"
         f"{output_dir}/samples.txt         replies before and after; metrics.json has the numbers\n\n"
         f"Next, talk to it:\n    python recipes/chat.py --model {output_dir}"

@@ -20,6 +20,7 @@ from .conversations import Conversation, Messages
 
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+INPUTS = ("input_ids", "position_ids")
 BATCH = 512  # conversations rendered and tokenised at a time
 
 
@@ -257,11 +258,16 @@ class ConversationRows:
         return batch
 
     def batch(self, indices: np.ndarray, *, count_once: bool = False) -> dict[str, torch.Tensor]:
-        """The rows as `hfllm.training.evaluation` reads them; every target is in one row only."""
+        """The rows as `hfllm.training.evaluation` reads them; every target is in one row only, so counted once."""
         batch = self.collate([self[int(index)] for index in indices])
         labels = batch.pop("labels")
         shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
         return {**batch, "shift_labels": shifted}
+
+    @property
+    def packing_waste(self) -> float:
+        """The share of the rows' places that packing left empty; batches are padded to their longest row only."""
+        return 1 - sum(self.lengths) / (self.block_size * len(self.lengths))
 
     @property
     def seen_padding_share(self) -> float:
@@ -296,9 +302,7 @@ def check_packing(model: PreTrainedModel, rows: ConversationRows) -> None:
         return
     was_training = model.training
     model.eval()
-    row = rows.collate([rows[shared[0]]])
-    row.pop("labels")
-    row = {name: tensor.to(model.device) for name, tensor in row.items()}
+    row = {name: torch.from_numpy(rows[shared[0]][name])[None].long().to(model.device) for name in INPUTS}
     together = model(**row, use_cache=False).logits[0].float()
     start = len(rows.encoded.rows[rows.contents[shared[0]][0]].input_ids)
     end = start + len(rows.encoded.rows[rows.contents[shared[0]][1]].input_ids)
