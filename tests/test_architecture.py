@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"model"},
     "data": {"data"},
     "training": {"training"},
+    "adapters": {"model"},
     "conversion": {"conversion", "model", "tokenization"},
     "__init__": {"conversion", "model", "tokenization"},
 }

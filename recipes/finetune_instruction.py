@@ -1,0 +1,526 @@
+"""Chapter 7: teach a pretrained model to follow instructions.
+
+Offline, on questions about the Python that runs (about four minutes on two cores):
+
+    python recipes/finetune_instruction.py --config recipes/configs/instruction_python.yaml \\
+        --model out/demo --output_dir out/chat
+    python recipes/chat.py --model out/chat
+
+On the book's 1,100 instructions, or any rows of one of the published forms:
+
+    python recipes/finetune_instruction.py --config recipes/configs/instruction_book.yaml \\
+        --model out/gpt2 --dataset instruction-data.json --output_dir out/assistant
+
+On eight GPUs:
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 recipes/finetune_instruction.py \\
+        --config recipes/configs/instruction_book.yaml --model out/gpt2 --dataset instruction-data.json \\
+        --output_dir out/assistant
+
+A row has the columns instruction, input and output (Alpaca), or prompt and response, or `messages`, or `conversations`
+(ShareGPT). The loss is on the responses alone. By default LoRA trains small matrices beside the frozen weights
+(chapter 7.0); `--method full` trains all of them. The same command goes on where the run was interrupted.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from accelerate import PartialState
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+import hfllm  # noqa: F401  (registers the model with the Auto classes)
+from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
+from hfllm.arguments import run, save_arguments
+from hfllm.data.conversations import Conversation, load_conversations, split_conversations
+from hfllm.data.instruction import (
+    ConversationRows,
+    check_packing,
+    encode_conversations,
+    encode_prompt,
+    mark_learned,
+)
+from hfllm.report import append_to_log
+from hfllm.tokenization import load_tokenizer
+from hfllm.training.devices import keep_freed_memory
+from hfllm.training.evaluation import score_rows
+from hfllm.training.lock import run_lock
+
+
+# The book trains all weights with 5e-5 (GPT-2 355M) and LoRA with 5e-5 to 8e-4.
+LEARNING_RATES = {"lora": 5e-4, "full": 5e-5}
+
+
+@dataclasses.dataclass
+class InstructionArguments:
+    # Conversations
+    dataset: str = HfArg(default="stdlib", help="A Hub id, local files, or 'stdlib': questions about this Python.")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
+    split: str = HfArg(default="train", help="Split of the Hub dataset.")
+    column_map: list[str] | None = HfArg(default=None, help="Columns to rename, e.g. question=prompt answer=response")
+    on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with rows that are none.")
+    validation_fraction: float = HfArg(default=0.05, help="Share held back to follow the loss, by whole prompts.")
+    test_fraction: float = HfArg(default=0.1, help="Share held back for the numbers at the end, by whole prompts.")
+    train_on_prompt: bool = HfArg(default=False, help="Also learn what the user says.")
+    packing: bool = HfArg(default=True, help="Several conversations a row; false: rows of similar length in a batch.")
+    block_size: int | None = HfArg(
+        default=None, help="Longest row in tokens; default: the model's context, up to 1024."
+    )
+    check_answers: bool | None = HfArg(
+        default=None, help="Compare replies with the responses, character by character; default: for stdlib."
+    )
+
+    # Model
+    model: str = HfArg(default="out/demo", help="Folder or Hub id of a pretrained model.")
+    method: Literal["lora", "full"] = HfArg(default="lora", help="Train small matrices beside the weights, or all.")
+    lora_r: int = HfArg(default=16, help="Rank of LoRA's matrices.")
+    lora_alpha: float = HfArg(default=16, help="LoRA's scale: its output is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout in front of LoRA's matrices.")
+    gradient_checkpointing: bool = HfArg(default=False, help="Less memory for more time.")
+    bf16: bool = HfArg(default=False, help="Compute in bfloat16, where the device is fast at it.")
+
+    # Optimization
+    num_train_epochs: float = HfArg(default=2.0, help="Passes over the rows, if max_steps is not given.")
+    max_steps: int | None = HfArg(default=None, help="Optimizer steps; default: num_train_epochs.")
+    per_device_train_batch_size: int = HfArg(default=8, help="Rows per device and forward pass.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
+    learning_rate: float | None = HfArg(default=None, help=f"Highest learning rate; default: {LEARNING_RATES}.")
+    lr_scheduler_type: str = HfArg(default="cosine", help="Course of the learning rate after warm-up.")
+    warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
+    weight_decay: float = HfArg(default=0.0, help="Decoupled decay of the matrices.")
+    max_grad_norm: float = HfArg(default=1.0, help="Longest gradient, by its global norm.")
+    seed: int = HfArg(default=42, help="Of the split, the order of rows and LoRA's first weights.")
+
+    # What is written, and when
+    output_dir: str = HfArg(default="out/chat", help="The run's folder. A run that stands there goes on.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Delete the run that stands there and start anew.")
+    logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
+    eval_steps: int = HfArg(default=100, help="Steps between two evaluations.")
+    per_device_eval_batch_size: int = HfArg(default=16, help="Rows, or prompts to answer, per device in evaluation.")
+    save_steps: int = HfArg(default=200, help="Steps between two checkpoints.")
+    save_total_limit: int | None = HfArg(default=1, help="Checkpoints kept.")
+    num_samples: int = HfArg(default=8, help="Test prompts that are answered before and after, side by side.")
+    max_answers: int = HfArg(default=1000, help="Most test prompts that are answered to compare the replies.")
+    max_new_tokens: int = HfArg(default=64, help="Most tokens of a reply.")
+    report_to: list[str] | None = HfArg(default=None, help="Trackers, by accelerate's names: tensorboard trackio wandb")
+    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+
+    def check(self) -> None:
+        """Stop at the door what is wrong whatever the conversations are."""
+        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in (*counts, "logging_steps", "eval_steps", "save_steps", "max_new_tokens", "max_answers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: give at least 1.")
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: it is more than 0 and less than 1.")
+
+
+class InstructionTrainer(Trainer):
+    """transformers' Trainer, whose evaluation is a sum over the learned tokens divided by their count.
+
+    Its own evaluation is a mean of batch means, which is another number for any other batch size.
+    """
+
+    def evaluate(self, eval_dataset: ConversationRows | None = None, *args, metric_key_prefix: str = "eval", **kwargs):
+        metrics = {f"{metric_key_prefix}_loss": response_loss(self, eval_dataset or self.eval_dataset)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class LogFile(TrainerCallback):
+    """One line of log.jsonl for what Trainer logs, and a word on the terminal."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        append_to_log(self.path, {"step": state.global_step, **logs})
+        if "eval_loss" in logs:
+            print(f"step {state.global_step:,}: validation {logs['eval_loss']:.4f} nats per response token", flush=True)
+
+
+def main(args: InstructionArguments) -> None:
+    args.check()
+    output_dir = Path(args.output_dir)
+    is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
+    transformers_logging.set_verbosity_error()
+    keep_freed_memory()
+    with run_lock(output_dir) if is_main else contextlib.nullcontext():
+        if is_finished(args, output_dir, is_main=is_main):
+            return
+
+        # 1. The model and its tokenizer, whose chat template says how a conversation is written
+        tokenizer = load_tokenizer(args.model)
+        set_seed(args.seed)
+        # Training needs float32 weights, whatever precision the checkpoint was exported in.
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        block_size = choose_block_size(args, model, tokenizer)
+        # Where a tokenizer has no pad token its eos will do: positions and labels say what is padding, not ids.
+        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+        # 2. Conversations to token ids, and the mask of what is learned
+        (training, validation, test), description = load_data(args)
+        sides = {"train": training, "eval": validation, "test": test}
+        rows = {}
+        for name, side in sides.items():
+            on_prompt = args.train_on_prompt and name == "train"  # what is measured is always the responses
+            encoded = encode_conversations(side, tokenizer, max_length=block_size, train_on_prompt=on_prompt)
+            rows[name] = ConversationRows(
+                encoded, block_size=block_size, pad_token_id=pad_token_id, packing=args.packing
+            )
+        if args.packing:
+            check_packing(model, rows["train"])
+        # The model stops at the end of its turn as well as at the end of a document, in everybody's `generate`.
+        stop_ids = {tokenizer.eos_token_id, rows["train"].encoded.stop_token_id}
+        model.generation_config.eos_token_id = sorted(stop_ids)
+        model.generation_config.pad_token_id = pad_token_id
+
+        # 3. What is trained: small matrices beside the frozen weights, or everything
+        if args.method == "lora":
+            model = add_lora(
+                model,
+                r=args.lora_r,
+                alpha=args.lora_alpha,
+                dropout=args.lora_dropout,
+                gradient_checkpointing=args.gradient_checkpointing,
+            )
+        elif args.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trainer = make_trainer(args, model, rows)
+        if is_main:
+            save_arguments(args, output_dir / "arguments.yaml")
+            describe(args, description, sides, rows, tokenizer, model)
+
+        # 4. What the model says before
+        questions = [test[row.index] for row in rows["test"].encoded.rows]
+        samples = pick_samples(questions, args.num_samples)
+        before = answer(args, trainer, tokenizer, samples)
+        metrics: dict[str, Any] = {
+            "eval_loss_before": response_loss(trainer, rows["eval"]),
+            "test_loss_before": response_loss(trainer, rows["test"]),
+        }
+
+        # 5. Training: transformers' Trainer, which divides the summed loss by the count of learned tokens, whatever
+        # the accumulation and the number of processes
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir / "checkpoints"))
+        metrics["train_seconds"] = round(time.perf_counter() - started, 1)
+
+        # 6. What it says after
+        metrics["eval_loss"] = response_loss(trainer, rows["eval"])
+        metrics["test_loss"] = response_loss(trainer, rows["test"])
+        if args.check_answers if args.check_answers is not None else args.dataset == "stdlib":
+            checked = questions[: args.max_answers]
+            metrics |= exact_match(checked, answer(args, trainer, tokenizer, checked))
+        after = answer(args, trainer, tokenizer, samples)
+
+        # 7. The model as everybody's tools open it: LoRA merged into the weights, and beside it the adapter alone
+        metrics |= describe_run(args, trainer, rows["train"])
+        save_model(args, trainer, tokenizer, output_dir)
+        if is_main:
+            write_samples(output_dir / "samples.txt", samples, before, after)
+            (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            report(args, metrics, output_dir)
+        trainer.accelerator.end_training()
+
+
+def is_finished(args: InstructionArguments, output_dir: Path, *, is_main: bool) -> bool:
+    """Whether this run ended before; a folder that holds anything else is refused."""
+    if Path(args.model).exists() and output_dir.exists() and Path(args.model).samefile(output_dir):
+        raise ValueError(f"--output_dir {output_dir} is --model itself, which would be overwritten. Choose another.")
+    if args.overwrite_output_dir:
+        if is_main:
+            for name in ("checkpoints", "adapter"):
+                shutil.rmtree(output_dir / name, ignore_errors=True)
+            for name in ("arguments.yaml", "log.jsonl", "metrics.json", "samples.txt", "model.safetensors"):
+                (output_dir / name).unlink(missing_ok=True)
+        return False
+    if not (output_dir / "arguments.yaml").exists():
+        if (output_dir / "config.json").exists():
+            raise ValueError(
+                f"{output_dir} holds a model that no run of this recipe made. Choose another --output_dir."
+            )
+        return False
+    there = yaml.safe_load((output_dir / "arguments.yaml").read_text(encoding="utf-8"))
+    free = {"output_dir", "overwrite_output_dir", "config", "save_total_limit", "report_to", "logging_steps"}
+    here = json.loads(json.dumps(dataclasses.asdict(args)))
+    changed = [name for name in here if name not in free and here[name] != there.get(name)]
+    if changed:
+        differences = ", ".join(f"--{name} {there.get(name)} there, {here[name]} now" for name in changed)
+        raise ValueError(
+            f"{output_dir} holds another run: {differences}. Choose another --output_dir, or start anew with "
+            "--overwrite_output_dir."
+        )
+    if (output_dir / "metrics.json").exists():
+        if is_main:
+            print(f"The run in {output_dir} is finished: nothing to do. --overwrite_output_dir starts it anew.")
+        return True
+    return False
+
+
+def choose_block_size(args: InstructionArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    context = getattr(model.config, "max_position_embeddings", 1024)
+    if args.block_size is not None and not 2 <= args.block_size <= context:
+        raise ValueError(f"--block_size {args.block_size}: choose 2 to {context:,}, the model's context.")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer):,} ids, but the model's vocab_size is {model.config.vocab_size:,}: "
+            "they do not belong together."
+        )
+    return args.block_size or min(context, 1024)
+
+
+def load_data(
+    args: InstructionArguments,
+) -> tuple[tuple[list[Conversation], list[Conversation], list[Conversation]], str]:
+    column_map = {}
+    for each in args.column_map or []:
+        name, equals, meaning = each.partition("=")
+        if not (name and equals and meaning):
+            raise ValueError(f"--column_map {each}: give name=meaning, e.g. question=prompt answer=response")
+        column_map[name] = meaning
+    conversations = load_conversations(
+        args.dataset,
+        dataset_config=args.dataset_config,
+        split=args.split,
+        column_map=column_map,
+        on_bad_record=args.on_bad_record,
+        seed=args.seed,
+    )
+    sides = split_conversations(
+        conversations.rows,
+        validation_fraction=args.validation_fraction,
+        test_fraction=args.test_fraction,
+        seed=args.seed,
+    )
+    return sides, conversations.description
+
+
+def make_trainer(
+    args: InstructionArguments, model: torch.nn.Module, rows: dict[str, ConversationRows]
+) -> InstructionTrainer:
+    arguments = TrainingArguments(
+        output_dir=str(Path(args.output_dir) / "checkpoints"),
+        max_steps=args.max_steps or -1,
+        num_train_epochs=args.num_train_epochs,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        per_device_eval_batch_size=args.per_device_eval_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate or LEARNING_RATES[args.method],
+        lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        train_sampling_strategy="random" if args.packing else "group_by_length",
+        eval_strategy="steps",
+        eval_steps=args.eval_steps,
+        logging_steps=args.logging_steps,
+        save_steps=args.save_steps,
+        save_total_limit=args.save_total_limit,
+        report_to=args.report_to or "none",
+        bf16=args.bf16,
+        seed=args.seed,
+        use_cpu=not torch.accelerator.is_available(),
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+    )
+    trainer = InstructionTrainer(
+        model,
+        arguments,
+        train_dataset=rows["train"],
+        eval_dataset=rows["eval"],
+        data_collator=rows["train"].collate,
+    )
+    trainer.add_callback(LogFile(Path(args.output_dir) / "log.jsonl"))
+    return trainer
+
+
+def response_loss(trainer: InstructionTrainer, rows: ConversationRows) -> float:
+    """Nats per token of the responses: a sum over the learned tokens of all rows divided by their count."""
+    batch_size = trainer.args.per_device_eval_batch_size
+    loss, _ = score_rows(
+        trainer.model, rows, np.arange(len(rows)), batch_size=batch_size, accelerator=trainer.accelerator
+    )
+    return loss
+
+
+def pick_samples(questions: list[Conversation], number: int) -> list[Conversation]:
+    """Some test questions, of each kind as many as there are kinds to share them."""
+    seen: Counter[str | None] = Counter()
+    order = []
+    for position, question in enumerate(questions):
+        seen[question.kind] += 1
+        order.append((seen[question.kind], position))
+    return [questions[position] for _, position in sorted(order)[:number]]
+
+
+@torch.no_grad()
+def answer(
+    args: InstructionArguments,
+    trainer: InstructionTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[Conversation],
+) -> list[str]:
+    """The model's likeliest reply to what comes before each conversation's last response."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    was_training = model.training
+    model.eval()
+    prompts = [encode_prompt(question.messages[: last_response(question)], tokenizer) for question in questions]
+    replies: list[str] = [""] * len(prompts)
+    # Prompts of one length together, so that nothing is padded for long; on the left, where the reply does not go.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for first in range(0, len(order), 4 * args.per_device_eval_batch_size):
+        some = order[first : first + 4 * args.per_device_eval_batch_size]
+        length = max(len(prompts[index]) for index in some)
+        pad = model.generation_config.pad_token_id
+        input_ids = torch.tensor([[pad] * (length - len(prompts[i])) + prompts[i] for i in some], device=model.device)
+        mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in some])
+        written = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask.to(model.device),
+            max_new_tokens=args.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+        )
+        for index, text in zip(some, tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)):
+            replies[index] = text.strip()
+    model.train(was_training)
+    return replies
+
+
+def last_response(question: Conversation) -> int:
+    """The index of the last message of the assistant."""
+    return max(index for index, message in enumerate(question.messages) if message["role"] == "assistant")
+
+
+def exact_match(questions: list[Conversation], replies: list[str]) -> dict[str, float]:
+    """The share of replies that are the response, character by character, in all and of each kind."""
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    for question, reply in zip(questions, replies):
+        for kind in ["", *([f"_{question.kind}"] if question.kind else [])]:
+            asked[kind] += 1
+            right[kind] += reply == question.messages[last_response(question)]["content"].strip()
+    shares = {f"test_exact_match{kind}": right[kind] / asked[kind] for kind in sorted(asked)}
+    return {"test_answers": len(replies), **shares}
+
+
+def describe(
+    args: InstructionArguments,
+    description: str,
+    sides: dict[str, list[Conversation]],
+    rows: dict[str, ConversationRows],
+    tokenizer: PreTrainedTokenizerBase,
+    model: torch.nn.Module,
+) -> None:
+    training, encoded = rows["train"], rows["train"].encoded
+    how = "a row each, rows of about equal lengths together"
+    if args.packing:
+        how = f"packed into {len(training):,} rows of up to {training.block_size}, {training.packing_waste:.1%} empty"
+    print(
+        f"{description}\n"
+        f"Split by prompts: {len(sides['train']):,} to train on, {len(sides['eval']):,} to validate, "
+        f"{len(sides['test']):,} to test.\n"
+        f"Training: {encoded.summary()}; {how}.\n"
+        "The first conversation, with what is learned between >> and <<:\n\n"
+        f"{mark_learned(encoded.rows[0], tokenizer)}\n{describe_trained(model)}",
+        flush=True,
+    )
+
+
+def describe_run(args: InstructionArguments, trainer: InstructionTrainer, rows: ConversationRows) -> dict[str, Any]:
+    runtime = next((entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry), None)
+    trained, total = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
+    return {
+        **{f"train_{name}": number for name, number in rows.encoded.account.items()},
+        "train_rows": len(rows),
+        "train_padding_share": rows.seen_padding_share,
+        "train_steps": trainer.state.global_step,
+        "tokens_per_second": round(rows.tokens_seen * trainer.args.world_size / runtime, 1) if runtime else None,
+        "num_parameters": total,
+        "num_trained_parameters": trained,
+        "method": args.method,
+        "dataset": args.dataset,
+        "seed": args.seed,
+    }
+
+
+def save_model(
+    args: InstructionArguments, trainer: InstructionTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path
+) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if args.method == "lora" and trainer.is_world_process_zero():
+        save_adapter(model, output_dir / "adapter")
+        merged = merge_adapter(model)
+        merged.config.use_cache = True  # Trainer switched it off
+        merged.save_pretrained(output_dir)
+    elif args.method == "full":
+        model.config.use_cache = True
+        trainer.save_model(str(output_dir))
+        (output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle; arguments.yaml says the same
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(output_dir)
+
+
+def write_samples(path: Path, samples: list[Conversation], before: list[str], after: list[str]) -> None:
+    parts = []
+    for question, old, new in zip(samples, before, after):
+        last = last_response(question)
+        parts.append(
+            f"--- {question.messages[last - 1]['content']}\n"
+            f"expected: {question.messages[last]['content']}\nbefore:   {old!r:.200}\nafter:    {new}\n"
+        )
+    path.write_text("\n".join(parts), encoding="utf-8")
+    print("\n" + "\n".join(parts))
+
+
+def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path) -> None:
+    exact = ""
+    if "test_exact_match" in metrics:
+        kinds = ", ".join(
+            f"{name.removeprefix('test_exact_match_')} {value:.1%}"
+            for name, value in metrics.items()
+            if name.startswith("test_exact_match_")
+        )
+        exact = (
+            f"Exact match on {metrics['test_answers']:,} test questions, none of which was in training: "
+            f"{metrics['test_exact_match']:.1%}{f' ({kinds})' if kinds else ''}.\n"
+        )
+    adapter = f"{output_dir}/adapter             LoRA's matrices alone\n" if args.method == "lora" else ""
+    print(
+        f"Loss in nats per response token (prompts do not count): validation {metrics['eval_loss_before']:.4f} before, "
+        f"{metrics['eval_loss']:.4f} after; test {metrics['test_loss_before']:.4f} and {metrics['test_loss']:.4f}.\n"
+        f"{exact}"
+        f"{metrics['train_steps']:,} steps in {metrics['train_seconds'] / 60:.1f} minutes with evaluations, "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['train_padding_share']:.1%} of the places padding.\n\n"
+        f"{output_dir}/model.safetensors   the model, with its tokenizer and code beside it\n{adapter}"
+        f"{output_dir}/samples.txt         replies before and after; metrics.json has the numbers\n\n"
+        f"Next, talk to it:\n    python recipes/chat.py --model {output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    run(main, InstructionArguments, description=__doc__)

@@ -1,0 +1,125 @@
+"""Rows of the published forms become the same messages; what is no conversation says so, with its place."""
+
+import json
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hfllm.data.conversations import as_messages, load_conversations, pair, split_conversations
+
+
+ONE_TURN = pair("Add 1 and 2", "3")
+FORMS = {
+    "alpaca": {"instruction": "Add", "input": "1 and 2", "output": "3"},
+    "prompt_response": {"prompt": "Add 1 and 2", "response": "3"},
+    "prompt_completion": {"prompt": "Add 1 and 2", "completion": "3"},
+    "messages": {"messages": ONE_TURN},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Add 1 and 2"}, {"from": "gpt", "value": "3"}]},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_messages(form):
+    expected = pair("Add\n\n1 and 2", "3") if form == "alpaca" else ONE_TURN
+    assert as_messages(FORMS[form]) == expected
+
+
+def test_an_alpaca_row_without_input_is_its_instruction_alone():
+    assert as_messages({"instruction": "Sing", "input": "", "output": "La"}) == pair("Sing", "La")
+
+
+def test_a_system_column_goes_first():
+    assert as_messages({**FORMS["sharegpt"], "system": "Be brief"}) == pair("Add 1 and 2", "3", "Be brief")
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+def test_every_kind_of_file_gives_the_same_conversations(suffix, tmp_path):
+    rows = [{"prompt": 'Say "é", twice\nplease', "response": "é, é"}, {"prompt": "Bye", "response": "Good night"}]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "json":
+        path.write_text(json.dumps(rows))
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == "csv":
+        path.write_text('prompt,response\n"Say ""é"", twice\nplease","é, é"\nBye,Good night\n', encoding="utf-8")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    loaded = load_conversations(str(path))
+    assert [row.messages for row in loaded.rows] == [pair(row["prompt"], row["response"]) for row in rows]
+
+
+def test_columns_can_be_renamed(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"question": "Q", "answer": "A"}]))
+    loaded = load_conversations(str(path), column_map={"question": "prompt", "answer": "response"})
+    assert loaded.rows[0].messages == pair("Q", "A")
+
+
+user, assistant = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+BAD = {
+    "unknown columns": ({"question": "Q", "answer": "A"}, r"\['question', 'answer'\].*instruction, output"),
+    "no response": ({"messages": [user]}, "no response"),
+    "empty response": ({"instruction": "Q", "output": "  "}, "response in message 2 is empty"),
+    "assistant first": ({"messages": [assistant, user]}, "out of order: assistant, user"),
+    "two users": ({"messages": [user, user, assistant]}, "out of order: user, user, assistant"),
+    "system late": ({"messages": [user, assistant, {"role": "system", "content": "S"}]}, "out of order"),
+    "unknown role": ({"messages": [user, {"role": "tool", "content": "{}"}]}, "role 'tool'"),
+    "unknown sender": ({"conversations": [{"from": "observation", "value": "x"}]}, "role 'observation'"),
+    "not a list": ({"messages": "hello"}, "not a list of messages"),
+    "no content": ({"messages": [{"role": "user"}]}, "not an object with role and content"),
+    "a number": ({"prompt": "Q", "response": 3}, "is a int, not a text"),
+    "not an object": (["Q", "A"], "list, not an object"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_row_that_is_no_conversation_says_why_and_where(name, tmp_path):
+    row, message = BAD[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in (FORMS["messages"], row)))
+    with pytest.raises(ValueError, match=re.compile(rf"rows\.jsonl, line 2: .*{message}", re.DOTALL)):
+        load_conversations(str(path))
+    skipped = load_conversations(str(path), on_bad_record="skip")
+    assert len(skipped.rows) == 1 and skipped.account["bad_records"] == 1
+
+
+def test_a_torn_line_is_a_bad_row_and_not_the_end_of_the_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "Q", "resp\n{"prompt": "Q", "response": "A"}\n')
+    with pytest.raises(ValueError, match="line 1: not valid JSON"):
+        load_conversations(str(path))
+    assert len(load_conversations(str(path), on_bad_record="skip").rows) == 1
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "no conversation"}\n')
+    with pytest.raises(ValueError, match="holds no conversation"):
+        load_conversations(str(path), on_bad_record="skip")
+
+
+def test_the_books_instructions_are_recognised(book_data):
+    loaded = load_conversations(str(book_data / "instruction-data.json"))
+    assert len(loaded.rows) == 1100
+    assert loaded.rows[0].messages[0]["content"].endswith("into the spelling given.\n\nfreind --> friend")
+
+
+def test_no_question_recurs_between_training_validation_and_test():
+    conversations = load_conversations("stdlib").rows
+    conversations += [  # the same questions written otherwise
+        type(row)([{"role": "user", "content": row.messages[0]["content"].upper() + " "}, row.messages[1]], row.place)
+        for row in conversations[:500]
+    ]
+    sides = split_conversations(conversations, validation_fraction=0.05, test_fraction=0.1, seed=1)
+    questions = [{" ".join(row.messages[0]["content"].lower().split()) for row in side} for side in sides]
+    assert not questions[0] & questions[1] and not questions[0] & questions[2] and not questions[1] & questions[2]
+    assert sum(map(len, sides)) == len(conversations)
+    assert len(sides[2]) == pytest.approx(0.1 * len(conversations), rel=0.01)
+
+
+def test_too_few_prompts_to_split_is_an_error():
+    row = load_conversations("stdlib").rows[0]
+    with pytest.raises(ValueError, match="1 different prompts are too few"):
+        split_conversations([row] * 10, validation_fraction=0.1, test_fraction=0.1, seed=0)

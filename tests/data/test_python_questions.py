@@ -1,0 +1,72 @@
+"""Questions whose answers the interpreter gives."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from hfllm.data import python_questions as module
+from hfllm.data.python_questions import evaluate_expression, first_line, python_questions
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return python_questions(400)
+
+
+def test_there_are_thousands_and_none_twice():
+    questions = python_questions()
+    assert len(questions) > 13_000
+    assert len({question.question for question in questions}) == len(questions)
+
+
+def test_the_seed_decides(questions):
+    assert python_questions(400) == questions
+    assert python_questions(400, seed=1) != questions
+
+
+def test_another_interpreter_prints_the_same_answers(questions):
+    """Asked of a process that knows nothing of hfllm."""
+    asked = [question for question in questions if question.kind not in ("docstring", "name")]
+    assert len(asked) == 400
+    expressions = [question.question.removeprefix("What does Python print for ") for question in asked]
+    program = "\n".join(f"print(repr({expression}))" for expression in expressions)
+    printed = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
+    assert printed.stdout.splitlines() == [question.answer for question in asked]
+
+
+def test_a_named_function_has_the_docstring(questions):
+    named = [question for question in questions if question.kind == "name"]
+    assert len(named) > 500
+    for question in named:
+        place, _, name = question.answer.rpartition(".")
+        try:
+            owner = importlib.import_module(place or "builtins")
+        except ModuleNotFoundError:
+            owner = vars(importlib.import_module("builtins"))[place]
+        assert first_line(getattr(owner, name)) == question.question.removeprefix("Which function does this: ")
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "__import__('os')",
+        "().__class__",
+        "open('x')",
+        "9 ** 9",
+        "10 ** 8",
+        "[x for x in [1]]",
+        "lambda: 1",
+        "1_000_000",
+    ],
+)
+def test_nothing_but_our_own_expressions_is_evaluated(expression):
+    with pytest.raises(ValueError, match="is not evaluated"):
+        evaluate_expression(expression)
+
+
+def test_more_expressions_than_there_are_is_an_error(monkeypatch):
+    monkeypatch.setattr(module, "_comparison", lambda draw: f"{draw.randint(0, 9)} < 5")
+    with pytest.raises(ValueError, match="not 100 different comparison expressions; 10 were found"):
+        python_questions(400)

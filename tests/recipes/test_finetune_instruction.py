@@ -1,0 +1,249 @@
+"""The instruction recipe, run in this process on a model and conversations small enough for seconds."""
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import hfllm
+from hfllm.arguments import parse_arguments
+from tests.conftest import make_tiny_config
+from tests.recipes.conftest import RECIPES, load_recipe
+
+
+recipe = load_recipe("finetune_instruction")
+
+NAMES = ["Ann", "Bob", "Cid", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jim", "Kay", "Leo"]
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory) -> Path:
+    """An untrained GPT with its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = hfllm.train_bpe(topics.values(), 400)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 400, "hidden_size": 64, "max_position_embeddings": 64}
+    hfllm.GPTForCausalLM(make_tiny_config("modern", **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def greetings(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "greetings.json"
+    rows = [
+        {"instruction": f"Greet {name}", "input": hour, "output": f"Good {hour}"}
+        for name in NAMES
+        for hour in ("day", "night")
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_accelerator_behind():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def options(base_model, greetings, tmp_path) -> dict:
+    return {
+        "model": base_model,
+        "dataset": greetings,
+        "output_dir": tmp_path / "out",
+        "validation_fraction": 0.2,
+        "test_fraction": 0.2,
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "eval_steps": 2,
+        "num_samples": 2,
+        "max_new_tokens": 8,
+        "learning_rate": 1e-2,
+    }
+
+
+def run(**options) -> dict:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    recipe.main(parse_arguments(recipe.InstructionArguments, [f"--{name}={value}" for name, value in options.items()]))
+    return json.loads((Path(options["output_dir"]) / "metrics.json").read_text())
+
+
+def log_of(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tuned(base_model, greetings, tmp_path_factory) -> tuple[Path, dict, str]:
+    """A model that has learned the greetings by LoRA: its folder, its numbers, and what the run printed."""
+    output_dir = tmp_path_factory.mktemp("tuned") / "out"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        metrics = run(
+            model=base_model,
+            dataset=greetings,
+            output_dir=output_dir,
+            validation_fraction=0.2,
+            test_fraction=0.2,
+            per_device_train_batch_size=2,
+            max_steps=100,
+            eval_steps=50,
+            num_samples=4,
+            max_new_tokens=8,
+            learning_rate=2e-2,
+            check_answers=True,
+        )
+    return output_dir, metrics, printed.getvalue()
+
+
+def test_the_model_learns_to_answer_and_to_stop(tuned):
+    output_dir, metrics, _ = tuned
+    assert metrics["eval_loss"] < 0.3 < 3 < metrics["eval_loss_before"]
+    assert metrics["test_loss"] < 0.3 < 3 < metrics["test_loss_before"]
+    assert metrics["test_exact_match"] == 1
+    chat = pipeline("text-generation", str(output_dir))
+    reply = chat([{"role": "user", "content": "Greet Zoe\n\nnight"}], max_new_tokens=20, do_sample=False)
+    assert reply[0]["generated_text"][-1] == {"role": "assistant", "content": "Good night"}
+    ends = AutoModelForCausalLM.from_pretrained(output_dir).generation_config.eos_token_id
+    assert ends == AutoTokenizer.from_pretrained(output_dir).convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+
+
+def test_before_training_it_shows_what_is_learned_and_afterwards_what_changed(tuned):
+    output_dir, metrics, printed = tuned
+    assert "<|im_start|>assistant\n>>Good " in printed
+    assert "are learned (" in printed and "0.0% empty" not in printed
+    assert "Exact match on 5 test questions, none of which was in training: 100.0%" in printed
+    assert "response token (prompts do not count)" in printed
+    samples = (output_dir / "samples.txt").read_text()
+    assert samples.count("before:") == samples.count("after:    Good") == 4
+    assert metrics["train_padding_share"] < 0.1
+    assert metrics["train_learned_tokens"] < metrics["train_tokens"] / 2
+    assert {"eval_loss", "loss", "learning_rate", "grad_norm"} <= {name for line in log_of(output_dir) for name in line}
+    assert yaml.safe_load((output_dir / "arguments.yaml").read_text())["learning_rate"] == 2e-2
+
+
+def test_the_adapter_on_the_base_is_the_merged_model(tuned, base_model):
+    output_dir, _, _ = tuned
+    ids = torch.arange(5, 40)[None]
+    merged = AutoModelForCausalLM.from_pretrained(output_dir).eval()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model), output_dir / "adapter").eval()
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
+    assert merged.config.use_cache
+
+
+def test_the_test_loss_is_that_of_the_responses_alone(tuned, base_model, greetings):
+    """By hand: each conversation alone, no packing, the tokens after the assistant's header."""
+    _, metrics, _ = tuned
+    args = parse_arguments(
+        recipe.InstructionArguments, [f"--dataset={greetings}", "--validation_fraction=0.2", "--test_fraction=0.2"]
+    )
+    (_, _, test), _ = recipe.load_data(args)
+    model = AutoModelForCausalLM.from_pretrained(base_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    losses = []
+    for conversation in test:
+        prompt = tokenizer.apply_chat_template(conversation.messages[:-1], add_generation_prompt=True)["input_ids"]
+        response = tokenizer.encode(conversation.messages[-1]["content"] + "<|im_end|>", add_special_tokens=False)
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="none"))
+    assert metrics["test_loss_before"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
+
+
+def test_the_loss_does_not_depend_on_how_a_batch_is_cut(options, tmp_path):
+    """Rows have different numbers of learned tokens, so a mean of means would be another number."""
+    logs = []
+    for rows, accumulation in ((4, 1), (2, 2), (1, 4)):
+        cut = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+        run(**{**options, **cut, "max_steps": 3, "packing": False, "output_dir": tmp_path / f"{rows}"})
+        logs.append([line for line in log_of(tmp_path / f"{rows}") if "loss" in line])
+    for log in logs[1:]:
+        assert len(log) == 3
+        # The first batch is the same; grouping by length then draws from other megabatches.
+        assert log[0]["loss"] == pytest.approx(logs[0][0]["loss"], abs=1e-4)
+        assert log[0]["grad_norm"] == pytest.approx(logs[0][0]["grad_norm"], rel=1e-3)
+
+
+def test_a_finished_run_is_left_alone_and_another_one_is_refused(options, capsys):
+    run(**options)
+    written = (Path(options["output_dir"]) / "model.safetensors").stat().st_mtime_ns
+    run(**options)
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert (Path(options["output_dir"]) / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match=r"holds another run: --learning_rate 0.01 there, 0.02 now"):
+        run(**{**options, "learning_rate": 0.02})
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(options, tmp_path):
+    whole = run(**{**options, "output_dir": tmp_path / "whole"})
+    interrupted = {**options, "output_dir": tmp_path / "interrupted", "save_steps": 2, "save_total_limit": 2}
+    run(**interrupted)
+    (tmp_path / "interrupted" / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "interrupted" / "checkpoints" / "checkpoint-4")
+    resumed = run(**interrupted)
+    assert [line["step"] for line in log_of(tmp_path / "interrupted") if "loss" in line] == [1, 2, 3, 4, 3, 4]
+    assert resumed["test_loss"] == pytest.approx(whole["test_loss"], abs=1e-6)
+
+
+def test_all_weights_can_be_trained(options):
+    metrics = run(**options, method="full", packing=False)
+    assert metrics["num_trained_parameters"] == metrics["num_parameters"]
+    assert not (options["output_dir"] / "adapter").exists()
+    assert metrics["eval_loss"] < metrics["eval_loss_before"]
+
+
+def test_gradient_checkpointing_learns_through_frozen_embeddings(options):
+    metrics = run(**options, gradient_checkpointing=True)
+    assert metrics["eval_loss"] < metrics["eval_loss_before"]
+
+
+def test_what_cannot_be_is_said_at_the_door(options, base_model, tmp_path):
+    with pytest.raises(ValueError, match="is --model itself"):
+        run(**{**options, "output_dir": base_model})
+    with pytest.raises(ValueError, match="--block_size 65: choose 2 to 64"):
+        run(**{**options, "block_size": 65})
+    with pytest.raises(ValueError, match="Nothing is left to learn"):
+        run(**{**options, "block_size": 4})
+    with pytest.raises(ValueError, match="--column_map"):
+        run(**{**options, "column_map": "question"})
+    with pytest.raises(ValueError, match="test_fraction"):
+        run(**{**options, "test_fraction": 0})
+
+
+@pytest.mark.parametrize("config", sorted((RECIPES / "configs").glob("instruction_*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_one_of_this_recipe(config):
+    parse_arguments(recipe.InstructionArguments, [f"--config={config}"]).check()
+
+
+@pytest.mark.slow
+def test_the_books_instructions_are_learned_end_to_end(book_data, tmp_path):
+    """1,100 rows, the small config, a model of random weights: the loss on responses falls."""
+    tokenizer = hfllm.train_bpe([(book_data / "instruction-data.json").read_text()], 1024)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 128, "max_position_embeddings": 256}
+    model = hfllm.GPTForCausalLM(make_tiny_config("modern", **sizes, initializer_range=0.05))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    metrics = run(
+        config=RECIPES / "configs" / "instruction_book.yaml",
+        model=tmp_path / "base",
+        dataset=book_data / "instruction-data.json",
+        output_dir=tmp_path / "out",
+        method="full",
+        learning_rate=3e-3,
+        max_new_tokens=16,
+    )
+    assert metrics["train_conversations"] == 935
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] - 2
+    assert metrics["test_loss"] < metrics["test_loss_before"] - 2
+    assert metrics["train_padding_share"] < 0.1
