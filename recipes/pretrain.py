@@ -520,6 +520,8 @@ def open_hub(args: PretrainArguments, accelerator: Accelerator) -> TrainingPush 
         return None
     place = {"repo_id": args.hub_model_id, "private": args.hub_private_repo}
     return on_main_process(accelerator, lambda: TrainingPush(args.output_dir, **place))
+
+
 def build_optimizer(args: PretrainArguments, model: PreTrainedModel) -> torch.optim.Optimizer:
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "epsilon": args.adam_epsilon}
     rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
