@@ -37,7 +37,7 @@ def test_a_model_cut_in_both_directions_takes_the_steps_of_one_process_and_resum
     assert min(norms) > both_ways.MAX_NORM  # or nothing would tell of the clipping
     np.testing.assert_allclose(first["losses"] + second["losses"], losses, rtol=1e-6)
     np.testing.assert_allclose(first["norms"] + second["norms"], norms, rtol=2e-6)
-    assert first["meshes"] == ["('fsdp',)", "('fsdp', 'tp')"]
+    assert set(first["meshes"]) == {"('fsdp',)", "('fsdp', 'tp')"}  # the norms' weights, and all others
     weights = torch.load(tmp_path / "second" / "weights.pt")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(weights[name], parameter.detach(), atol=1e-5, rtol=1e-4, msg=name)
