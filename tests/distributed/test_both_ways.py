@@ -40,4 +40,7 @@ def test_a_model_cut_in_both_directions_takes_the_steps_of_one_process_and_resum
     assert set(first["meshes"]) == {"('fsdp',)", "('fsdp', 'tp')"}  # the norms' weights, and all others
     weights = torch.load(tmp_path / "second" / "weights.pt")
     for name, parameter in model.named_parameters():
+        # A key's bias adds the same to all scores of a query: its gradient is rounding alone, and Adam steps by that.
+        if name.endswith("k_proj.bias"):
+            continue
         torch.testing.assert_close(weights[name], parameter.detach(), atol=1e-5, rtol=1e-4, msg=name)
