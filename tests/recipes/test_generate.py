@@ -178,6 +178,7 @@ def test_what_a_row_writes_after_its_stop_is_cut_off():
 
 def test_ctrl_c_keeps_what_was_written_and_ends(generate, model, monkeypatch, capsys):
     put, calls = TextStreamer.put, []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without one
 
     def put_and_interrupt(self, value):
         put(self, value)
@@ -189,6 +190,7 @@ def test_ctrl_c_keeps_what_was_written_and_ends(generate, model, monkeypatch, ca
     monkeypatch.setattr(TextStreamer, "put", put_and_interrupt)
     with pytest.raises(SystemExit) as stopped:
         generate(model=model, prompt="the cat", do_sample=False, max_new_tokens=20)
+    signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130
     written = capsys.readouterr().out
     assert written.endswith("\n(stopped)\n")
