@@ -74,19 +74,40 @@ def make_card(run: Run, *, repo_id: str | None = None, base_model: str | None = 
 def join_cards(new: str, old: str) -> str | None:
     """The new card with what a person wrote into the old one: words outside the marks, and metadata of other names.
 
-    None if the old card is not of ours at all, and is to stay as it is.
+    Words outside the new one's own marks go before the old one's. None if the old card is not of ours at all, and is
+    to stay as it is.
     """
     if not old.strip() or any(words in old for words in BOILERPLATE):
         return new
-    if BEGIN not in old or END not in old:
-        return None
     new_card, old_card = ModelCard(new, ignore_metadata_errors=True), ModelCard(old, ignore_metadata_errors=True)
+    if old_card.text.strip() and not (BEGIN in old_card.text and END in old_card.text):
+        return None
     metadata = {**old_card.data.to_dict(), **new_card.data.to_dict()}
-    before, rest = old_card.text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    between = new_card.text[new_card.text.index(BEGIN) : new_card.text.index(END) + len(END)]
-    text = f"{before.rstrip()}\n\n{between}\n\n{after.strip()}".strip() + "\n"
-    return f"---\n{ModelCardData(**metadata, ignore_metadata_errors=True).to_yaml()}\n---\n\n{text}"
+    before, between, after = _cut_at_marks(new_card.text)
+    old_before, _, old_after = _cut_at_marks(old_card.text)
+    text = "\n\n".join(part for part in (before or old_before, between, after or old_after) if part)
+    return f"---\n{ModelCardData(**metadata, ignore_metadata_errors=True).to_yaml()}\n---\n\n{text}\n"
+
+
+def choose_card(made: str, *, here: str, there: str) -> str:
+    """The card to be pushed, of the one just made and those in the folder and in the repository.
+
+    One that a person wrote without our marks stays: the folder's before the repository's.
+    """
+    card = join_cards(made, here)
+    if card is None:
+        return here
+    joined = join_cards(card, there)
+    return there if joined is None else joined
+
+
+def _cut_at_marks(text: str) -> tuple[str, str, str]:
+    """What stands before the marks, between them (with them), and after them; a text without marks has nothing."""
+    if BEGIN not in text or END not in text:
+        return "", "", ""
+    before, rest = text.split(BEGIN, 1)
+    between, after = rest.split(END, 1)
+    return before.strip(), f"{BEGIN}{between}{END}", after.strip()
 
 
 def _metadata(run: Run, *, repo_id: str | None, base_model: str | None) -> ModelCardData:

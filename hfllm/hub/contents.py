@@ -12,7 +12,7 @@ from ..model import configuration_gpt, modeling_gpt
 from ..report import read_run, without_places
 from ..report.page import PAGE_FILE, render_run
 from ..report.run import is_hub_id, shorten_paths
-from .card import CARD_FILE, join_cards, make_card
+from .card import CARD_FILE, make_card
 from .errors import PushError
 
 
@@ -31,12 +31,10 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{24,}")
 LARGEST_TEXT = 20_000_000  # bytes of a file that is searched for tokens
 
 
-def gather_files(
-    folder: str | Path, *, repo_id: str | None = None, base_model: str | None = None, old_card: str = ""
-) -> Files:
+def gather_files(folder: str | Path, *, repo_id: str | None = None, base_model: str | None = None) -> Files:
     """The files of a model's folder to be pushed, with the card and the page written for others to read.
 
-    `base_model` is the id of an adapter's base; `old_card` the one that the repository has, whose own words stay.
+    `base_model` is the id of an adapter's base.
 
     Raises:
         PushError: the folder is not a model's, the adapter's base is a path, or a file holds a token.
@@ -58,15 +56,9 @@ def gather_files(
     run = read_run(folder)
     if repo_id is not None:
         run = dataclasses.replace(run, name=repo_id.split("/")[-1])
-    card = make_card(run, repo_id=repo_id, base_model=base_model, has_curves="curves.png" in files)
-    by_hand = (folder / CARD_FILE).read_text(encoding="utf-8") if (folder / CARD_FILE).exists() else ""
-    for old in (old_card, by_hand):
-        joined = join_cards(card, old)
-        card = old if joined is None else joined
-    files[CARD_FILE] = card.encode()
+    files[CARD_FILE] = make_card(run, repo_id=repo_id, base_model=base_model, has_curves="curves.png" in files).encode()
     if run.log or run.metrics:
         files[PAGE_FILE] = render_run(without_places(run)).encode()
-    check_for_tokens(files)
     return files
 
 

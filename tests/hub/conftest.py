@@ -1,13 +1,14 @@
 """A Hub of our own on the loopback, huggingface_hub pointed at it, and the folder of a small run to be pushed."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 import hfllm
 from hfllm.report import plot_curves, save_environment
@@ -30,6 +31,7 @@ def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
             "HF_TOKEN_PATH": str(tmp_path / "no-token"),
         }.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # the one that huggingface_hub's functions share
         monkeypatch.setenv("HF_TOKEN", hub.token("me"))
         yield hub
 
@@ -43,8 +45,6 @@ def _no_waiting(monkeypatch):
 
 def clean_environment(hub: Hub, folder: Path, **more: str) -> dict[str, str]:
     """The environment of a process of somebody else: their own cache, the double for a Hub, and no token."""
-    import os
-
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
     }

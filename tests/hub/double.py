@@ -63,6 +63,7 @@ class Hub:
         self.authorizations: list[str | None] = []
         self.faults: list[Fault] = []
         self.quota: int | None = None  # bytes of LFS objects
+        self.refuses_each = False  # a full quota is told of each object, and not of the whole request
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -161,6 +162,8 @@ def git_oid(content: bytes) -> str:
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer leaves in one piece: in two, the second would wait 40 ms for the first one's receipt
+    disable_nagle_algorithm = True
 
     def log_message(self, *args: object) -> None:
         pass
@@ -316,7 +319,10 @@ class Handler(BaseHTTPRequestHandler):
             return answer  # it has it already
         used = sum(map(len, self.hub.stored.values()))
         if self.hub.quota is not None and used + wanted["size"] > self.hub.quota:
-            raise Refusal(403, "Private repository storage limit reached, please upgrade your plan")
+            message = "Private repository storage limit reached, please upgrade your plan"
+            if self.hub.refuses_each:
+                return answer | {"error": {"code": 403, "message": message}}
+            raise Refusal(403, message)
         return answer | {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}"}}}
 
     def upload_mode(self, commit: Commit, path: str) -> dict:

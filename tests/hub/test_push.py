@@ -92,6 +92,7 @@ def test_weights_in_shards_give_way_to_a_single_file(hub, run_folder, tmp_path):
 @pytest.mark.parametrize(
     ("method", "path", "fault"),
     [
+        ("POST", "/api/repos/create", {"status": 503, "message": "Service Unavailable"}),
         ("POST", "/commit/", {"status": 503, "message": "Service Unavailable"}),
         ("POST", "/preupload/", {"status": 500, "message": "Internal Error"}),
         ("POST", "/lfs/objects/batch", {"status": 502, "message": "Bad Gateway"}),
@@ -161,9 +162,10 @@ def test_no_token_is_said_before_anything_is_asked(hub, run_folder, monkeypatch)
     assert hub.requests == []
 
 
-def test_a_full_quota_is_said(hub, run_folder):
-    hub.quota = 1000
-    with pytest.raises(PushError, match=r"no room left for me/my-gpt: Private repository storage limit reached"):
+@pytest.mark.parametrize("refuses_each", [False, True])
+def test_a_full_quota_is_said(hub, run_folder, refuses_each):
+    hub.quota, hub.refuses_each = 1000, refuses_each
+    with pytest.raises(PushError, match=r"no room left for me/my-gpt: .*Private repository storage limit reached"):
         push_to_hub(run_folder, "me/my-gpt")
     assert set(hub.files("me/my-gpt")) == {".gitattributes"}
 
