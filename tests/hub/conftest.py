@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers.utils.hub
 import yaml
 from huggingface_hub import constants, hf_api
 
@@ -31,7 +32,9 @@ def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
             "HF_TOKEN_PATH": str(tmp_path / "no-token"),
         }.items():
             monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # the one that huggingface_hub's functions share
+        # Two clients are made once and kept, by huggingface_hub for its functions and by transformers.
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
         monkeypatch.setenv("HF_TOKEN", hub.token("me"))
         yield hub
 
