@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-interop install-llama.cpp demo test test-slow lint format clean
+.PHONY: help install install-interop install-llama.cpp install-deepspeed demo test test-slow lint format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-install-interop: $(VENV)/.installed-interop install-llama.cpp  ## Add other people's tools, which `make test-slow` opens our models with
+install-interop: $(VENV)/.installed-interop install-llama.cpp install-deepspeed  ## Add other people's tools, which `make test-slow` opens our models with
 
 $(VENV)/.installed-interop: $(VENV)/.installed
 	@echo "Installing other people's tools into $(VENV) ..."
@@ -46,6 +46,20 @@ install-llama.cpp: $(VENV)/.installed
 		node-llama-cpp@$(NODE_LLAMA_CPP) @node-llama-cpp/$$build@$(NODE_LLAMA_CPP) || \
 		{ echo "npm could not install llama.cpp (above), so its tests will be skipped."; exit 0; }; \
 	touch $(VENV)/llama.cpp/.installed-$(NODE_LLAMA_CPP)
+
+# DeepSpeed, without its GPU kernels, in an environment of its own that sees the first one: where it is installed,
+# accelerate imports it in every run, which takes a second and prints a warning.
+install-deepspeed: $(VENV)/.installed-deepspeed
+
+$(VENV)/.installed-deepspeed: $(VENV)/.installed
+	@echo "Installing DeepSpeed into $(VENV)/deepspeed ..."
+	@$(BIN)/python -m venv --clear --without-pip $(VENV)/deepspeed
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(VENV)/deepspeed/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
+	@pip="$(BIN)/python -m pip --quiet --disable-pip-version-check --python $(VENV)/deepspeed/bin/python"; \
+	$$pip install --constraint constraints.txt 'setuptools>=77' && \
+	DS_BUILD_OPS=0 $$pip install --constraint constraints.txt --no-build-isolation deepspeed && touch $@ || \
+	{ rm -rf $(VENV)/deepspeed; echo "pip could not install DeepSpeed (above), so its tests will be skipped."; }
 
 demo: install  ## Train a tokenizer and a small model on Python's own library, and let it write (10 minutes on two cores)
 	$(BIN)/python recipes/train_tokenizer.py --config recipes/configs/tokenizer_demo.yaml --output_dir out/tokenizer

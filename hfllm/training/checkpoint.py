@@ -175,7 +175,7 @@ def load_checkpoint(
             check_same_run(content["state"].get("identity", {}), identity, path)
         saved = content["optimizer"]
         tensors.update(load_file(path / MODEL))
-        _check_model(path, model, tensors)
+        _check_model(path, model, tensors, in_float32=is_zero)
         if is_zero:
             groups = zero.group_names(model, optimizer)
         else:
@@ -387,12 +387,11 @@ def _set_aside(path: Path, fault: str) -> None:
         logger.warning("The checkpoint %s is broken: %s. (It could not be renamed: %s.)", path, fault, error)
 
 
-def _check_model(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def _check_model(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor], *, in_float32: bool) -> None:
     tied = _tied_names(model)
     wanted = {_plain(name): _kind(tensor) for name, tensor in model.state_dict().items() if _plain(name) not in tied}
-    for name, parameter in model.named_parameters():
-        if zero.is_cut(parameter) or hasattr(parameter, "_hp_mapping"):  # a checkpoint holds ZeRO's float32 weights
-            wanted[name] = _kind(torch.empty(zero.shape_of(parameter), device="meta"))
+    for name, parameter in model.named_parameters() if in_float32 else []:  # of ZeRO, whatever it computes in
+        wanted[name] = _kind(torch.empty(zero.shape_of(parameter), dtype=torch.float32, device="meta"))
     faults = []
     for name in wanted | tensors:
         if name not in tensors:

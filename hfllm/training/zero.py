@@ -51,8 +51,9 @@ def gather_weights(model: nn.Module, accelerator: Accelerator) -> dict[str, torc
 
     state = {}
     for name, parameter in model.named_parameters():  # one after the other: no process holds the model whole on its GPU
-        value = safe_get_full_fp32_param(parameter)
-        if value is None:  # a frozen parameter
+        if parameter.requires_grad:
+            value = safe_get_full_fp32_param(parameter)
+        else:  # of a frozen one DeepSpeed has no float32 copy
             with GatheredParameters([parameter]):
                 value = parameter.detach().clone()
         if accelerator.is_main_process:
@@ -95,6 +96,8 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], accelerator
         value = _broadcast(tensors.get(name), shape_of(parameter), accelerator)
         with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(value)
+        if not parameter.requires_grad:
+            continue
         if is_cut(parameter):
             safe_set_local_fp32_param(parameter, _piece(parameter, value))
         else:

@@ -39,6 +39,7 @@ def build(accelerator: Accelerator, seed: int = 0) -> tuple[torch.nn.Module, tor
     torch.manual_seed(seed)
     # 110,080 numbers in each of the large matrices, for ZeRO-3 leaves small ones whole; three cannot share them evenly.
     model = hfllm.GPTForCausalLM(make_tiny_config("modern", intermediate_size=3440, initializer_range=0.1))
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)  # a frozen one among those that are trained
     optimizer = build_adamw(model, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
     return accelerator.prepare(model, optimizer)
 

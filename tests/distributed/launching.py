@@ -1,10 +1,13 @@
 """Launches as a user types them: `accelerate launch --config_file accelerate_configs/X.yaml --num_processes N ...`."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from hfllm.report import read_log
 
@@ -14,11 +17,19 @@ CONFIGS = ROOT / "accelerate_configs"
 PROBE = ROOT / "tests" / "distributed" / "probe.py"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
+# Where DeepSpeed is installed: here, or beside these packages, as `make install-deepspeed` does it.
+BESIDE = Path(sys.prefix) / "deepspeed" / "bin" / "python"
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(
+    not HAS_DEEPSPEED and not BESIDE.exists(), reason="needs deepspeed: make install-deepspeed"
+)
+
 
 def command(config: str | Path, num_processes: int, *launcher_options: object) -> list[str]:
     """The launcher, up to the script. In float32, for the files ask for bf16; on whichever port is free."""
     config = CONFIGS / config if isinstance(config, str) else config
-    words = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", config)
+    python = BESIDE if "deepspeed" in config.name and not HAS_DEEPSPEED else sys.executable
+    words = (python, "-m", "accelerate.commands.launch", "--config_file", config)
     words += ("--num_processes", num_processes, "--mixed_precision", "no", "--main_process_port", 0, *launcher_options)
     return [str(word) for word in words]
 

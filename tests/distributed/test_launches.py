@@ -1,6 +1,5 @@
 """Every accelerate file is what it says, on this machine too; and what accelerate would do instead is refused."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from tests.distributed import probe as probe_script
-from tests.distributed.launching import CONFIGS, PROBE, command, probe, run
-
-
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+from tests.distributed.launching import CONFIGS, PROBE, command, needs_deepspeed, probe, run
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)

@@ -1,6 +1,5 @@
 """A run goes on with another number of processes, sharded in another way, as if nothing had happened."""
 
-import importlib.util
 import json
 
 import numpy as np
@@ -12,11 +11,10 @@ from safetensors.torch import load_file
 from hfllm.training.checkpoint import load_checkpoint, save_checkpoint
 from hfllm.training.evaluation import evaluate_rows
 from tests.distributed import checkpointing
-from tests.distributed.launching import ROOT, columns, command, pretrain, run
+from tests.distributed.launching import ROOT, columns, command, needs_deepspeed, pretrain, run
 
 
 pytestmark = pytest.mark.slow
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 

@@ -1,6 +1,5 @@
 """One effective batch is one number: a step of eight rows has one loss and one gradient, however it is cut."""
 
-import importlib.util
 import json
 import subprocess
 from pathlib import Path
@@ -10,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launching import ROOT, columns, command, environment, pretrain, recipe
+from tests.distributed.launching import ROOT, columns, command, environment, needs_deepspeed, pretrain, recipe
 
 
 pytestmark = pytest.mark.slow
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 # A document ends in most packed rows, and each document's last window is padded: rows differ in their targets.
 VARIANTS: dict[str, dict[str, object]] = {"packed": {}, "padded": {"stride": 32}}

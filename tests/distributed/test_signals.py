@@ -38,12 +38,26 @@ def stop(words: list[str], log: Path, whom: str) -> tuple[int, int, str]:
     return code, steps, output.read_text()
 
 
+@pytest.fixture(scope="module")
+def straight(small, tmp_path_factory):
+    """The log of a run that nobody stopped, and its options, by its accelerate file."""
+    steps = {"max_steps": 40, "eval_steps": 40, "save_steps": 1000}
+    options = {**small, **steps, "per_device_train_batch_size": 64}  # so that a step takes longer than a signal
+    logs: dict[str, dict[str, list]] = {}
+
+    def run(config: str) -> tuple[dict[str, list], dict[str, object]]:
+        if config not in logs:
+            logs[config] = pretrain(config, 2, {**options, "output_dir": tmp_path_factory.mktemp("straight")})
+        return logs[config], options
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("config", "whom"), [("ddp.yaml", "the launcher"), ("fsdp2.yaml", "all"), ("fsdp2.yaml", "a worker")]
 )
-def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_losses(small, tmp_path, config, whom):
-    steps = {"max_steps": 40, "eval_steps": 40, "save_steps": 1000}
-    options = {**small, **steps, "per_device_train_batch_size": 64}  # so that a step takes longer than a signal
+def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_losses(straight, tmp_path, config, whom):
+    expected, options = straight(config)
     own = {**options, "output_dir": tmp_path / "stopped"}
     words = [*command(config, 2), *recipe(own)]
     code, steps_when_told, output = stop(words, tmp_path / "stopped" / "log.jsonl", whom)
@@ -58,6 +72,5 @@ def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_losses(small, tm
     assert not (tmp_path / "stopped" / "model.safetensors").exists()
 
     log = pretrain(config, 2, own)
-    straight = pretrain(config, 2, {**options, "output_dir": tmp_path / "straight"})
     for name in ("step", "loss", "grad_norm", "eval_loss"):
-        np.testing.assert_array_equal(log[name], straight[name], err_msg=name)
+        np.testing.assert_array_equal(log[name], expected[name], err_msg=name)

@@ -25,10 +25,15 @@ def load_recipe(name: str):
 
 @pytest.fixture
 def run_pretrain() -> Callable:
-    """Run recipes/pretrain.py on command-line options; returns what it wrote into metrics.json."""
-    recipe = load_recipe("pretrain")
+    """Run recipes/pretrain.py on command-line options; returns what it wrote into metrics.json.
 
-    def run(**options) -> dict:
+    Drawing the curves takes as long as all the rest of such a small run, so they are drawn only where a test asks.
+    """
+    recipe = load_recipe("pretrain")
+    plot_curves = recipe.plot_curves
+
+    def run(*, draw: bool = False, **options) -> dict:
+        recipe.plot_curves = plot_curves if draw else lambda *args, **kwargs: None
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         argv = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, list)]

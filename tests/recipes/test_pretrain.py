@@ -23,13 +23,16 @@ def losses_of(output_dir) -> list[float]:
 
 
 def test_a_run_leaves_what_everybodys_tools_open(run_pretrain, small):
-    metrics = run_pretrain(**small, sample_prompt="the cat")
+    metrics = run_pretrain(draw=True, **{**small, "sample_tokens": 4}, sample_prompt="the cat")
     out = small["output_dir"]
     assert {path.name for path in out.iterdir()} >= {
         *("model.safetensors", "config.json", "generation_config.json", "modeling_gpt.py", "configuration_gpt.py"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
-        *("arguments.yaml", "metrics.json", "log.jsonl", "curves.png", "checkpoints"),
+        *("arguments.yaml", "metrics.json", "log.jsonl", "curves.png", "samples.txt", "checkpoints"),
     }
+    _, *samples = (out / "samples.txt").read_text().split("--- ")
+    assert [sample.split("\n")[0] for sample in samples] == ["step 6", "step 12"]
+    assert all(sample.split("\n", 1)[1].startswith("the cat") for sample in samples)
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert type(model) is hfllm.GPTForCausalLM
@@ -138,11 +141,15 @@ def test_a_run_that_was_cut_ends_with_the_very_weights_of_one_that_was_not(run_p
     recipe.StopRequest.agreed = original
     assert stopped.value.code == 143
     assert not (tmp_path / "cut" / "model.safetensors").exists()
-    run_pretrain(**cut)
-    straight, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "cut"))
+    # What may change when a run goes on: where it stands, how often it saves and evaluates, how many rows at a time.
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    may_change = {"save_steps": 4, "save_total_limit": 1, "eval_steps": 12, "per_device_eval_batch_size": 3}
+    run_pretrain(**{**cut, "output_dir": tmp_path / "moved", **may_change})
+    straight, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "moved"))
     for name in straight:
         assert torch.equal(straight[name], resumed[name]), name
-    assert losses_of(tmp_path / "straight") == losses_of(tmp_path / "cut")
+    assert losses_of(tmp_path / "straight") == losses_of(tmp_path / "moved")
+    assert [path.name for path in (tmp_path / "moved" / "checkpoints").iterdir()] == ["step-00000012"]
 
 
 @pytest.mark.fault(20)
@@ -289,6 +296,24 @@ def test_a_run_that_exists_with_another_shape_is_refused(run_pretrain, small, ch
     assert message in str(error.value)
 
 
+@pytest.mark.fault(19)
+@pytest.mark.parametrize(("streaming", "told"), [(False, "corpus_sha256"), (True, "stream.sha256")])
+def test_a_text_that_changed_since_is_refused_with_the_difference_shown(
+    run_pretrain, small, text_file, tmp_path, streaming, told
+):
+    """One letter, so that the number of documents, of bytes and perhaps of rows is what it was."""
+    text = tmp_path / "text.jsonl"
+    text.write_text(text_file.read_text())
+    options = {**small, "dataset": text, "streaming": streaming, "max_steps": 6}
+    run_pretrain(**options)
+    weights = (small["output_dir"] / "model.safetensors").read_bytes()
+    text.write_text(text_file.read_text().replace("cat", "bat", 1))
+    with pytest.raises(ValueError, match="belongs to another run") as error:
+        run_pretrain(**{**options, "max_steps": 12})
+    assert told in str(error.value)
+    assert (small["output_dir"] / "model.safetensors").read_bytes() == weights
+
+
 def test_a_tracker_gets_what_the_log_gets(run_pretrain, small):
     run_pretrain(**small, report_to="tensorboard")
     assert list(small["output_dir"].rglob("events.out.tfevents*"))
@@ -307,8 +332,9 @@ def test_a_tracker_that_fails_does_not_end_the_run(run_pretrain, small, monkeypa
     assert len(losses_of(small["output_dir"])) == 12
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(run_pretrain, small, tmp_path):
-    """DDP over gloo: the same losses and gradient norms, though each process sees half of a step's rows."""
+    """DDP over gloo by plain torchrun: the same losses, though each process sees half of a step's rows."""
     options = {**small, "max_steps": 6, "learning_rate": 1e-2, "save_steps": 6}
     run_pretrain(**{**options, "output_dir": tmp_path / "one"})
     two = {**options, "output_dir": tmp_path / "two", "per_device_train_batch_size": 2}

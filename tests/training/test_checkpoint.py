@@ -537,7 +537,7 @@ def kill_saves(folder: str, num_kills: int) -> None:
 
 @pytest.mark.fault(1)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("num_kills", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [8, pytest.param(84, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments_always_leaves_a_whole_checkpoint(tmp_path, num_kills):
     code = f"from {__name__} import kill_saves; kill_saves({str(tmp_path)!r}, {num_kills})"
     result = subprocess.run(
@@ -549,4 +549,4 @@ def test_kill_9_at_random_moments_always_leaves_a_whole_checkpoint(tmp_path, num
     steps = [outcome["step"] for outcome in outcomes]
     assert len(steps) == num_kills
     assert all(before < after for before, after in itertools.pairwise(steps))  # each went on where the last one was
-    assert sum(outcome["was_saving"] for outcome in outcomes) > num_kills / 4  # the kills did hit saves
+    assert sum(outcome["was_saving"] for outcome in outcomes) > num_kills / 4  # of 84, more than 20 hit a save

@@ -89,6 +89,7 @@ def test_a_gradient_is_shortened_and_its_length_before_that_told():
     torch.testing.assert_close(layer.weight.grad, torch.tensor([[0.6, 0.8]]), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_memory_that_is_freed_is_kept_for_the_next_step():
     program = """
 import resource, torch

@@ -36,22 +36,16 @@ with StopRequest(Accelerator(cpu=True)) as request:
 
 
 @pytest.mark.fault(10)
-def test_two_signals_at_once_are_one_request():
+def test_signals_at_once_are_one_request_and_a_later_one_stops_at_once():
     """A terminal's Ctrl-C arrives twice: from the terminal, and from the launcher that got it too."""
-    body = "[os.kill(os.getpid(), signal.SIGINT) for _ in range(3)]; print('saved', request.agreed(), flush=True)"
-    process = run_python(STOPPABLE.format(body=body))
-    assert "saved True" in process.communicate(timeout=60)[0]
-    assert process.returncode == 0
-
-
-@pytest.mark.fault(10)
-def test_a_later_signal_stops_at_once():
-    body = "os.kill(os.getpid(), signal.SIGINT); time.sleep(1.1); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
-    process = run_python(STOPPABLE.format(body=body))
-    process.communicate(timeout=50)
+    at_once = "[os.kill(os.getpid(), signal.SIGINT) for _ in range(3)]; print('saved', request.agreed(), flush=True)"
+    later = "time.sleep(1.1); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    process = run_python(STOPPABLE.format(body=f"{at_once}; {later}"))
+    assert "saved True" in process.communicate(timeout=50)[0]
     assert process.returncode == 128 + signal.SIGINT
 
 
+@pytest.mark.slow
 @pytest.mark.fault(13)
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
 @pytest.mark.parametrize("is_launched", [True, False])
