@@ -113,6 +113,7 @@ def _open(api: HfApi, repo_id: str, *, private: bool, revision: str | None) -> s
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
     api.create_repo(repo_id, private=private or None, exist_ok=True)
+    api.auth_check(repo_id, write=True)  # what create_repo does not tell of one that is there and another's
     if private and not api.model_info(repo_id).private:
         raise PushError(
             f"{repo_id} is there already, and public: --private is for a repository that is yet to be made. Choose "

@@ -228,11 +228,14 @@ class Handler(BaseHTTPRequestHandler):
             return 200, {"transfer": "basic", "objects": [self.lfs(one) for one in json.loads(body)["objects"]]}, {}
         if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
             return self.resolve(*match.groups())
-        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/(\w+)(?:/([^?]+))?)?", path):
+        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/([\w-]+)(?:/([^?]+))?)?", path):
             return self.api(match[1], match[2] or "revision", match[3] or "main", body)
         raise Refusal(404, f"The double does not know {self.command} {path}")
 
     def api(self, repo_id: str, action: str, rest: str, body: bytes) -> tuple[int, object, dict[str, str]]:
+        if action == "auth-check":
+            (self.writable if rest == "write" else self.readable)(repo_id)
+            return 200, {}, {}
         if action == "preupload":
             self.writable(repo_id)
             commit = self.commit_of(repo_id, rest)

@@ -51,8 +51,10 @@ def test_a_hub_that_is_down_at_the_start_is_a_warning(hub, run_pretrain, pushed)
 
 
 def test_a_token_that_may_not_write_there_stops_the_run_before_it_trains(hub, run_pretrain, pushed):  # noqa: F811
-    with pytest.raises(PushError, match="may not write to google/my-gpt"):
-        run_pretrain(**{**pushed, "hub_model_id": "google/my-gpt"})
+    hub.create("you/theirs")
+    for repo_id in ("google/my-gpt", "you/theirs"):
+        with pytest.raises(PushError, match=f"may not write to {repo_id}"):
+            run_pretrain(**{**pushed, "hub_model_id": repo_id})
     assert not (pushed["output_dir"] / "log.jsonl").exists()
 
 
