@@ -111,6 +111,15 @@ def test_a_bad_moment_of_the_hub_is_survived(hub, run_folder, method, path, faul
 
 
 @pytest.mark.fault(22)
+def test_a_download_that_breaks_off_is_tried_again(hub, run_folder):
+    push_to_hub(run_folder, "me/my-gpt")
+    hub.fail("GET", "/model.safetensors", times=2)
+    pulled = hfllm.GPTForCausalLM.from_pretrained("me/my-gpt")
+    assert same_weights(pulled, hfllm.GPTForCausalLM.from_pretrained(run_folder))
+    assert sum(r.startswith("GET ") and r.endswith("/model.safetensors") for r in hub.requests) == 3
+
+
+@pytest.mark.fault(22)
 def test_a_hub_that_stays_away_is_told_and_the_same_push_can_be_repeated(hub, run_folder):
     hub.fail("POST", "/commit/", status=503, message="Service Unavailable", times=99)
     with pytest.raises(PushError, match=r"The Hub answered 503 .*run the same push again") as raised:
