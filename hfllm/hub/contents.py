@@ -37,7 +37,7 @@ def gather_files(folder: str | Path, *, repo_id: str | None = None, base_model: 
     `base_model` is the id of an adapter's base.
 
     Raises:
-        PushError: the folder is not a model's, the adapter's base is a path, or a file holds a token.
+        PushError: the folder is not a model's, or the adapter's base is a path.
     """
     folder = Path(folder).expanduser()
     kind = check_model_folder(folder)
@@ -47,7 +47,9 @@ def gather_files(folder: str | Path, *, repo_id: str | None = None, base_model: 
     files |= {name: folder / name for name in PLAIN_FILES if (folder / name).exists()}
     for name in CONFIG_FILES:
         if (folder / name).exists() and not (kind == "adapter" and name == "config.json"):
-            files[name] = _as_json(_public(json.loads((folder / name).read_text(encoding="utf-8"))))
+            content = _read(folder / name)
+            # A label or a token may look like a path, so in the configs only what is one by its name is left out.
+            files[name] = _as_json(shorten_paths(content) if name == "metrics.json" else _public(content))
     if kind == "adapter":
         files |= _adapter_files(folder, base_model)
     else:
@@ -124,7 +126,9 @@ def _code_files(folder: Path) -> Files:
 
 
 def _public(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: shorten_paths(value) for name, value in content.items() if name not in HOW_IT_WAS_LOADED}
+    """A config without how and from where it was loaded here."""
+    is_left_out = {name for name in content if name in HOW_IT_WAS_LOADED or name.endswith("_file")}
+    return {name: value for name, value in content.items() if name not in is_left_out}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def test_a_token_that_may_not_write_there_stops_the_run_before_it_trains(hub, ru
 
 
 def test_a_place_to_push_to_without_a_push_is_an_error(run_pretrain, small):  # noqa: F811
-    with pytest.raises(ValueError, match="give --push_to_hub as well"):
+    with pytest.raises(ValueError, match="are for --push_to_hub"):
         run_pretrain(**small, hub_model_id="me/my-gpt")
 
 

@@ -48,6 +48,17 @@ def test_what_travels_is_the_model_its_code_its_card_and_nothing_of_this_machine
     assert json.loads(files["metrics.json"])["dataset"] == "animals.txt"
 
 
+def test_a_token_that_looks_like_a_path_stays_a_token(hub, make_run):
+    folder = make_run(seed=6)
+    path = folder / "tokenizer_config.json"
+    added = {"tokenizer_file": "/home/somebody/tokenizer.json", "extra_special_tokens": ["/INST"], "is_local": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **added}))
+    push_to_hub(folder, "me/my-gpt")
+    there = json.loads(hub.files("me/my-gpt")["tokenizer_config.json"])
+    assert there["extra_special_tokens"] == ["/INST"]
+    assert "tokenizer_file" not in there and "is_local" not in there
+
+
 def test_a_push_of_what_is_there_sends_nothing_and_makes_no_commit(hub, run_folder):
     first = push_to_hub(run_folder, "me/my-gpt")
     assert len(uploads(hub)) == 2  # weights and picture; text travels in the commit
