@@ -6,6 +6,7 @@ What hfllm writes stands between two marks, and is written anew each time; what 
 import json
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ BEGIN, END = "<!-- written by hfllm: begin -->", "<!-- written by hfllm: end -->
 # What PEFT and transformers' Trainer write when nobody else does.
 BOILERPLATE = ("# Model Card for Model ID", "This model card has been generated automatically")
 METRICS = {  # of metrics.json -> type and name of the Hub's metric
-    "loss": ("loss", "loss, nats per token"),
+    "loss": ("loss", "loss, nats"),
     "perplexity": ("perplexity", "perplexity"),
     "bits_per_byte": ("bits_per_byte", "bits per byte"),
     "accuracy": ("accuracy", "accuracy"),
@@ -29,6 +30,7 @@ METRICS = {  # of metrics.json -> type and name of the Hub's metric
     "exact_match": ("exact_match", "exact match"),
 }
 SPLITS = {"eval": "validation", "test": "test"}
+PICTURES = {"curves.png": "Curves of the training", "confusion.png": "What it confuses"}
 MAX_SAMPLE_CHARACTERS = 1200
 
 
@@ -40,7 +42,8 @@ def write_card(folder: str | Path, *, repo_id: str | None = None, base_model: st
     folder = Path(folder).expanduser()
     path = folder / CARD_FILE
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    new = make_card(read_run(folder), repo_id=repo_id, base_model=base_model)
+    pictures = [name for name in PICTURES if (folder / name).exists()]
+    new = make_card(read_run(folder), repo_id=repo_id, base_model=base_model, pictures=pictures)
     merged = join_cards(new, old)
     if merged is None:
         return False
@@ -48,7 +51,9 @@ def write_card(folder: str | Path, *, repo_id: str | None = None, base_model: st
     return True
 
 
-def make_card(run: Run, *, repo_id: str | None = None, base_model: str | None = None, has_curves: bool = True) -> str:
+def make_card(
+    run: Run, *, repo_id: str | None = None, base_model: str | None = None, pictures: Iterable[str] = ()
+) -> str:
     """The card's text: metadata between `---`, and the words between the two marks."""
     base = base_model or _base_of(run)
     run = without_places(run)
@@ -59,7 +64,7 @@ def make_card(run: Run, *, repo_id: str | None = None, base_model: str | None = 
         f"{sentence_about(run)} Made with hfllm.",
         "## How to use it\n\n" + _usage(run, name, base),
         _results(run),
-        "![Curves of the training](curves.png)" if has_curves and run.log else "",
+        *(f"![{PICTURES[name]}]({name})" for name in pictures),
         _samples(run),
         "## Data\n\n" + _data(run),
         "## Model\n\n" + _table({**_shape(run), "parameters": run.metrics.get("num_parameters")}),

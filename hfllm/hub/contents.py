@@ -12,7 +12,7 @@ from ..model import configuration_gpt, modeling_gpt
 from ..report import read_run, without_places
 from ..report.page import PAGE_FILE, render_run
 from ..report.run import is_hub_id, shorten_paths
-from .card import CARD_FILE, make_card
+from .card import CARD_FILE, PICTURES, make_card
 from .errors import PushError
 
 
@@ -22,7 +22,7 @@ WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.
 # Sent as they are.
 PLAIN_FILES = (
     *("generation_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "chat_template.jinja", "tokenizer_report.json", "environment.json", "curves.png"),
+    *("merges.txt", "chat_template.jinja", "tokenizer_report.json", "environment.json", *PICTURES),
 )
 # Sent without what they say about this machine.
 CONFIG_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "base_model.json", "metrics.json")
@@ -58,7 +58,9 @@ def gather_files(folder: str | Path, *, repo_id: str | None = None, base_model: 
     run = read_run(folder)
     if repo_id is not None:
         run = dataclasses.replace(run, name=repo_id.split("/")[-1])
-    files[CARD_FILE] = make_card(run, repo_id=repo_id, base_model=base_model, has_curves="curves.png" in files).encode()
+    files[CARD_FILE] = make_card(
+        run, repo_id=repo_id, base_model=base_model, pictures=[name for name in PICTURES if name in files]
+    ).encode()
     if run.log or run.metrics:
         files[PAGE_FILE] = render_run(without_places(run)).encode()
     return files

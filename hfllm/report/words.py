@@ -7,7 +7,7 @@ from .run import Run
 
 
 LABELS = {
-    "loss": "loss, nats per token",
+    "loss": "loss, nats",
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
     "accuracy": "accuracy",
