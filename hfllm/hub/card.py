@@ -284,7 +284,7 @@ def _costs(run: Run) -> str:
             rows[label_of(name)] = format_value(run.metrics[name], name)
     for name, value in run.environment.items():
         if value not in (None, [], ""):
-            rows[name.replace("_", " ")] = format_value(value)
+            rows[label_of(name)] = format_value(value, name)
     return f"## Hardware, time, versions\n\n{_table(rows)}" if rows else ""
 
 

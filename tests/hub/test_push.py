@@ -190,7 +190,7 @@ def test_a_full_quota_is_said(hub, run_folder, refuses_each):
     assert set(hub.files("me/my-gpt")) == {".gitattributes"}
 
 
-@pytest.mark.parametrize("repo_id", ["me/my gpt", "a/b/c", "", "-x/y", "https://huggingface.co/me/x"])
+@pytest.mark.parametrize("repo_id", ["me/my gpt", "a/b/c", "", "-x/y", "https://example.org/me/x"])
 def test_an_id_that_is_none_is_refused(hub, run_folder, repo_id):
     with pytest.raises(PushError, match="is not an id of the Hub"):
         push_to_hub(run_folder, repo_id)
