@@ -204,7 +204,7 @@ def load_model(model: str) -> PreTrainedModel:
             raise ValueError(f"--model {model} cannot be opened: {error}") from error
         raise ValueError(
             f"--model {model!r} is neither a folder nor a model that the Hub gave us: {str(error).splitlines()[0]} "
-            "Train one with recipes/pretrain.py, or give the path of its output_dir."
+            "A private one needs `hf auth login`. Train one with recipes/pretrain.py, or give its output_dir's path."
         ) from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:

@@ -100,7 +100,7 @@ def load_model(name: str) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--model {name!r} is neither a folder nor a model that the Hub gave us: {str(error).splitlines()[0]} "
-            "Train one with recipes/pretrain.py, or give the path of its output_dir."
+            "A private one needs `hf auth login`. Train one with recipes/pretrain.py, or give its output_dir's path."
         ) from error
     try:
         model = AutoModelForCausalLM.from_pretrained(

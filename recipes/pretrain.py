@@ -164,8 +164,10 @@ class PretrainArguments:
             raise ValueError("--eval_train_rows reads rows again, and a stream is read once. Leave one of them out.")
         if self.skip_spikes is not None:
             SpikeDetector(self.skip_spikes)
-        if (self.hub_model_id is not None or self.hub_private_repo) and not self.push_to_hub:
-            raise ValueError("--hub_model_id and --hub_private_repo say where to push; give --push_to_hub as well.")
+        if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo or self.hub_strategy == "end"):
+            raise ValueError(
+                "--hub_model_id, --hub_private_repo, --hub_strategy are for --push_to_hub: give it as well."
+            )
         if not 0 <= self.muon_momentum < 1:
             raise ValueError(f"--muon_momentum {self.muon_momentum}: give a number of at least 0 and less than 1.")
         if self.max_steps is not None:
@@ -541,7 +543,7 @@ def finish(args: PretrainArguments, setup: Setup, state: dict, tokens_per_second
     metrics |= {"dataset": args.dataset, "corpus_sha256": text.fingerprint}
     metrics |= {"tokenizer_sha256": text.tokenizer_sha256, "seed": args.seed}
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=str(output_dir))
+    plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=output_dir.resolve().name)
     write_page(read_run(output_dir), output_dir / PAGE_FILE)
     write_card(output_dir)
     print(describe_result(output_dir, metrics, prompt=args.sample_prompt or "import "))

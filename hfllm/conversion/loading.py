@@ -85,7 +85,10 @@ def _read_config(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         config, _ = PreTrainedConfig.get_config_dict(name, **{key: kwargs[key] for key in hub_options if key in kwargs})
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{name!r} is neither a model's folder nor a model that the Hub gave us: {reason}") from error
+        raise ValueError(
+            f"{name!r} is neither a model's folder nor a model that the Hub gave us: {reason} A private one needs "
+            "`hf auth login`."
+        ) from error
     if not config:
         raise ValueError(f"{name!r} has no config.json, so there is no model in it.")
     return config

@@ -6,6 +6,7 @@ What hfllm writes stands between two marks, and is written anew each time; what 
 import json
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ BEGIN, END = "<!-- written by hfllm: begin -->", "<!-- written by hfllm: end -->
 # What PEFT and transformers' Trainer write when nobody else does.
 BOILERPLATE = ("# Model Card for Model ID", "This model card has been generated automatically")
 METRICS = {  # of metrics.json -> type and name of the Hub's metric
-    "loss": ("loss", "loss, nats per token"),
+    "loss": ("loss", "loss, nats"),
     "perplexity": ("perplexity", "perplexity"),
     "bits_per_byte": ("bits_per_byte", "bits per byte"),
     "accuracy": ("accuracy", "accuracy"),
@@ -29,6 +30,7 @@ METRICS = {  # of metrics.json -> type and name of the Hub's metric
     "exact_match": ("exact_match", "exact match"),
 }
 SPLITS = {"eval": "validation", "test": "test"}
+PICTURES = {"curves.png": "Curves of the training", "confusion.png": "What it confuses"}
 MAX_SAMPLE_CHARACTERS = 1200
 
 
@@ -40,7 +42,8 @@ def write_card(folder: str | Path, *, repo_id: str | None = None, base_model: st
     folder = Path(folder).expanduser()
     path = folder / CARD_FILE
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    new = make_card(read_run(folder), repo_id=repo_id, base_model=base_model)
+    pictures = [name for name in PICTURES if (folder / name).exists()]
+    new = make_card(read_run(folder), repo_id=repo_id, base_model=base_model, pictures=pictures)
     merged = join_cards(new, old)
     if merged is None:
         return False
@@ -48,7 +51,9 @@ def write_card(folder: str | Path, *, repo_id: str | None = None, base_model: st
     return True
 
 
-def make_card(run: Run, *, repo_id: str | None = None, base_model: str | None = None, has_curves: bool = True) -> str:
+def make_card(
+    run: Run, *, repo_id: str | None = None, base_model: str | None = None, pictures: Iterable[str] = ()
+) -> str:
     """The card's text: metadata between `---`, and the words between the two marks."""
     base = base_model or _base_of(run)
     run = without_places(run)
@@ -59,7 +64,7 @@ def make_card(run: Run, *, repo_id: str | None = None, base_model: str | None = 
         f"{sentence_about(run)} Made with hfllm.",
         "## How to use it\n\n" + _usage(run, name, base),
         _results(run),
-        "![Curves of the training](curves.png)" if has_curves and run.log else "",
+        *(f"![{PICTURES[name]}]({name})" for name in pictures),
         _samples(run),
         "## Data\n\n" + _data(run),
         "## Model\n\n" + _table({**_shape(run), "parameters": run.metrics.get("num_parameters")}),
@@ -74,19 +79,40 @@ def make_card(run: Run, *, repo_id: str | None = None, base_model: str | None = 
 def join_cards(new: str, old: str) -> str | None:
     """The new card with what a person wrote into the old one: words outside the marks, and metadata of other names.
 
-    None if the old card is not of ours at all, and is to stay as it is.
+    Words outside the new one's own marks go before the old one's. None if the old card is not of ours at all, and is
+    to stay as it is.
     """
     if not old.strip() or any(words in old for words in BOILERPLATE):
         return new
-    if BEGIN not in old or END not in old:
-        return None
     new_card, old_card = ModelCard(new, ignore_metadata_errors=True), ModelCard(old, ignore_metadata_errors=True)
+    if old_card.text.strip() and not (BEGIN in old_card.text and END in old_card.text):
+        return None
     metadata = {**old_card.data.to_dict(), **new_card.data.to_dict()}
-    before, rest = old_card.text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    between = new_card.text[new_card.text.index(BEGIN) : new_card.text.index(END) + len(END)]
-    text = f"{before.rstrip()}\n\n{between}\n\n{after.strip()}".strip() + "\n"
-    return f"---\n{ModelCardData(**metadata, ignore_metadata_errors=True).to_yaml()}\n---\n\n{text}"
+    before, between, after = _cut_at_marks(new_card.text)
+    old_before, _, old_after = _cut_at_marks(old_card.text)
+    text = "\n\n".join(part for part in (before or old_before, between, after or old_after) if part)
+    return f"---\n{ModelCardData(**metadata, ignore_metadata_errors=True).to_yaml()}\n---\n\n{text}\n"
+
+
+def choose_card(made: str, *, here: str, there: str) -> str:
+    """The card to be pushed, of the one just made and those in the folder and in the repository.
+
+    One that a person wrote without our marks stays: the folder's before the repository's.
+    """
+    card = join_cards(made, here)
+    if card is None:
+        return here
+    joined = join_cards(card, there)
+    return there if joined is None else joined
+
+
+def _cut_at_marks(text: str) -> tuple[str, str, str]:
+    """What stands before the marks, between them (with them), and after them; a text without marks has nothing."""
+    if BEGIN not in text or END not in text:
+        return "", "", ""
+    before, rest = text.split(BEGIN, 1)
+    between, after = rest.split(END, 1)
+    return before.strip(), f"{BEGIN}{between}{END}", after.strip()
 
 
 def _metadata(run: Run, *, repo_id: str | None, base_model: str | None) -> ModelCardData:
@@ -258,7 +284,7 @@ def _costs(run: Run) -> str:
             rows[label_of(name)] = format_value(run.metrics[name], name)
     for name, value in run.environment.items():
         if value not in (None, [], ""):
-            rows[name.replace("_", " ")] = format_value(value)
+            rows[label_of(name)] = format_value(value, name)
     return f"## Hardware, time, versions\n\n{_table(rows)}" if rows else ""
 
 

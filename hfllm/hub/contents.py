@@ -12,7 +12,7 @@ from ..model import configuration_gpt, modeling_gpt
 from ..report import read_run, without_places
 from ..report.page import PAGE_FILE, render_run
 from ..report.run import is_hub_id, shorten_paths
-from .card import CARD_FILE, join_cards, make_card
+from .card import CARD_FILE, PICTURES, make_card
 from .errors import PushError
 
 
@@ -22,7 +22,7 @@ WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.
 # Sent as they are.
 PLAIN_FILES = (
     *("generation_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "chat_template.jinja", "tokenizer_report.json", "environment.json", "curves.png"),
+    *("merges.txt", "chat_template.jinja", "tokenizer_report.json", "environment.json", *PICTURES),
 )
 # Sent without what they say about this machine.
 CONFIG_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "base_model.json", "metrics.json")
@@ -31,15 +31,13 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{24,}")
 LARGEST_TEXT = 20_000_000  # bytes of a file that is searched for tokens
 
 
-def gather_files(
-    folder: str | Path, *, repo_id: str | None = None, base_model: str | None = None, old_card: str = ""
-) -> Files:
+def gather_files(folder: str | Path, *, repo_id: str | None = None, base_model: str | None = None) -> Files:
     """The files of a model's folder to be pushed, with the card and the page written for others to read.
 
-    `base_model` is the id of an adapter's base; `old_card` the one that the repository has, whose own words stay.
+    `base_model` is the id of an adapter's base.
 
     Raises:
-        PushError: the folder is not a model's, the adapter's base is a path, or a file holds a token.
+        PushError: the folder is not a model's, or the adapter's base is a path.
     """
     folder = Path(folder).expanduser()
     kind = check_model_folder(folder)
@@ -49,7 +47,9 @@ def gather_files(
     files |= {name: folder / name for name in PLAIN_FILES if (folder / name).exists()}
     for name in CONFIG_FILES:
         if (folder / name).exists() and not (kind == "adapter" and name == "config.json"):
-            files[name] = _as_json(_public(json.loads((folder / name).read_text(encoding="utf-8"))))
+            content = _read(folder / name)
+            # A label or a token may look like a path, so in the configs only what is one by its name is left out.
+            files[name] = _as_json(shorten_paths(content) if name == "metrics.json" else _public(content))
     if kind == "adapter":
         files |= _adapter_files(folder, base_model)
     else:
@@ -58,15 +58,11 @@ def gather_files(
     run = read_run(folder)
     if repo_id is not None:
         run = dataclasses.replace(run, name=repo_id.split("/")[-1])
-    card = make_card(run, repo_id=repo_id, base_model=base_model, has_curves="curves.png" in files)
-    by_hand = (folder / CARD_FILE).read_text(encoding="utf-8") if (folder / CARD_FILE).exists() else ""
-    for old in (old_card, by_hand):
-        joined = join_cards(card, old)
-        card = old if joined is None else joined
-    files[CARD_FILE] = card.encode()
+    files[CARD_FILE] = make_card(
+        run, repo_id=repo_id, base_model=base_model, pictures=[name for name in PICTURES if name in files]
+    ).encode()
     if run.log or run.metrics:
         files[PAGE_FILE] = render_run(without_places(run)).encode()
-    check_for_tokens(files)
     return files
 
 
@@ -132,7 +128,9 @@ def _code_files(folder: Path) -> Files:
 
 
 def _public(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: shorten_paths(value) for name, value in content.items() if name not in HOW_IT_WAS_LOADED}
+    """A config without how and from where it was loaded here."""
+    is_left_out = {name for name in content if name in HOW_IT_WAS_LOADED or name.endswith("_file")}
+    return {name: value for name, value in content.items() if name not in is_left_out}
 
 
 def _read(path: Path) -> dict[str, Any]:

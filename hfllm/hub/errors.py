@@ -50,7 +50,7 @@ def is_passing(error: BaseException) -> bool:
 
 def explain(error: BaseException, repo_id: str) -> PushError:
     """The error of a push as a message that says what to do."""
-    status, said = status_of(error), _said(error)
+    status, said = status_of(error), _said(error)  # an upload that is refused by itself has no status of its own
     for cause in causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
             return PushError("HF_HUB_OFFLINE=1 keeps everything here off the network. Unset it to push.")
@@ -67,7 +67,7 @@ def explain(error: BaseException, repo_id: str) -> PushError:
             f"The Hub shows no repository {repo_id} to this token: it is not there, or it is private and another's. "
             f"Check the name. {LOG_IN} there."
         )
-    if status in (402, 403, 413, 507) and any(
+    if status in (None, 402, 403, 413, 507) and any(
         word in said.lower() for word in ("storage", "quota", "limit", "upgrade")
     ):
         return PushError(f"The Hub has no room left for {repo_id}: {said}. Delete something there, then push again.")

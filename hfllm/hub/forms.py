@@ -15,6 +15,7 @@ from .errors import PushError
 # What tells of the run, for the card and the page of its other form.
 RUN_FILES = (
     *("arguments.yaml", "metrics.json", "log.jsonl", "samples.txt", "environment.json", "curves.png"),
+    "confusion.png",
     *("tokenizer_report.json", "README.md"),
 )
 

@@ -7,7 +7,6 @@ import threading
 import warnings
 from pathlib import Path
 
-from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from .errors import PushError
@@ -32,7 +31,7 @@ class TrainingPush:
         self.thread: threading.Thread | None = None
         check_repo_id(self.repo_id)
         try:
-            self.repo_id = open_repository(HfApi(), self.repo_id, private=private)
+            self.repo_id = open_repository(self.repo_id, private=private)
         except PushError as error:
             if error.is_refusal:
                 raise

@@ -19,6 +19,7 @@ from .words import (
     LOWER_IS_BETTER,
     format_seconds,
     format_value,
+    kind_of,
     label_of,
     plain_value,
     sentence_about,
@@ -160,11 +161,15 @@ def _curves(run: Run) -> str:
         line_of(run.log, "eval_train_loss", "training rows, without dropout", color=2, is_dotted=True),
     ]
     charts = [
-        chart("Loss", [line for line in losses if line], unit="nats per token", can_be_logarithmic=True),
+        chart("Loss", [line for line in losses if line], unit=_unit_of_loss(run), can_be_logarithmic=True),
         *(_panel(key, title, unit, [run], [""]) for key, title, unit in PANELS),
     ]
     drawn = [drawing for drawing in charts if drawing]
     return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
+
+
+def _unit_of_loss(run: Run) -> str:
+    return "nats per text" if kind_of(run) == "text classifier" else "nats per token"
 
 
 def _panel(key: str, title: str, unit: str, runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -187,8 +192,8 @@ def _compared_curves(runs: Sequence[Run], names: Sequence[str]) -> str:
         return [line for line in found if line is not None]
 
     charts = [
-        chart("Validation loss", lines("eval_loss", True), unit="nats per token", can_be_logarithmic=True),
-        chart("Training loss", lines("loss", False), unit="nats per token", can_be_logarithmic=True),
+        chart("Validation loss", lines("eval_loss", True), unit=_unit_of_loss(runs[0]), can_be_logarithmic=True),
+        chart("Training loss", lines("loss", False), unit=_unit_of_loss(runs[0]), can_be_logarithmic=True),
         *(_panel(key, title, unit, runs, names) for key, title, unit in PANELS),
     ]
     drawn = [drawing for drawing in charts if drawing]

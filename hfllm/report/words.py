@@ -7,7 +7,7 @@ from .run import Run
 
 
 LABELS = {
-    "loss": "loss, nats per token",
+    "loss": "loss, nats",
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
     "accuracy": "accuracy",
@@ -25,6 +25,7 @@ LABELS = {
     "peak_memory_bytes": "highest memory",
     "num_parameters": "parameters",
     "trainable_parameters": "parameters trained",
+    "memory_gib": "memory",
     "corpus_sha256": "corpus, sha256",
     "tokenizer_sha256": "tokenizer, sha256",
 }
@@ -58,6 +59,8 @@ def format_value(value: Any, name: str = "") -> str:
         return format_seconds(value)
     if name.endswith("memory_bytes"):
         return f"{value / 2**30:.2f} GiB"
+    if name.endswith("_gib"):
+        return f"{value:g} GiB"
     if name == "peak_flops_per_device":
         return f"{value:.2e}"
     if base == "mfu" or base.endswith("accuracy"):

@@ -1,13 +1,15 @@
 """A Hub of our own on the loopback, huggingface_hub pointed at it, and the folder of a small run to be pushed."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import transformers.utils.hub
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 import hfllm
 from hfllm.report import plot_curves, save_environment
@@ -30,6 +32,9 @@ def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
             "HF_TOKEN_PATH": str(tmp_path / "no-token"),
         }.items():
             monkeypatch.setattr(constants, name, value)
+        # Two clients are made once and kept, by huggingface_hub for its functions and by transformers.
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
         monkeypatch.setenv("HF_TOKEN", hub.token("me"))
         yield hub
 
@@ -43,8 +48,6 @@ def _no_waiting(monkeypatch):
 
 def clean_environment(hub: Hub, folder: Path, **more: str) -> dict[str, str]:
     """The environment of a process of somebody else: their own cache, the double for a Hub, and no token."""
-    import os
-
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
     }

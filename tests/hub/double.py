@@ -53,16 +53,16 @@ class Fault:
 
 
 class Hub:
-    """The server; `requests` lists what was asked, as "METHOD path", and `received` the bodies of files."""
+    """The server; `requests` lists what was asked, as "METHOD path"."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.stored: dict[str, bytes] = {}  # LFS objects by sha256
         self.tokens: dict[str, str] = {}
         self.requests: list[str] = []
-        self.authorizations: list[str | None] = []
         self.faults: list[Fault] = []
         self.quota: int | None = None  # bytes of LFS objects
+        self.refuses_each = False  # a full quota is told of each object, and not of the whole request
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -161,6 +161,8 @@ def git_oid(content: bytes) -> str:
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer leaves in one piece: in two, the second would wait 40 ms for the first one's receipt
+    disable_nagle_algorithm = True
 
     def log_message(self, *args: object) -> None:
         pass
@@ -168,11 +170,13 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
-        self.hub.authorizations.append(self.headers.get("Authorization"))
         fault = self.hub.take_fault(self.command, path)
         if fault is not None and fault.hook is not None:
             fault.hook()
             fault = None
+        self.is_cut = fault is not None and fault.status is None and self.command == "GET"
+        if self.is_cut:
+            fault = None  # half of the answer is sent, and then no more
         if fault is not None and fault.status is None and not fault.is_after:
             # In the middle: part of what is sent has arrived, and nobody answers.
             self.rfile.read(min(1000, int(self.headers.get("Content-Length") or 0)))
@@ -208,7 +212,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if self.is_cut else data)
+        self.close_connection = self.close_connection or self.is_cut
 
     def respond(self, path: str, body: bytes) -> tuple[int, object, dict[str, str]]:
         if path == "/api/whoami-v2":
@@ -225,11 +230,14 @@ class Handler(BaseHTTPRequestHandler):
             return 200, {"transfer": "basic", "objects": [self.lfs(one) for one in json.loads(body)["objects"]]}, {}
         if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
             return self.resolve(*match.groups())
-        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/(\w+)(?:/([^?]+))?)?", path):
+        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/([\w-]+)(?:/([^?]+))?)?", path):
             return self.api(match[1], match[2] or "revision", match[3] or "main", body)
         raise Refusal(404, f"The double does not know {self.command} {path}")
 
     def api(self, repo_id: str, action: str, rest: str, body: bytes) -> tuple[int, object, dict[str, str]]:
+        if action == "auth-check":
+            (self.writable if rest == "write" else self.readable)(repo_id)
+            return 200, {}, {}
         if action == "preupload":
             self.writable(repo_id)
             commit = self.commit_of(repo_id, rest)
@@ -316,7 +324,10 @@ class Handler(BaseHTTPRequestHandler):
             return answer  # it has it already
         used = sum(map(len, self.hub.stored.values()))
         if self.hub.quota is not None and used + wanted["size"] > self.hub.quota:
-            raise Refusal(403, "Private repository storage limit reached, please upgrade your plan")
+            message = "Private repository storage limit reached, please upgrade your plan"
+            if self.hub.refuses_each:
+                return answer | {"error": {"code": 403, "message": message}}
+            raise Refusal(403, message)
         return answer | {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}"}}}
 
     def upload_mode(self, commit: Commit, path: str) -> dict:

@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hfllm.hub import write_card
-from hfllm.hub.card import BEGIN, END, join_cards, make_card
+from hfllm.hub.card import BEGIN, END, choose_card, join_cards, make_card
 from hfllm.report import read_run
 from tests.hub.double import card_errors
 
@@ -59,6 +59,18 @@ def test_words_of_a_person_stay_and_boilerplate_goes(copied):
     path.write_text("# All by hand\n")
     assert not write_card(copied) and path.read_text() == "# All by hand\n"
     assert join_cards("new", "# All by hand") is None
+
+
+def test_the_card_pushed_is_the_one_with_a_persons_words(copied):
+    made = make_card(read_run(copied))
+    mine, theirs = (made.replace(END, f"{END}\n\n{words}") for words in ("Said here.", "Said there."))
+    assert choose_card(made, here="", there="") == made
+    assert choose_card(made, here="", there=theirs).rstrip().endswith("Said there.")
+    assert choose_card(made, here=mine, there=made).rstrip().endswith("Said here.")
+    assert choose_card(made, here="# By hand", there=theirs) == "# By hand"
+    assert choose_card(made, here=mine, there="# By hand there") == "# By hand there"
+    licensed = ModelCard(choose_card(made, here="", there="---\nlicense: mit\n---\n"))  # as the Hub's page makes it
+    assert licensed.data.license == "mit" and BEGIN in licensed.text
 
 
 def test_an_adapters_card_names_its_base(tmp_path):

@@ -51,13 +51,15 @@ def test_a_hub_that_is_down_at_the_start_is_a_warning(hub, run_pretrain, pushed)
 
 
 def test_a_token_that_may_not_write_there_stops_the_run_before_it_trains(hub, run_pretrain, pushed):  # noqa: F811
-    with pytest.raises(PushError, match="may not write to google/my-gpt"):
-        run_pretrain(**{**pushed, "hub_model_id": "google/my-gpt"})
+    hub.create("you/theirs")
+    for repo_id in ("google/my-gpt", "you/theirs"):
+        with pytest.raises(PushError, match=f"may not write to {repo_id}"):
+            run_pretrain(**{**pushed, "hub_model_id": repo_id})
     assert not (pushed["output_dir"] / "log.jsonl").exists()
 
 
 def test_a_place_to_push_to_without_a_push_is_an_error(run_pretrain, small):  # noqa: F811
-    with pytest.raises(ValueError, match="give --push_to_hub as well"):
+    with pytest.raises(ValueError, match="are for --push_to_hub"):
         run_pretrain(**small, hub_model_id="me/my-gpt")
 
 

@@ -48,6 +48,17 @@ def test_what_travels_is_the_model_its_code_its_card_and_nothing_of_this_machine
     assert json.loads(files["metrics.json"])["dataset"] == "animals.txt"
 
 
+def test_a_token_that_looks_like_a_path_stays_a_token(hub, make_run):
+    folder = make_run(seed=6)
+    path = folder / "tokenizer_config.json"
+    added = {"tokenizer_file": "/home/somebody/tokenizer.json", "extra_special_tokens": ["/INST"], "is_local": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **added}))
+    push_to_hub(folder, "me/my-gpt")
+    there = json.loads(hub.files("me/my-gpt")["tokenizer_config.json"])
+    assert there["extra_special_tokens"] == ["/INST"]
+    assert "tokenizer_file" not in there and "is_local" not in there
+
+
 def test_a_push_of_what_is_there_sends_nothing_and_makes_no_commit(hub, run_folder):
     first = push_to_hub(run_folder, "me/my-gpt")
     assert len(uploads(hub)) == 2  # weights and picture; text travels in the commit
@@ -92,6 +103,7 @@ def test_weights_in_shards_give_way_to_a_single_file(hub, run_folder, tmp_path):
 @pytest.mark.parametrize(
     ("method", "path", "fault"),
     [
+        ("POST", "/api/repos/create", {"status": 503, "message": "Service Unavailable"}),
         ("POST", "/commit/", {"status": 503, "message": "Service Unavailable"}),
         ("POST", "/preupload/", {"status": 500, "message": "Internal Error"}),
         ("POST", "/lfs/objects/batch", {"status": 502, "message": "Bad Gateway"}),
@@ -107,6 +119,15 @@ def test_a_bad_moment_of_the_hub_is_survived(hub, run_folder, method, path, faul
     assert same_weights(
         hfllm.GPTForCausalLM.from_pretrained("me/my-gpt"), hfllm.GPTForCausalLM.from_pretrained(run_folder)
     )
+
+
+@pytest.mark.fault(22)
+def test_a_download_that_breaks_off_is_tried_again(hub, run_folder):
+    push_to_hub(run_folder, "me/my-gpt")
+    hub.fail("GET", "/model.safetensors", times=2)
+    pulled = hfllm.GPTForCausalLM.from_pretrained("me/my-gpt")
+    assert same_weights(pulled, hfllm.GPTForCausalLM.from_pretrained(run_folder))
+    assert sum(r.startswith("GET ") and r.endswith("/model.safetensors") for r in hub.requests) == 3
 
 
 @pytest.mark.fault(22)
@@ -161,14 +182,15 @@ def test_no_token_is_said_before_anything_is_asked(hub, run_folder, monkeypatch)
     assert hub.requests == []
 
 
-def test_a_full_quota_is_said(hub, run_folder):
-    hub.quota = 1000
-    with pytest.raises(PushError, match=r"no room left for me/my-gpt: Private repository storage limit reached"):
+@pytest.mark.parametrize("refuses_each", [False, True])
+def test_a_full_quota_is_said(hub, run_folder, refuses_each):
+    hub.quota, hub.refuses_each = 1000, refuses_each
+    with pytest.raises(PushError, match=r"no room left for me/my-gpt: .*Private repository storage limit reached"):
         push_to_hub(run_folder, "me/my-gpt")
     assert set(hub.files("me/my-gpt")) == {".gitattributes"}
 
 
-@pytest.mark.parametrize("repo_id", ["me/my gpt", "a/b/c", "", "-x/y", "https://huggingface.co/me/x"])
+@pytest.mark.parametrize("repo_id", ["me/my gpt", "a/b/c", "", "-x/y", "https://example.org/me/x"])
 def test_an_id_that_is_none_is_refused(hub, run_folder, repo_id):
     with pytest.raises(PushError, match="is not an id of the Hub"):
         push_to_hub(run_folder, repo_id)
