@@ -302,7 +302,8 @@ def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTe
 
 def load_classifier_tokenizer(name: str) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(name)
-    tokenizer.split_special_tokens = True  # what a text says about control tokens is text
+    # What a text says about control tokens is text, here and (by init_kwargs, which are saved) in a pipeline.
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
     tokenizer.truncation_side = tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         # Harmless: a text's last token is found by the attention mask, and no text holds the eos token.

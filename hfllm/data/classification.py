@@ -139,7 +139,7 @@ def split_by_text(
     """The data in parts of these fractions, each with its share of every label; equal texts are in the same part.
 
     Equal means equal but for case and white space. The sizes are those of the book, `int(fraction * rows)` and the rest
-    for the last part, unless a text that occurs several times stands at a cut.
+    for the last part that has a fraction, unless a text that occurs several times stands at a cut.
     """
     if min(fractions) < 0 or not math.isclose(sum(fractions), 1.0):
         raise ValueError(f"fractions={tuple(fractions)}: they are at least 0, and sum to 1.")
@@ -159,10 +159,11 @@ def split_by_text(
         places.append((seen[label] + 0.5) / totals[label])
         seen[label] += 1
     parts: list[list[int]] = [[] for _ in fractions]
-    sizes = [int(fraction * len(data)) for fraction in fractions[:-1]]
+    sizes = [int(fraction * len(data)) for fraction in fractions]
+    last = max(part for part, fraction in enumerate(fractions) if fraction > 0)
     part = 0
     for index in np.argsort(places, kind="stable"):
-        while part < len(sizes) and len(parts[part]) >= sizes[part]:
+        while part < last and len(parts[part]) >= sizes[part]:
             part += 1
         parts[part] += shuffled[index]
     return [data.select(rows) for rows in parts]
