@@ -65,10 +65,12 @@ demo: install  ## Train a tokenizer and a small model on Python's own library, a
 	$(BIN)/python recipes/train_tokenizer.py --config recipes/configs/tokenizer_demo.yaml --output_dir out/tokenizer
 	$(LAUNCH) recipes/pretrain.py --config recipes/configs/pretrain_demo.yaml --tokenizer out/tokenizer --output_dir out/demo
 	$(BIN)/python recipes/generate.py --model out/demo --prompt "def read(self, " --temperature 0.7 --num_samples 2
+	$(BIN)/python recipes/finetune_instruction.py --config recipes/configs/instruction_python.yaml --model out/demo --output_dir out/chat
 	@echo
 	@echo "out/tokenizer   the tokenizer, and tokenizer_report.json: how well it compresses held-out text"
 	@echo "out/demo        the model, its curves (curves.png), numbers (metrics.json), log and checkpoints"
 	@echo "out/demo/report.html  the run's page: open it in a browser"
+	@echo "out/chat        the same model, which answers questions about Python; samples.txt, metrics.json"
 	@echo
 	@echo "Next: source $(BIN)/activate, and let it write something else:"
 	@echo "    python recipes/generate.py --model out/demo --prompt 'import ' --num_samples 3"
@@ -76,6 +78,8 @@ demo: install  ## Train a tokenizer and a small model on Python's own library, a
 	@echo "    python recipes/train_tokenizer.py --dataset my.txt --output_dir out/my-tokenizer"
 	@echo "    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\"
 	@echo "        --config recipes/configs/pretrain_demo.yaml --dataset my.txt --tokenizer out/my-tokenizer --output_dir out/mine"
+	@echo "or talk to it:"
+	@echo "    python recipes/chat.py --model out/chat"
 
 test: install  ## Lint, and run the tests that need neither GPU nor network nor much time
 	$(BIN)/ruff check .

@@ -251,7 +251,9 @@ def build_web_chat(args: ChatArguments, model: PreTrainedModel, tokenizer: PreTr
         if failed:
             raise gradio.Error(str(failed[0]))
 
-    return gradio.ChatInterface(respond, title=Path(args.model).name, analytics_enabled=False)
+    # Without Gradio's button that posts the conversation to the Hub.
+    chatbot = gradio.Chatbot(buttons=["copy", "copy_all"], label=Path(args.model).name)
+    return gradio.ChatInterface(respond, chatbot=chatbot, title=Path(args.model).name, analytics_enabled=False)
 
 
 def plain_text(content: Any) -> str:

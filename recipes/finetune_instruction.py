@@ -1,6 +1,6 @@
 """Chapter 7: teach a pretrained model to follow instructions.
 
-Offline, on questions about the Python that runs (about four minutes on two cores):
+Offline, on questions about the Python that runs (about three minutes on two cores):
 
     python recipes/finetune_instruction.py --config recipes/configs/instruction_python.yaml \\
         --model out/demo --output_dir out/chat
@@ -9,12 +9,12 @@ Offline, on questions about the Python that runs (about four minutes on two core
 On the book's 1,100 instructions, or any rows of one of the published forms:
 
     python recipes/finetune_instruction.py --config recipes/configs/instruction_book.yaml \\
-        --model out/gpt2 --dataset instruction-data.json --output_dir out/assistant
+        --model out/demo --dataset instruction-data.json --output_dir out/assistant
 
 On eight GPUs:
 
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 recipes/finetune_instruction.py \\
-        --config recipes/configs/instruction_book.yaml --model out/gpt2 --dataset instruction-data.json \\
+        --config recipes/configs/instruction_book.yaml --model out/demo --dataset instruction-data.json \\
         --output_dir out/assistant
 
 A row has the columns instruction, input and output (Alpaca), or prompt and response, or `messages`, or `conversations`

@@ -4,8 +4,7 @@ import csv
 import json
 import logging
 import random
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,31 +74,47 @@ def load_conversations(
             for number, question in enumerate(questions, start=1)
         ]
         return Conversations(rows, {"rows": len(rows), "bad_records": 0}, describe_questions(questions))
+    records = read_records_of(dataset, paths, dataset_config=dataset_config, split=split)
+    pairs, problems = keep_good(
+        records, lambda row: as_messages(rename(row, column_map or {})), on_bad_record=on_bad_record
+    )
+    if not pairs:
+        first = f" The first of {len(problems):,} bad rows: {problems[0]}" if problems else ""
+        raise ValueError(f"{dataset!r} holds no conversation.{first}")
+    rows = [Conversation(messages, place) for place, messages in pairs]
+    account = {"rows": len(rows), "bad_records": len(problems), "bad_record_examples": problems[:10]}
+    return Conversations(rows, account, f"{len(rows):,} conversations, {len(problems):,} bad rows left out")
+
+
+def read_records_of(
+    dataset: str, paths: list[Path] | None, *, dataset_config: str | None, split: str
+) -> Iterable[tuple[str, Any]]:
+    """The rows of the files below these paths, or of the Hub's dataset, each with its place."""
     if paths is None:
         with hub_errors_explained(dataset, dataset_config, split):
             table = datasets.load_dataset(dataset, dataset_config, split=split)
-        records: Iterable = ((f"{dataset}, row {row:,}", value) for row, value in enumerate(table, start=1))
-    else:
-        records = (record for path in files_below(paths)[0] for record in read_objects(path))
+        return ((f"{dataset}, row {row:,}", value) for row, value in enumerate(table, start=1))
+    return (record for path in files_below(paths)[0] for record in read_objects(path))
 
-    rows = []
+
+def keep_good(
+    records: Iterable[tuple[str, Any]], convert: Callable[[Any], Any], *, on_bad_record: str
+) -> tuple[list[tuple[str, Any]], list[str]]:
+    """The rows that can be converted, with their places, and what is wrong with the others, unless that is an error."""
+    good: list[tuple[str, Any]] = []
     problems: list[str] = []
     for place, value in records:
         try:
-            rows.append(Conversation(as_messages(rename(value, column_map or {})), place))
+            good.append((place, convert(value)))
         except ValueError as error:
             problems.append(f"{place}: {error}")
             if on_bad_record == "error":
                 raise ValueError(
                     f"{problems[0]} Correct the row, or leave such rows out with on_bad_record='skip'."
                 ) from error
-    if not rows:
-        first = f" The first of {len(problems):,} bad rows: {problems[0]}" if problems else ""
-        raise ValueError(f"{dataset!r} holds no conversation.{first}")
     if problems:
-        logger.warning("%s: %s bad rows were skipped, first %s", dataset, f"{len(problems):,}", problems[0])
-    account = {"rows": len(rows), "bad_records": len(problems), "bad_record_examples": problems[:10]}
-    return Conversations(rows, account, f"{len(rows):,} conversations, {len(problems):,} bad rows left out")
+        logger.warning("%s bad rows were skipped, first %s", f"{len(problems):,}", problems[0])
+    return good, problems
 
 
 def pair(question: str, answer: str, system: str | None = None) -> Messages:
@@ -276,5 +291,56 @@ def prompt_key(conversation: Conversation) -> str:
     return "\n".join(before)
 
 
-def count_kinds(rows: Iterable[Conversation]) -> Counter[str]:
-    return Counter(row.kind for row in rows if row.kind is not None)
+def load_preferences(
+    dataset: str,
+    *,
+    dataset_config: str | None = None,
+    split: str = "train",
+    on_bad_record: str = "error",
+    validation_fraction: float,
+    seed: int,
+) -> tuple[list[dict[str, Messages]], list[dict[str, Messages]], dict[str, Any]]:
+    """Rows of `prompt`, `chosen` and `rejected` as messages, to train on and to validate, and what was left out.
+
+    `prompt` is a text or messages that end with the user's; `chosen` and `rejected` are texts or the assistant's
+    messages, which may repeat the prompt, and must differ. Pairs of one prompt are on the same side.
+    """
+    paths = local_paths(dataset, dataset_config=dataset_config, split=split)
+    if paths == []:
+        raise ValueError("'stdlib' has no preferences: give a Hub id or files with prompt, chosen and rejected.")
+    records = read_records_of(dataset, paths, dataset_config=dataset_config, split=split)
+    pairs, problems = keep_good(records, as_preference, on_bad_record=on_bad_record)
+    if not pairs:
+        raise ValueError(f"{dataset!r} holds no preference.{f' The first bad row: {problems[0]}' if problems else ''}")
+    keyed = [Conversation(row["prompt"], str(number)) for number, (_, row) in enumerate(pairs)]
+    training, validation, _ = split_conversations(
+        keyed, validation_fraction=validation_fraction, test_fraction=0, seed=seed
+    )
+    sides = [[pairs[int(each.place)][1] for each in side] for side in (training, validation)]
+    return sides[0], sides[1], {"rows": len(pairs), "bad_records": len(problems)}
+
+
+def as_preference(row: Any) -> dict[str, Messages]:
+    if isinstance(row, ValueError):
+        raise ValueError(f"not valid JSON: {row}.")
+    columns = list(row) if isinstance(row, dict) else []
+    if missing := [name for name in ("prompt", "chosen", "rejected") if name not in columns]:
+        raise ValueError(f"there is no {', '.join(missing)} among the columns {columns}.")
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    replies = {}
+    for name in ("chosen", "rejected"):
+        reply = row[name]
+        if isinstance(reply, str):
+            reply = [{"role": "assistant", "content": reply}]
+        if isinstance(reply, list) and reply[: len(prompt)] == prompt:
+            reply = reply[len(prompt) :]
+        try:
+            check_messages([*prompt, *reply])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: {error}") from error
+        replies[name] = reply
+    if replies["chosen"] == replies["rejected"]:
+        raise ValueError("chosen and rejected are the same, so nothing is preferred.")
+    return {"prompt": prompt, **replies}

@@ -1,0 +1,506 @@
+"""Chapter 6 and appendix E: fine-tune a pretrained model to put texts into classes.
+
+On a laptop, offline: which package of Python's standard library does a docstring come from?
+
+    python recipes/finetune_classification.py --config recipes/configs/classification_stdlib.yaml \\
+        --model out/demo --output_dir out/classifier
+
+The book's spam messages, or a table of your own (.csv, .tsv, .jsonl, .json, .parquet, or an id on the Hub):
+
+    python recipes/finetune_classification.py --config recipes/configs/classification_sms.yaml \\
+        --model openai-community/gpt2 --output_dir out/spam
+    python recipes/finetune_classification.py --model out/demo --dataset mine.csv --text_column message \\
+        --label_column topic --output_dir out/topics
+
+On the GPUs of one machine:
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 recipes/finetune_classification.py \\
+        --config recipes/configs/classification_sms.yaml --model openai-community/gpt2 --output_dir out/spam
+
+The same command again goes on where the run was interrupted. `--help` explains every option.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
+from hfllm.arguments import run, save_arguments
+from hfllm.confusion import plot_confusion
+from hfllm.data.classification import (
+    LabelledTexts,
+    balance_labels,
+    check_labels_known,
+    describe_labelled_texts,
+    label_names,
+    load_labelled_texts,
+    split_by_text,
+)
+from hfllm.report import append_to_log
+from hfllm.tokenization import load_tokenizer
+from hfllm.training.classification import freeze_all_but, logistic_regression, score_predictions
+from hfllm.training.devices import keep_freed_memory
+from hfllm.training.lock import run_lock
+
+
+# The book trains LoRA with 8e-4 and weights with 5e-5 (GPT-2 124M). LoRA starts from a product of zero and bears more.
+# A head alone is a logistic regression.
+LEARNING_RATES = {"lora": 8e-4, "full": 5e-5, "last_block": 2e-4, "head": 5e-3}
+
+
+@dataclasses.dataclass
+class ClassificationArguments:
+    # Texts
+    dataset: str = HfArg(default="stdlib", help="A file of labelled texts, an id on the Hub, or 'stdlib' (docstrings).")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
+    split: str = HfArg(default="train", help="Split of the Hub dataset to train on.")
+    validation_split: str | None = HfArg(default=None, help="Hub split to choose the epoch by; default: hold back.")
+    test_split: str | None = HfArg(default=None, help="Hub split to test on; default: hold texts back.")
+    validation_dataset: str | None = HfArg(default=None, help="File to choose the epoch by; default: hold texts back.")
+    test_dataset: str | None = HfArg(default=None, help="File to test on; default: hold texts back.")
+    text_column: str = HfArg(default="text", help="Column or JSON key of the text.")
+    label_column: str = HfArg(default="label", help="Column or JSON key of the label, a word or a whole number.")
+    validation_fraction: float = HfArg(default=0.1, help="Share of the texts held back for validation.")
+    test_fraction: float = HfArg(default=0.2, help="Share of the texts held back for the test.")
+    balance: bool = HfArg(default=False, help="Use as many texts of each label as the rarest has, as the book does.")
+    split_seed: int = HfArg(default=0, help="Of the balanced sample and the split, which belong to the data.")
+    on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with a record that is broken.")
+    block_size: int | None = HfArg(default=None, help="Tokens of a text that are read; default: the model's context.")
+
+    # Model
+    model: str = HfArg(default="out/demo", help="Folder or Hub id of the pretrained model, with its tokenizer.")
+    method: Literal["lora", "full", "last_block", "head"] = HfArg(default="lora", help="What is trained.")
+    lora_r: int = HfArg(default=16, help="LoRA's rank.")
+    lora_alpha: float = HfArg(default=16, help="LoRA's scale: its output is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout of LoRA's input.")
+    lora_target_modules: list[str] | None = HfArg(default=None, help="Layers with LoRA; default: all in the blocks.")
+    gradient_checkpointing: bool = HfArg(default=False, help="Less memory for more time.")
+
+    # Optimization
+    num_train_epochs: float = HfArg(default=5.0, help="Passes over the training texts.")
+    max_steps: int = HfArg(default=-1, help="Optimizer steps, instead of num_train_epochs.")
+    per_device_train_batch_size: int = HfArg(default=8, help="Texts per device and forward pass.")
+    per_device_eval_batch_size: int = HfArg(default=32, help="Texts per device in evaluation.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
+    learning_rate: float | None = HfArg(default=None, help=f"Highest learning rate; default: {LEARNING_RATES}.")
+    lr_scheduler_type: str = HfArg(default="linear", help="transformers' name of the learning rate's course.")
+    warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
+    weight_decay: float = HfArg(default=0.1, help="Decoupled decay of the matrices.")
+    train_sampling_strategy: Literal["group_by_length", "random"] = HfArg(
+        default="group_by_length", help="Batches of about equal lengths, or as chance has it."
+    )
+    bf16: bool = HfArg(default=False, help="Compute in bfloat16, where the device is fast at it.")
+    seed: int = HfArg(default=42, help="Of the head, LoRA, the order of texts and dropout.")
+
+    # What is written, and when
+    output_dir: str = HfArg(default="out/classifier", help="The run's folder. A run that stands there goes on.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Delete the run that stands there and start anew.")
+    logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
+    save_total_limit: int = HfArg(default=2, help="Checkpoints kept; one is written after every epoch.")
+    report_to: list[str] | None = HfArg(default=None, help="Trackers, by transformers' names: tensorboard wandb ...")
+    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+
+    def check(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: give at least 1.")
+        if self.block_size is not None and self.block_size < 2:
+            raise ValueError(f"--block_size {self.block_size}: a text needs at least two tokens.")
+        for name, split in (("validation", self.validation_split), ("test", self.test_split)):
+            if split is not None and getattr(self, f"{name}_dataset") is not None:
+                raise ValueError(f"--{name}_split and --{name}_dataset both say what to use for {name}. Leave one out.")
+            fraction = getattr(self, f"{name}_fraction")
+            if not 0 < fraction < 1:
+                raise ValueError(f"--{name}_fraction {fraction}: it is more than 0 and less than 1.")
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("--validation_fraction and --test_fraction leave nothing to train on.")
+        defaults = ClassificationArguments()
+        lora = [name for name in vars(self) if name.startswith("lora_")]
+        unused = [f"--{name}" for name in lora if getattr(self, name) != getattr(defaults, name)]
+        if self.method != "lora" and unused:
+            raise ValueError(f"{', '.join(unused)}: only --method lora has LoRA; this one is {self.method!r}.")
+
+
+def main(args: ClassificationArguments) -> None:
+    args.check()
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATES[args.method]
+    output_dir = Path(args.output_dir)
+    is_main = PartialState().is_main_process
+    transformers_logging.set_verbosity_error()
+    keep_freed_memory()
+    with run_lock(output_dir) if is_main else contextlib.nullcontext():
+        if is_main and prepare_folder(args, output_dir):
+            return
+
+        # 1. The texts: read, checked and split before anything is trained.
+        train, validation, test = load_parts(args)
+        names = label_names(train.labels)
+        check_labels_known(names, validation=validation, test=test)
+
+        # 2. The model, with a new head of one output a label. It stands on the last token of a text, which alone has
+        #    seen all of it; which token is the last one, the attention mask says.
+        set_seed(args.seed)
+        tokenizer = load_classifier_tokenizer(args.model)
+        model = open_model(args, tokenizer, names)
+        block_size = args.block_size or model.config.max_position_embeddings
+        tokenizer.model_max_length = block_size
+        parts = [encode(part, tokenizer, names, block_size) for part in (train, validation, test)]
+        if is_main:
+            print(describe_labelled_texts(train, validation, test, names))
+            print(describe_lengths(parts, block_size))
+
+        # 3. What is trained of it.
+        if args.method == "lora":
+            model = add_lora(
+                model,
+                r=args.lora_r,
+                alpha=args.lora_alpha,
+                dropout=args.lora_dropout,
+                target_modules=args.lora_target_modules,
+                gradient_checkpointing=args.gradient_checkpointing,
+            )
+        else:
+            freeze_all_but(model, args.method)
+        num_trained, _ = count_parameters(model)
+        if is_main:
+            print(describe_trained(model))
+
+        # 4. Training. Texts of about equal lengths share a batch, padded to the longest of them.
+        trainer = CountingTrainer(
+            model=model,
+            args=training_arguments(args),
+            train_dataset=parts[0],
+            eval_dataset=parts[1],
+            data_collator=collate_with(tokenizer),
+            compute_metrics=lambda prediction: score_for_trainer(prediction, names),
+            callbacks=[LogFile(output_dir / "log.jsonl")],
+        )
+        trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir / "checkpoints")))
+        seconds = time.perf_counter() - start
+
+        # 5. What was trained is merged into the model, and that model is saved, and tested as it was saved.
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if args.method == "lora":
+            if is_main:
+                save_adapter(model, output_dir / "adapter")
+            model = merge_adapter(model)
+        if is_main:
+            model.save_pretrained(output_dir)
+            tokenizer.save_pretrained(output_dir)
+        collate = collate_with(tokenizer)
+        logits = {name: predict(args, model, part, collate) for name, part in zip(("eval", "test"), parts[1:])}
+        if is_main:
+            evaluating = sum(entry.get("eval_runtime", 0) for entry in trainer.state.log_history)
+            num_tokens = int(trainer.num_tokens)
+            metrics = {
+                "method": args.method,
+                "num_trained_parameters": num_trained,
+                "num_parameters": count_parameters(model)[1],
+                "train_texts": len(train),
+                "train_tokens": num_tokens,  # since the last start, as are the next three
+                "padding_waste": 1 - num_tokens / trainer.num_places if num_tokens else None,
+                "train_seconds": round(seconds, 1),
+                "tokens_per_second": num_tokens / (seconds - evaluating) if num_tokens else None,
+                "train_steps": trainer.state.global_step,
+                "best_checkpoint": Path(trainer.state.best_model_checkpoint or "").name or None,
+                "seed": args.seed,
+            }
+            finish(args, names, (train, validation, test), logits, metrics)
+
+
+def prepare_folder(args: ClassificationArguments, output_dir: Path) -> bool:
+    """Clear the folder if asked, else check that the run in it is this one; True if that one is finished."""
+    mine = ("arguments.yaml", "metrics.json", "log.jsonl", "confusion.png", "config.json", "model.safetensors")
+    if args.overwrite_output_dir:
+        for name in mine:
+            (output_dir / name).unlink(missing_ok=True)
+        for name in ("checkpoints", "adapter"):
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+    if not (output_dir / "arguments.yaml").exists():
+        if (output_dir / "config.json").exists():
+            raise ValueError(
+                f"{output_dir} holds a model that no run of this recipe made, and would be overwritten. Choose another "
+                "--output_dir, or overwrite it with --overwrite_output_dir."
+            )
+        save_arguments(args, output_dir / "arguments.yaml")
+        return False
+    saved = yaml.safe_load((output_dir / "arguments.yaml").read_text(encoding="utf-8"))
+    may_change = {"config", "output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "logging_steps"}
+    changed = [
+        f"{name} was {saved.get(name)!r} and is {value!r}"
+        for name, value in dataclasses.asdict(args).items()
+        if name not in may_change and saved.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{output_dir} holds another run: {'; '.join(changed)}. Choose another --output_dir, or start anew with "
+            "--overwrite_output_dir."
+        )
+    if (output_dir / "metrics.json").exists():
+        print(f"The run in {output_dir} is finished: nothing to do. --overwrite_output_dir starts it anew.")
+        return True
+    return False
+
+
+def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTexts, LabelledTexts]:
+    """The texts to train on, to validate on and to test on: given ones, or parts of the dataset."""
+    options = {name: getattr(args, name) for name in ("text_column", "label_column", "on_bad_record")}
+    data = load_labelled_texts(args.dataset, dataset_config=args.dataset_config, split=args.split, **options)
+    label_names(data.labels)
+    given: dict[str, LabelledTexts | None] = {}
+    for name in ("validation", "test"):
+        dataset, split = getattr(args, f"{name}_dataset"), getattr(args, f"{name}_split")
+        if dataset is not None:
+            given[name] = load_labelled_texts(dataset, **options)
+        elif split is not None:
+            given[name] = load_labelled_texts(args.dataset, dataset_config=args.dataset_config, split=split, **options)
+        else:
+            given[name] = None
+    if args.balance:
+        data = balance_labels(data, seed=args.split_seed)
+    validation_fraction = 0.0 if given["validation"] else args.validation_fraction
+    test_fraction = 0.0 if given["test"] else args.test_fraction
+    fractions = (1 - validation_fraction - test_fraction, validation_fraction, test_fraction)
+    train, validation, test = split_by_text(data, fractions=fractions, seed=args.split_seed)
+    train = dataclasses.replace(train, num_empty=data.num_empty, num_bad=data.num_bad)
+    parts = (train, given["validation"] or validation, given["test"] or test)
+    for name, part in zip(("train on", "validate on", "test on"), parts):
+        if not len(part):
+            raise ValueError(
+                f"{len(data):,} texts are too few: none is left to {name}. Give more, or larger fractions."
+            )
+    return parts
+
+
+def load_classifier_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(name)
+    # What a text says about control tokens is text, here and (by init_kwargs, which are saved) in a pipeline.
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
+    tokenizer.truncation_side = tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        # Harmless: a text's last token is found by the attention mask, and no text holds the eos token.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> PreTrainedModel:
+    """The pretrained model with a new head, in float32, whatever precision the checkpoint was exported in."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        args.model,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        problem_type="single_label_classification",
+        dtype=torch.float32,
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {args.model} has {len(tokenizer):,} ids, but its model only {model.config.vocab_size:,} "
+            "embeddings. Give a model with its own tokenizer."
+        )
+    if args.block_size is not None and args.block_size > model.config.max_position_embeddings:
+        raise ValueError(
+            f"--block_size {args.block_size} is longer than the model's context of "
+            f"{model.config.max_position_embeddings:,} tokens."
+        )
+    return model
+
+
+def encode(data: LabelledTexts, tokenizer: PreTrainedTokenizerBase, names: list[str], block_size: int) -> Dataset:
+    """Token ids as `pipeline` will make them; a text longer than block_size loses its end, and its last token is a
+    token of the text still."""
+    ids = tokenizer(data.texts, truncation=False, verbose=False)["input_ids"]
+    return Dataset.from_dict(
+        {
+            "input_ids": [row[:block_size] for row in ids],
+            "length": [min(len(row), block_size) for row in ids],
+            "num_cut": [max(0, len(row) - block_size) for row in ids],
+            "labels": [names.index(label) for label in data.labels],
+        }
+    )
+
+
+def describe_lengths(parts: list[Dataset], block_size: int) -> str:
+    lengths = np.concatenate([part["length"] for part in parts])
+    cut = np.concatenate([part["num_cut"] for part in parts])
+    text = f"Lengths in tokens: median {np.median(lengths):.0f}, 95 % at most {np.quantile(lengths, 0.95):.0f}"
+    if not cut.any():
+        return f"{text}, longest {lengths.max():,}; none is cut (block_size {block_size:,})."
+    return (
+        f"{text}. {np.count_nonzero(cut):,} texts are longer than block_size {block_size:,} and lose their end, "
+        f"{cut.sum():,} of {lengths.sum() + cut.sum():,} tokens."
+    )
+
+
+class CountingTrainer(Trainer):
+    """A Trainer that counts what of its training batches is text, and what is padding."""
+
+    num_tokens = num_places = 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.num_tokens += inputs["attention_mask"].sum()
+        self.num_places += inputs["attention_mask"].numel()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class LogFile(TrainerCallback):
+    """Writes what Trainer logs into log.jsonl, in the words of the other recipes, and a word on the terminal."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        names = ("loss", "learning_rate", "grad_norm", "epoch", "eval_loss", "eval_accuracy", "eval_f1_macro")
+        record = {"step": state.global_step, **{name: logs[name] for name in names if name in logs}}
+        append_to_log(self.path, record)
+        if "eval_loss" in record:
+            print(
+                f"step {record['step']:,}, epoch {record['epoch']:.1f}: validation loss {record['eval_loss']:.4f}, "
+                f"accuracy {record['eval_accuracy']:.2%}, macro-F1 {record['eval_f1_macro']:.3f}"
+            )
+
+
+def training_arguments(args: ClassificationArguments) -> TrainingArguments:
+    own = {field.name for field in dataclasses.fields(TrainingArguments)}
+    shared = {name: value for name, value in vars(args).items() if name in own - {"gradient_checkpointing"}}
+    return TrainingArguments(
+        **{
+            **shared,
+            "output_dir": str(Path(args.output_dir) / "checkpoints"),
+            "report_to": args.report_to or "none",
+            "activation_checkpointing": args.gradient_checkpointing,
+            "activation_checkpointing_kwargs": {"use_reentrant": False},
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "disable_tqdm": not sys.stderr.isatty(),
+            "remove_unused_columns": False,
+        }
+    )
+
+
+def collate_with(tokenizer: PreTrainedTokenizerBase):
+    """Rows -> a batch padded to its longest text."""
+    pad = DataCollatorWithPadding(tokenizer)
+    return lambda rows: pad([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
+
+
+def score_for_trainer(prediction, names: list[str]) -> dict[str, float]:
+    scores = score_predictions(prediction.predictions, prediction.label_ids, names)
+    return {name: scores[name] for name in ("accuracy", "f1_macro")}
+
+
+def predict(args: ClassificationArguments, model: PreTrainedModel, rows: Dataset, collate) -> np.ndarray:
+    """The model's logits (rows, labels), each row once, however many processes share the work."""
+    arguments = TrainingArguments(
+        output_dir=str(Path(args.output_dir) / "checkpoints"),
+        per_device_eval_batch_size=args.per_device_eval_batch_size,
+        bf16=args.bf16,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    logits = Trainer(model=model, args=arguments, data_collator=collate).predict(rows).predictions
+    assert len(logits) == len(rows)
+    return logits
+
+
+def finish(
+    args: ClassificationArguments,
+    names: list[str],
+    parts: tuple[LabelledTexts, ...],
+    logits: dict[str, np.ndarray],
+    metrics: dict[str, Any],
+) -> None:
+    """Score the predictions beside the baselines, write `metrics.json` and the picture, and tell."""
+    output_dir = Path(args.output_dir)
+    ids = [np.array([names.index(label) for label in part.labels]) for part in parts]
+    scores = {name: score_predictions(logits[name], ids[part], names) for name, part in (("eval", 1), ("test", 2))}
+    baseline_logits, strength = logistic_regression(
+        (parts[0].texts, ids[0]), (parts[1].texts, ids[1]), parts[2].texts, num_labels=len(names)
+    )
+    baseline = score_predictions(baseline_logits, ids[2], names)
+    majority = float((ids[2] == np.bincount(ids[0]).argmax()).mean())
+    for part, result in scores.items():
+        kept = result if part == "test" else {name: result[name] for name in ("loss", "accuracy", "f1_macro")}
+        metrics |= {f"{part}_{name}": value for name, value in kept.items()}
+    metrics |= {"test_texts": len(ids[2]), "test_majority_accuracy": majority}
+    metrics |= {f"test_logistic_regression_{name}": baseline[name] for name in ("accuracy", "f1_macro", "loss", "ece")}
+    metrics["test_logistic_regression_strength"] = strength
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    test = scores["test"]
+    plot_confusion(test, names, output_dir / "confusion.png", title=f"{output_dir}: {len(ids[2]):,} test texts")
+
+    width = max(len(name) for name in (*names, "logistic regression, TF-IDF"))
+    print(f"\nTest, {len(ids[2]):,} texts that were never trained on:\n{'':{width}}  accuracy  macro-F1   loss    ECE")
+    for name, row in (("this model", test), ("logistic regression, TF-IDF", baseline)):
+        numbers = f"{row['accuracy']:8.2%}  {row['f1_macro']:8.3f}  {row['loss']:.3f}  {row['ece']:.3f}"
+        print(f"{name:{width}}  {numbers}")
+    print(f"{'always the commonest label':{width}}  {majority:8.2%}")
+    print(f"\n{'':{width}}  precision  recall     F1  texts")
+    for name, row in test["per_label"].items():
+        print(f"{name:{width}}  {row['precision']:9.2%}  {row['recall']:6.1%}  {row['f1']:.3f}  {row['texts']:5,}")
+    num_fewer = round((baseline["accuracy"] - test["accuracy"]) * len(ids[2]))
+    if num_fewer > 0:
+        print(
+            f"\nThe logistic regression is right on {num_fewer:,} texts more than this model, at no cost: use it, or "
+            "give the model more pretraining, more labelled texts, another --method or --learning_rate."
+        )
+    text = parts[2].texts[0].split("\n")[0][:60]
+    adapter = (
+        f"\n{output_dir}/adapter          what LoRA learned, to stand on its base" if args.method == "lora" else ""
+    )
+    waste = metrics["padding_waste"]
+    speed = (
+        ""
+        if waste is None
+        else f", {metrics['tokens_per_second']:,.0f} tokens/s; {waste:.1%} of the batches was padding"
+    )
+    print(f"""
+{metrics["train_tokens"]:,} tokens in {metrics["train_seconds"]:,.0f} seconds{speed}.
+
+{output_dir}                  the model with what it learned merged in, and its tokenizer{adapter}
+{output_dir}/confusion.png    what it confuses, and how far its confidence can be believed
+{output_dir}/metrics.json     all numbers; log.jsonl has the course
+
+Next, in Python:
+    import hfllm; from transformers import pipeline
+    pipeline("text-classification", "{output_dir}")({text!r}, truncation=True)""")
+
+
+if __name__ == "__main__":
+    run(main, ClassificationArguments, description=__doc__)

@@ -1,0 +1,219 @@
+"""Chapter 7's bonus: teach a model which of two replies people prefer (DPO, Rafailov et al. 2023).
+
+    python recipes/finetune_preference.py --model out/chat --dataset preferences.jsonl --output_dir out/preferred
+    python recipes/chat.py --model out/preferred
+
+A row has the columns prompt, chosen and rejected: texts, or lists of messages. TRL does the work (`pip install
+'hfllm[preference]'`): the policy's LoRA is trained so that, compared with the model it started from, the chosen reply
+becomes likelier than the rejected one. The reference needs no second copy of the model: it is the same one with the
+adapter switched off.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.hf_argparser import HfArg
+
+import hfllm  # noqa: F401  (registers the model with the Auto classes)
+from hfllm.adapters import count_parameters, describe_trained, lora_config, merge_adapter, save_adapter
+from hfllm.arguments import run, save_arguments
+from hfllm.data.conversations import load_preferences
+from hfllm.data.instruction import check_template, without_control_tokens
+from hfllm.report import append_to_log
+from hfllm.tokenization import load_tokenizer
+from hfllm.training.devices import keep_freed_memory
+from hfllm.training.lock import run_lock
+
+
+@dataclasses.dataclass
+class PreferenceArguments:
+    # Preferences
+    dataset: str | None = HfArg(default=None, help="A Hub id or local files with prompt, chosen and rejected.")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
+    split: str = HfArg(default="train", help="Split of the Hub dataset.")
+    on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with rows that are none.")
+    validation_fraction: float = HfArg(default=0.1, help="Share held back to measure on, by whole prompts.")
+    block_size: int | None = HfArg(default=None, help="Longest prompt and reply in tokens; default: the context.")
+
+    # Model
+    model: str = HfArg(default="out/chat", help="Folder or Hub id of a model that chats; also the reference.")
+    lora_r: int = HfArg(default=16, help="LoRA's rank.")
+    lora_alpha: float = HfArg(default=16, help="LoRA's scale: its output is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout in front of LoRA's matrices.")
+
+    # Optimization
+    beta: float = HfArg(default=0.1, help="How dear it is to depart from the reference; the book's is 0.1.")
+    num_train_epochs: float = HfArg(default=1.0, help="Passes over the rows, if max_steps is not given.")
+    max_steps: int | None = HfArg(default=None, help="Optimizer steps; default: num_train_epochs.")
+    per_device_train_batch_size: int = HfArg(default=8, help="Pairs per device and forward pass.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
+    learning_rate: float = HfArg(default=5e-5, help="Highest learning rate.")
+    warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
+    bf16: bool = HfArg(default=False, help="Compute in bfloat16, where the device is fast at it.")
+    seed: int = HfArg(default=42, help="Of the split, the order of rows and LoRA's first weights.")
+
+    # What is written
+    output_dir: str = HfArg(default="out/preferred", help="The run's folder.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Write over the run that stands there.")
+    logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
+    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+
+    def check(self) -> None:
+        if importlib.util.find_spec("trl") is None:
+            raise ValueError("TRL is not installed: pip install 'hfllm[preference]'.")
+        if self.dataset is None:
+            raise ValueError("--dataset: give a Hub id or files whose rows have prompt, chosen and rejected.")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"--validation_fraction {self.validation_fraction}: it is more than 0 and less than 1.")
+        if self.beta <= 0:
+            raise ValueError(f"--beta {self.beta}: it must be above 0.")
+        output_dir = Path(self.output_dir)
+        if output_dir.exists() and Path(self.model).exists() and output_dir.samefile(self.model):
+            raise ValueError(
+                f"--output_dir {output_dir} is --model itself, which would be overwritten. Choose another."
+            )
+        if (output_dir / "config.json").exists() and not self.overwrite_output_dir:
+            raise ValueError(f"{output_dir} holds a model. Choose another --output_dir, or --overwrite_output_dir.")
+
+
+class LogFile(TrainerCallback):
+    """One line of log.jsonl for what Trainer logs."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+            append_to_log(self.path, {"step": state.global_step, **logs})
+
+
+def main(args: PreferenceArguments) -> None:
+    args.check()
+    from trl import DPOConfig, DPOTrainer
+
+    output_dir = Path(args.output_dir)
+    is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
+    keep_freed_memory()
+    with run_lock(output_dir) if is_main else contextlib.nullcontext():
+        # 1. The model, which is also the reference, and its tokenizer
+        tokenizer = load_tokenizer(args.model)
+        check_template(tokenizer)
+        set_seed(args.seed)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        stop_ids = model.generation_config.eos_token_id
+
+        # 2. Pairs of replies to one prompt, rendered by the model's own chat template
+        sides, account = load_pairs(args, tokenizer)
+        if is_main:
+            (output_dir / "log.jsonl").unlink(missing_ok=True)
+            save_arguments(args, output_dir / "arguments.yaml")
+            print(
+                f"{account['rows']:,} preferences ({account['bad_records']:,} bad rows left out): {len(sides[0]):,} to "
+                f"train on, {len(sides[1]):,} to validate, split by prompts."
+            )
+
+        # 3. DPO: TRL's trainer, with LoRA as the only difference between the policy and the reference
+        context = getattr(model.config, "max_position_embeddings", 1024)
+        trainer = DPOTrainer(
+            model,
+            args=DPOConfig(
+                output_dir=str(output_dir / "checkpoints"),
+                beta=args.beta,
+                max_length=args.block_size or min(context, 1024),
+                num_train_epochs=args.num_train_epochs,
+                max_steps=args.max_steps or -1,
+                per_device_train_batch_size=args.per_device_train_batch_size,
+                per_device_eval_batch_size=args.per_device_train_batch_size,
+                gradient_accumulation_steps=args.gradient_accumulation_steps,
+                learning_rate=args.learning_rate,
+                warmup_steps=args.warmup_steps,
+                bf16=args.bf16,
+                seed=args.seed,
+                logging_steps=args.logging_steps,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=not torch.accelerator.is_available(),
+            ),
+            train_dataset=sides[0],
+            eval_dataset=sides[1],
+            processing_class=tokenizer,
+            peft_config=lora_config(model, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout),
+            callbacks=[LogFile(output_dir / "log.jsonl")],
+        )
+        if is_main:
+            print(describe_trained(trainer.model))
+
+        # 4. Before, training, after. Before the first update the policy is the reference: margins of 0, a loss of ln 2.
+        before = trainer.evaluate()
+        trainer.train()
+        after = trainer.evaluate()
+
+        # 5. The adapter merged into the model, and beside it alone
+        trained, total = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
+        if is_main:
+            policy = trainer.accelerator.unwrap_model(trainer.model)
+            save_adapter(policy, output_dir / "adapter")
+            merged = merge_adapter(policy)
+            merged.generation_config.eos_token_id = stop_ids
+            merged.config.use_cache = True
+            merged.save_pretrained(output_dir)
+            tokenizer.save_pretrained(output_dir)
+            metrics = {**account, **numbers(before, "_before"), **numbers(after, ""), "beta": args.beta}
+            metrics |= {"train_steps": trainer.state.global_step, "seed": args.seed}
+            metrics |= {"num_parameters": total, "num_trained_parameters": trained}
+            (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            report(metrics, output_dir)
+        trainer.accelerator.end_training()
+
+
+def load_pairs(
+    args: PreferenceArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[Dataset, Dataset], dict[str, Any]]:
+    training, validation, account = load_preferences(
+        args.dataset or "",
+        dataset_config=args.dataset_config,
+        split=args.split,
+        on_bad_record=args.on_bad_record,
+        validation_fraction=args.validation_fraction,
+        seed=args.seed,
+    )
+    sides = []
+    for side in (training, validation):
+        rows = [{name: without_control_tokens(row[name], tokenizer) for name in row} for row in side]
+        sides.append(Dataset.from_list(rows))
+    return (sides[0], sides[1]), account
+
+
+def numbers(evaluation: dict[str, float], when: str) -> dict[str, float]:
+    """TRL's numbers by our names: the loss, the share of pairs whose chosen reply gained more, and by how much."""
+    names = {
+        "eval_loss": "eval_loss",
+        "eval_rewards/accuracies": "eval_reward_accuracy",
+        "eval_rewards/margins": "eval_reward_margin",
+    }
+    return {f"{ours}{when}": evaluation[theirs] for theirs, ours in names.items()}
+
+
+def report(metrics: dict[str, Any], output_dir: Path) -> None:
+    print(
+        f"On held-out pairs, before: loss {metrics['eval_loss_before']:.4f} (ln 2 is {math.log(2):.4f}), margin "
+        f"{metrics['eval_reward_margin_before']:.4f}.\n"
+        f"After: loss {metrics['eval_loss']:.4f}, margin {metrics['eval_reward_margin']:.4f}; the chosen reply gained "
+        f"more than the rejected one in {metrics['eval_reward_accuracy']:.1%} of the pairs.\n\n"
+        f"Next, talk to it:\n    python recipes/chat.py --model {output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    run(main, PreferenceArguments, description=__doc__)

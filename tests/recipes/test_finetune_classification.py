@@ -1,0 +1,292 @@
+import json
+import logging
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+import hfllm
+from hfllm.adapters import load_adapter
+from hfllm.arguments import parse_arguments
+from hfllm.data.classification import LabelledTexts, load_labelled_texts
+from hfllm.report import read_log
+from hfllm.tokenization import train_bpe
+from tests.conftest import make_tiny_config
+from tests.recipes.conftest import RECIPES, load_recipe, make_sentences
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe("finetune_classification")
+
+
+@pytest.fixture
+def classify(recipe, capsys, monkeypatch):
+    """Run the recipe on command-line options; returns what it printed."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.getLogger("transformers").level)
+    return lambda **options: run(recipe, capsys, **options)
+
+
+def run(recipe, capsys, **options) -> str:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    capsys.readouterr()
+    recipe.main(parse_arguments(recipe.ClassificationArguments, [f"--{k}={v}" for k, v in options.items()]))
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_bpe(make_sentences(100), 300)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = make_tiny_config("modern", vocab_size=300, max_position_embeddings=48, initializer_range=0.1)
+    hfllm.GPTForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spam(tmp_path_factory) -> Path:
+    """Lines of the SMS collection's form: sentences of which those that end with a fish are spam."""
+    draw = random.Random(1)
+    path = tmp_path_factory.mktemp("spam") / "messages.tsv"
+    sentences = make_sentences(160, seed=5)
+    lines = [f"spam\t{s} one fish" if draw.random() < 0.4 else f"ham\t{s} a dog" for s in sentences]
+    path.write_text("\n".join([*lines, lines[0], "ham\t "]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, base, spam, tmp_path_factory) -> tuple[dict, str]:
+    """A run with LoRA: its options, and what it printed."""
+    options = {
+        "model": base,
+        "dataset": spam,
+        "output_dir": tmp_path_factory.mktemp("out") / "spam",
+        "num_train_epochs": 3,
+        "learning_rate": 2e-2,
+        "lora_r": 4,
+        "per_device_train_batch_size": 8,
+        "block_size": 32,
+        "logging_steps": 5,
+    }
+    level = logging.getLogger("transformers").level
+    printed: list[str] = []
+
+    class Capture:
+        def readouterr(self):
+            return type("Result", (), {"out": "".join(printed)})()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words)) + "\n"))
+        text = run(recipe, Capture(), **options)
+    logging.getLogger("transformers").setLevel(level)
+    return options, text
+
+
+def read_metrics(options: dict) -> dict:
+    return json.loads((Path(options["output_dir"]) / "metrics.json").read_text())
+
+
+def test_before_training_it_says_what_it_found_and_what_it_trains(finished):
+    _, text = finished
+    for words in (
+        "Texts: 112 to train on, 16 to validate on, 33 to test on.",
+        "Labels: 2; in training ham",
+        "Always saying 'ham' is right on",
+        "Repeated texts:",
+        "Left out: 1 empty texts.",
+        "texts are longer than block_size 32 and lose their end",
+        "LoRA of rank 4 on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; score.",
+    ):
+        assert words in text, words
+
+
+def test_afterwards_it_writes_and_says_how_good_it_is_beside_the_baselines(finished):
+    options, text = finished
+    metrics = read_metrics(options)
+    for name in ("accuracy", "f1_macro", "ece", "per_label", "confusion", "majority_accuracy"):
+        assert f"test_{name}" in metrics
+    assert metrics["test_accuracy"] > metrics["test_majority_accuracy"]
+    assert np.sum(metrics["test_confusion"]) == metrics["test_texts"] == 33
+    assert 0 < metrics["padding_waste"] < 0.2  # so few texts cannot all find others of their length
+    for words in (
+        "this model",
+        "logistic regression, TF-IDF",
+        "always the commonest label",
+        "of the batches was padding",
+    ):
+        assert words in text
+    is_beaten = metrics["test_logistic_regression_accuracy"] > metrics["test_accuracy"]
+    assert ("The logistic regression is right on" in text) == is_beaten
+
+
+def test_less_than_a_tenth_of_the_batches_is_padding_on_the_standard_librarys_docstrings(recipe, base, tmp_path):
+    data = load_labelled_texts("stdlib")
+    names = sorted(set(data.labels))
+    tokenizer = recipe.load_classifier_tokenizer(str(base))
+    rows = recipe.encode(data, tokenizer, names, 256)
+    waste = {}
+    for strategy in ("group_by_length", "random"):
+        args = recipe.ClassificationArguments(output_dir=str(tmp_path), train_sampling_strategy=strategy)
+        trainer = recipe.CountingTrainer(
+            model=torch.nn.Linear(1, 1),
+            args=recipe.training_arguments(args),
+            train_dataset=rows,
+            eval_dataset=rows,
+            data_collator=recipe.collate_with(tokenizer),
+        )
+        masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+        waste[strategy] = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    assert waste["group_by_length"] < 0.1 < 0.4 < waste["random"]
+
+
+def test_the_folder_has_what_a_run_leaves_and_a_log_of_its_steps(finished):
+    options, _ = finished
+    out = Path(options["output_dir"])
+    names = {"config.json", "model.safetensors", "tokenizer.json", "arguments.yaml", "log.jsonl", "metrics.json"}
+    assert names | {"confusion.png", "adapter", "checkpoints"} <= {path.name for path in out.iterdir()}
+    assert yaml.safe_load((out / "arguments.yaml").read_text())["learning_rate"] == 2e-2
+    log = read_log(out / "log.jsonl")
+    assert {"step", "loss", "learning_rate", "grad_norm"} <= set(log[0])
+    evaluations = [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
+    assert len(evaluations) == 3
+
+
+def test_a_pipeline_answers_with_the_labels_words_as_the_test_did(finished):
+    options, _ = finished
+    classify = pipeline("text-classification", str(options["output_dir"]))
+    texts = ["the cat sees a dog one fish", "the cat sees one fish a dog"]
+    answers = classify(texts, batch_size=2)
+    assert {answer["label"] for answer in answers} <= {"ham", "spam"}
+    model = AutoModelForSequenceClassification.from_pretrained(options["output_dir"])
+    assert model.config.problem_type == "single_label_classification" and model.config.label2id == {"ham": 0, "spam": 1}
+    tokenizer = AutoTokenizer.from_pretrained(options["output_dir"])
+    for text, answer in zip(texts, answers):
+        probabilities = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+        assert answer["score"] == pytest.approx(probabilities.max().item(), abs=1e-5)
+    assert classify("the cat sees a dog. " * 40, truncation=True)[0]["label"] in ("ham", "spam")
+
+
+def test_text_that_names_a_control_token_is_text_in_training_and_in_the_pipeline(finished, recipe, base):
+    text = "a dog <|endoftext|> one fish"
+    trained_on = recipe.encode(LabelledTexts([text], ["x"]), recipe.load_classifier_tokenizer(str(base)), ["x"], 32)
+    tokenizer = AutoTokenizer.from_pretrained(finished[0]["output_dir"])
+    assert tokenizer(text)["input_ids"] == trained_on[0]["input_ids"]
+    assert tokenizer.eos_token_id not in trained_on[0]["input_ids"]
+
+
+def test_a_long_text_loses_its_end_and_ends_with_a_token_of_its_own(recipe, base):
+    tokenizer = recipe.load_classifier_tokenizer(str(base))
+    text = "the cat sees a dog. " * 20
+    row = recipe.encode(LabelledTexts([text], ["x"]), tokenizer, ["x"], 16)[0]
+    assert (
+        row["input_ids"]
+        == tokenizer(text)["input_ids"][:16]
+        == tokenizer(text, truncation=True, max_length=16)["input_ids"]
+    )
+    assert row["num_cut"] == len(tokenizer(text)["input_ids"]) - 16
+    assert row["input_ids"][-1] not in tokenizer.all_special_ids
+
+
+def test_the_adapter_on_its_base_gives_the_merged_models_logits(finished, base):
+    out = Path(finished[0]["output_dir"])
+    adapted = load_adapter(AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), out / "adapter")
+    ids = torch.arange(5, 25).view(2, 10)
+    merged = AutoModelForSequenceClassification.from_pretrained(out)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    torch.testing.assert_close(adapted(**inputs).logits, merged(**inputs).logits, atol=1e-5, rtol=1e-4)
+    assert "model.layers.0.self_attn.q_proj.weight" in load_file(out / "model.safetensors")
+
+
+def test_a_finished_run_has_nothing_to_do_and_another_one_is_refused(finished, classify):
+    options, _ = finished
+    assert "is finished: nothing to do" in classify(**options)
+    with pytest.raises(ValueError, match=r"holds another run: learning_rate was 0.02 and is 0.1"):
+        classify(**{**options, "learning_rate": 0.1})
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(finished, classify, recipe, tmp_path, monkeypatch):
+    """Stopped after two of three epochs; dropout and the order of texts go on where they were."""
+    straight, _ = finished
+    options = {**straight, "output_dir": tmp_path / "out"}
+
+    class Stopped(Exception):
+        pass
+
+    class StopAfterTwo(recipe.LogFile):
+        def on_save(self, args, state, control, **kwargs):
+            if state.epoch == 2:
+                raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "LogFile", StopAfterTwo)
+        with pytest.raises(Stopped):
+            classify(**options)
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    classify(**options)
+    expected = load_file(Path(straight["output_dir"]) / "model.safetensors")
+    for name, weight in load_file(tmp_path / "out" / "model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], msg=name)
+    steps = [entry["step"] for entry in read_log(tmp_path / "out" / "log.jsonl") if "eval_loss" in entry]
+    assert steps == sorted(set(steps)) and len(steps) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "last_block", "head"])
+def test_the_other_methods_train_only_what_they_name(method, finished, classify, base, tmp_path):
+    options = {name: value for name, value in finished[0].items() if name != "lora_r"}
+    classify(**{**options, "method": method, "output_dir": tmp_path / "out", "max_steps": 3})
+    before = hfllm.GPTForCausalLM.from_pretrained(base).state_dict()
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    changed = {name for name, weight in after.items() if name in before and not torch.equal(weight, before[name])}
+    if method == "head":
+        assert changed == set()
+    elif method == "last_block":
+        assert changed and all(name.startswith(("model.layers.1.", "model.norm.")) for name in changed)
+    else:
+        assert {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"} <= changed
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"block_size": 100}, "--block_size 100 is longer than the model's context of 48 tokens"),
+        ({"method": "head", "lora_r": 8}, "--lora_r: only --method lora has LoRA"),
+        ({"test_fraction": 0.95}, "leave nothing to train on"),
+        ({"text_column": "massage", "dataset": "CSV"}, "did you mean --text_column message"),
+        ({"test_split": "test", "test_dataset": "x.csv"}, "both say what to use for test"),
+        ({"validation_dataset": "CSV", "text_column": "message"}, "validation texts have labels that no training text"),
+        ({"dataset": "ONE", "text_column": "message"}, "All 3 texts have the label 'spam'"),
+    ],
+)
+def test_what_cannot_work_stops_before_training(options, message, classify, base, spam, tmp_path):
+    (tmp_path / "a.csv").write_text("message,label\nhello you,eggs\nfree prize,spam\n")
+    (tmp_path / "one.csv").write_text("message,label\na,spam\nb,spam\nc,spam\n")
+    files = {"CSV": tmp_path / "a.csv", "ONE": tmp_path / "one.csv"}
+    options = {name: files.get(value, value) for name, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        classify(**{"model": base, "dataset": spam, "output_dir": tmp_path / "out", **options})
+
+
+def test_given_test_texts_are_not_split_off(recipe, spam, tmp_path):
+    (tmp_path / "test.tsv").write_text("spam\tone fish\nspam\ttwo fish\nham\ta dog\n")
+    args = recipe.ClassificationArguments(dataset=str(spam), test_dataset=str(tmp_path / "test.tsv"))
+    train, validation, test = recipe.load_parts(args)
+    assert test.texts == ["one fish", "two fish", "a dog"]
+    assert len(train) + len(validation) == len(load_labelled_texts(str(spam)))
+
+
+@pytest.mark.parametrize("name", ["classification_stdlib.yaml", "classification_sms.yaml"])
+def test_the_configs_are_options_of_the_recipe(name, recipe):
+    args = parse_arguments(recipe.ClassificationArguments, ["--config", str(RECIPES / "configs" / name)])
+    args.check()
+    assert (args.text_column == "sms") == args.balance == ("sms" in name)

@@ -1,0 +1,121 @@
+"""DPO on pairs of replies: the policy comes to prefer what it is shown, and starts as its own reference."""
+
+import json
+import math
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hfllm
+from hfllm.arguments import parse_arguments
+from hfllm.data.conversations import as_preference, load_preferences
+from tests.conftest import make_tiny_config
+from tests.recipes.conftest import load_recipe
+
+
+recipe = load_recipe("finetune_preference")
+
+WORDS = ["up", "left", "out", "here", "down", "right", "in", "there", "back", "on", "home", "away"]
+
+
+@pytest.fixture
+def preferences(tmp_path) -> Path:
+    rows = [
+        {"prompt": f"Should I go {word}?", "chosen": f"Yes, go {word}.", "rejected": "No, that is not allowed."}
+        for word in WORDS
+    ]
+    path = tmp_path / "preferences.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_texts_and_messages_are_the_same_preference():
+    texts = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    question = [{"role": "user", "content": "Q"}]
+    whole = {
+        "prompt": question,
+        "chosen": [*question, {"role": "assistant", "content": "A"}],
+        "rejected": [{"role": "assistant", "content": "B"}],
+    }
+    assert as_preference(texts) == as_preference(whole)
+    assert as_preference(texts)["chosen"] == [{"role": "assistant", "content": "A"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Q", "chosen": "A"}, r"there is no rejected among the columns \['prompt', 'chosen'\]"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "nothing is preferred"),
+        ({"prompt": "Q", "chosen": "", "rejected": "A"}, "chosen: the response in message 2 is empty"),
+        ({"prompt": [{"role": "assistant", "content": "Q"}], "chosen": "A", "rejected": "B"}, "out of order"),
+        ({"prompt": "Q", "chosen": 3, "rejected": "B"}, "chosen: "),
+    ],
+)
+def test_a_row_that_is_no_preference_says_why(row, message, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=message):
+        load_preferences(str(path), validation_fraction=0.1, seed=0)
+
+
+@pytest.mark.slow
+def test_the_model_comes_to_prefer_what_it_is_shown(preferences, tmp_path):
+    pytest.importorskip("trl")
+    tokenizer = hfllm.train_bpe(topics.values(), 400)
+    torch.manual_seed(0)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    hfllm.GPTForCausalLM(
+        make_tiny_config("modern", vocab_size=400, max_position_embeddings=128, **ids)
+    ).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    options = {
+        "model": tmp_path / "base",
+        "dataset": preferences,
+        "output_dir": tmp_path / "out",
+        "validation_fraction": 0.25,
+        "max_steps": 30,
+        "learning_rate": 5e-3,
+        "logging_steps": 1,
+    }
+    recipe.main(parse_arguments(recipe.PreferenceArguments, [f"--{name}={value}" for name, value in options.items()]))
+
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["eval_loss_before"] == pytest.approx(math.log(2), abs=1e-4)  # eq. 7: the policy is the reference
+    assert metrics["eval_reward_margin_before"] == pytest.approx(0, abs=1e-4)
+    assert metrics["eval_reward_margin"] > 0.5 and metrics["eval_loss"] < 0.5
+    assert metrics["eval_reward_accuracy"] == 1
+
+    # By hand, on the saved folders: the margin is beta times the difference of the log-ratios.
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+
+    @torch.no_grad()
+    def log_probability(model, prompt, reply) -> float:
+        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+        whole = tokenizer.apply_chat_template([*prompt, *reply])["input_ids"]
+        logits = model(torch.tensor([whole])).logits[0, len(before) - 1 : -1].double().log_softmax(-1)
+        return logits.gather(-1, torch.tensor(whole[len(before) :])[:, None]).sum().item()
+
+    _, held_out, _ = load_preferences(str(preferences), validation_fraction=0.25, seed=42)
+    margins = []
+    for row in held_out:
+        gains = [
+            log_probability(policy, row["prompt"], row[side]) - log_probability(base, row["prompt"], row[side])
+            for side in ("chosen", "rejected")
+        ]
+        margins.append(0.1 * (gains[0] - gains[1]))
+    assert sum(margins) / len(margins) == pytest.approx(metrics["eval_reward_margin"], abs=1e-3)
+
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out/adapter"
+    )
+    ids = torch.arange(5, 40)[None]
+    torch.testing.assert_close(policy(ids).logits, adapted.eval()(ids).logits, atol=1e-4, rtol=1e-4)
