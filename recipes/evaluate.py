@@ -23,7 +23,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
@@ -32,6 +32,7 @@ import hfllm  # noqa: F401  (registers the model with the Auto classes)
 from hfllm.arguments import run
 from hfllm.data import load_corpus, split_documents
 from hfllm.tokenization import document_encoder, load_tokenizer
+from hfllm.training.devices import start_accelerator
 from hfllm.training.windows import cut_windows, evaluate_windows
 
 
@@ -95,7 +96,11 @@ class EvaluateArguments:
 def main(args: EvaluateArguments) -> None:
     args.check()
     disable_progress_bar()
-    accelerator = Accelerator()
+    accelerator = start_accelerator()
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            "Here each process holds a whole model: launch with ddp.yaml or multi_cpu.yaml, which cut none."
+        )
     task_manager = find_tasks(args) if args.tasks else None
     for name in args.model:
         check_is_causal(name, args)
@@ -173,6 +178,11 @@ def load_documents(args: EvaluateArguments, accelerator: Accelerator) -> dataset
     """The parts of the documents, in the columns `text` and `document`."""
     assert args.dataset is not None
     is_local = args.dataset == "stdlib" or Path(args.dataset.split(",")[0].strip()).expanduser().exists()
+    if is_local and args.split != "test":
+        raise ValueError(
+            f"--split {args.split}: only datasets on the Hub have splits; {args.dataset} is local and read whole. "
+            "Name the files to score."
+        )
     options = {"dataset_config": args.dataset_config, "text_column": args.text_column, "cache_dir": args.cache_dir}
     with accelerator.main_process_first():
         corpus = load_corpus(args.dataset, split="train" if is_local else args.split, **options)

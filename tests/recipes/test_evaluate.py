@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hfllm
@@ -30,6 +31,7 @@ def evaluate(recipe, tmp_path, capsys):
     """Run the recipe on options; returns what it printed."""
 
     def run(*options) -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)
         main_options = [str(option) for option in options]
         recipe.main(parse_arguments(recipe.EvaluateArguments, [*main_options, "--cache_dir", str(tmp_path / "cache")]))
         return capsys.readouterr().out
@@ -146,6 +148,7 @@ def test_what_cannot_be_measured_says_so(evaluate, save_model, text, tmp_path):
         (["--model", classifier, "--dataset", text], "labels texts"),
         (["--model", folder, "--dataset", empty], "has no text"),
         (["--model", folder, "--dataset", text, "--block_size", 8, "--stride", 9], "tokens would be left out"),
+        (["--model", folder, "--dataset", text, "--split", "validation"], "is local and read whole"),
         (["--model", folder, "--dataset", text, "--stride", 33], "tokens would be left out"),
         (["--model", folder, "--dataset", text, "--block_size", 33], "more than the model's context"),
         (["--model", folder, "--dataset", text, "--adapter", tmp_path / "nothing"], "no PEFT adapter"),
