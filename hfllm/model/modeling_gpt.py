@@ -104,6 +104,49 @@ def is_decoding(hidden_states: torch.Tensor) -> bool:
     return not torch.is_grad_enabled() and hidden_states.numel() <= 2**14
 
 
+HAS_MKL = torch.backends.mkl.is_available()
+NUM_WEIGHT_BLOCKS = 8
+
+
+def is_one_plain_row(x: torch.Tensor) -> bool:
+    """Whether x is a single vector of float32 on a CPU that goes forward only, and nobody traces."""
+    return (
+        type(x) is torch.Tensor
+        and x.numel() == x.shape[-1]
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """linear(x). A single row takes the same product with the same weights, in MKL's faster routine.
+
+    When a token is generated, each weight is read for one row, and reading is what takes the time. MKL reads the rows
+    of a weight at 6 to 10 GB/s in the product that F.linear asks for, and at 20 to 30 GB/s in a batch of small products
+    with the weight cut into blocks of rows (AMD EPYC, AVX2, one thread). The weight is neither copied nor kept, and
+    whatever is not a plain nn.Linear (LoRA, quantized, sharded, hooked) is called as it is.
+    """
+    if not HAS_MKL or type(linear) is not nn.Linear or not is_one_plain_row(x):
+        return linear(x)
+    weight, num_blocks = linear.weight, NUM_WEIGHT_BLOCKS
+    is_hooked = linear._forward_pre_hooks or linear._forward_hooks or "forward" in linear.__dict__
+    has_global_hooks = nn.modules.module._global_forward_pre_hooks or nn.modules.module._global_forward_hooks
+    is_plain = type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.is_contiguous()
+    if is_hooked or has_global_hooks or not is_plain or weight.shape[0] % num_blocks or weight.device != x.device:
+        return linear(x)
+    blocks = weight.view(num_blocks, -1, weight.shape[1])
+    # MKL takes the faster routine only if the vector's strides say that it is the transpose of a row.
+    vector = x.reshape(1, -1).t().expand(num_blocks, -1, 1)
+    if linear.bias is None:
+        product = torch.bmm(blocks, vector)
+    else:
+        product = torch.baddbmm(linear.bias.view(num_blocks, -1, 1), blocks, vector)
+    return product.view(*x.shape[:-1], -1)
+
+
 @use_kernel_forward_from_hub("RMSNorm")
 class GPTRMSNorm(nn.Module):
     """Root mean square normalisation (Zhang and Sennrich 2019), computed in float32."""
@@ -147,8 +190,10 @@ class GPTMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.gated:
-            return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+            hidden_states = self.act_fn(project(self.gate_proj, hidden_states)) * project(self.up_proj, hidden_states)
+        else:
+            hidden_states = self.act_fn(project(self.up_proj, hidden_states))
+        return project(self.down_proj, hidden_states)
 
 
 class GPTRotaryEmbedding(nn.Module):
@@ -268,9 +313,10 @@ class GPTAttention(nn.Module):
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
 
-        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
-        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)  # (B, T, C) -> (B, K, T, D)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        # (B, T, C) -> (B, H, T, D) and (B, K, T, D)
+        query = self.q_norm(project(self.q_proj, hidden_states).view(head_shape)).transpose(1, 2)
+        key = self.k_norm(project(self.k_proj, hidden_states).view(head_shape)).transpose(1, 2)
+        value = project(self.v_proj, hidden_states).view(head_shape).transpose(1, 2)
 
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -291,7 +337,7 @@ class GPTAttention(nn.Module):
             **kwargs,
         )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()  # (B, T, H, D) -> (B, T, C)
-        return self.o_proj(attn_output), attn_weights
+        return project(self.o_proj, attn_output), attn_weights
 
 
 class GPTDecoderLayer(GradientCheckpointingLayer):
@@ -676,7 +722,7 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = project(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * torch.tanh(logits / cap)
 

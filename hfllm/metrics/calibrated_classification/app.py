@@ -1,0 +1,7 @@
+"""The page of the Space."""
+
+import evaluate
+from evaluate.utils import launch_gradio_widget
+
+
+launch_gradio_widget(evaluate.load("calibrated_classification.py"))

@@ -1,0 +1,202 @@
+"""recipes/evaluate.py: numbers checked by hand, models side by side, and what it refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hfllm
+from hfllm.arguments import parse_arguments
+from hfllm.tokenization import load_tokenizer
+from tests.conftest import make_tiny_config
+from tests.distributed.launching import command
+from tests.distributed.launching import run as launch
+from tests.recipes.conftest import load_recipe, make_sentences
+
+
+TEXTS = [*make_sentences(6, seed=1), "an ümlaut, and <|endoftext|> as text"]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe("evaluate")
+
+
+@pytest.fixture
+def evaluate(recipe, tmp_path, capsys):
+    """Run the recipe on options; returns what it printed."""
+
+    def run(*options) -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        main_options = [str(option) for option in options]
+        recipe.main(parse_arguments(recipe.EvaluateArguments, [*main_options, "--cache_dir", str(tmp_path / "cache")]))
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def save_model(tmp_path, tokenizer_folder):
+    def save(model, name="model"):
+        model.save_pretrained(tmp_path / name)
+        load_tokenizer(tokenizer_folder).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+def build(preset="modern", **fields):
+    torch.manual_seed(1)
+    return hfllm.GPTForCausalLM(make_tiny_config(preset, vocab_size=300, **fields)).eval()
+
+
+def metrics_of(folder) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def nats_by_hand(model, tokenizer, text: str, block_size: int) -> tuple[float, int]:
+    ids, total, done = tokenizer.backend_tokenizer, 0.0, 0
+    ids.encode_special_tokens = True
+    ids = ids.encode(text, add_special_tokens=False).ids
+    sequence = [tokenizer.bos_token_id, *ids]
+    while done < len(ids):
+        end = min(len(ids), done + block_size)
+        with torch.no_grad():
+            logits = model(torch.tensor([sequence[max(0, end - block_size) : end]])).logits[0].double()
+        rows = logits.log_softmax(-1)[-(end - done) :]
+        total -= sum(row[target].item() for row, target in zip(rows, sequence[done + 1 : end + 1], strict=True))
+        done = end
+    return total, len(ids)
+
+
+def test_the_numbers_are_those_of_a_sum_by_hand_and_stand_beside_those_of_training(
+    evaluate, save_model, text, tokenizer_folder
+):
+    model = build()
+    folder = save_model(model)
+    (folder / "metrics.json").write_text('{"eval_loss": 1.5, "test_loss": 7.0}')
+    printed = evaluate("--model", folder, "--dataset", text, "--block_size", 16)
+
+    sums = [nats_by_hand(model, load_tokenizer(tokenizer_folder), document, 16) for document in TEXTS]
+    nats, num_tokens = sum(nats for nats, _ in sums), sum(count for _, count in sums)
+    num_bytes = sum(len(document.encode()) for document in TEXTS)
+    found = metrics_of(folder)
+    assert found["test_tokens"] == num_tokens and found["test_bytes"] == num_bytes
+    assert found["test_bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-6)
+    assert found["test_perplexity"] == pytest.approx(math.exp(nats / num_tokens), rel=1e-6)
+    assert found["eval_loss"] == 1.5 and found["test_loss"] == 7.0, "training's"
+    assert found["evaluate_test_loss"] == pytest.approx(nats / num_tokens, rel=1e-6)
+    assert "test_loss already" in printed and "test_bits_per_byte" in printed
+
+    evaluate("--model", folder, "--dataset", text, "--block_size", 16, "--stride", 4, "--per_device_eval_batch_size", 3)
+    again = metrics_of(folder)
+    assert again["test_tokens"] == num_tokens and again["test_stride"] == 4
+    assert again["test_bits_per_byte"] != found["test_bits_per_byte"], "its own numbers it writes anew"
+    assert again["test_loss"] == 7.0
+
+
+def test_a_native_gpt2_and_its_twin_have_the_same_numbers_in_one_table(evaluate, save_model, text, tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3)
+    native = save_model(GPT2LMHeadModel(config), "native")
+    twin = save_model(hfllm.from_native(str(native)), "twin")
+    printed = evaluate("--model", native, twin, "--dataset", text, "--output_dir", tmp_path / "numbers")
+    one, other = (metrics_of(tmp_path / "numbers" / name) for name in ("native", "twin"))
+    assert one["test_bits_per_byte"] == pytest.approx(other["test_bits_per_byte"], rel=1e-6)
+    [line] = [line for line in printed.splitlines() if line.startswith("test_bits_per_byte")]
+    assert line.split()[1] == line.split()[2] == f"{one['test_bits_per_byte']:.6g}"
+
+
+def test_an_adapter_changes_the_numbers_and_one_for_another_base_is_refused(evaluate, save_model, text, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(build(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = save_model(build(), "base")
+    evaluate("--model", base, "--dataset", text)
+    evaluate("--model", base, "--adapter", tmp_path / "adapter", "--dataset", text)
+    assert metrics_of(tmp_path / "adapter")["test_loss"] != metrics_of(base)["test_loss"]
+
+    other = save_model(build(hidden_size=64), "other")
+    with pytest.raises(ValueError, match="does not fit"):
+        evaluate("--model", other, "--adapter", tmp_path / "adapter", "--dataset", text)
+    with pytest.raises(ValueError, match="is an adapter"):
+        evaluate("--model", tmp_path / "adapter", "--dataset", text)
+
+
+def test_what_cannot_be_measured_says_so(evaluate, save_model, text, tmp_path):
+    folder = save_model(build())
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": ""}\n')
+    (tmp_path / "nothing").mkdir()
+    classifier = save_model(hfllm.GPTForSequenceClassification(make_tiny_config("book", vocab_size=300)), "classifier")
+    for options, words in [
+        (["--model", folder], "Give --dataset, --tasks or both"),
+        (["--model", tmp_path / "nothing", "--dataset", text], "without a config.json"),
+        (["--model", tmp_path / "absent", "--dataset", text], "neither a folder nor a model"),
+        (["--model", classifier, "--dataset", text], "labels texts"),
+        (["--model", folder, "--dataset", empty], "has no text"),
+        (["--model", folder, "--dataset", text, "--block_size", 8, "--stride", 9], "tokens would be left out"),
+        (["--model", folder, "--dataset", text, "--split", "validation"], "is local and read whole"),
+        (["--model", folder, "--dataset", text, "--stride", 33], "tokens would be left out"),
+        (["--model", folder, "--dataset", text, "--block_size", 33], "more than the model's context"),
+        (["--model", folder, "--dataset", text, "--adapter", tmp_path / "nothing"], "no PEFT adapter"),
+        (["--model", folder, folder, "--dataset", text, "--output_dir", tmp_path], "a folder for each model"),
+        (["--model", folder, "--dataset", "stdlib", "--dtype", "int8"], "one of float32"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            evaluate(*options)
+
+
+@pytest.mark.slow
+def test_perplexity_is_that_of_lm_eval_on_a_task_of_the_same_text(evaluate, save_model, tmp_path):
+    pytest.importorskip("lm_eval")
+    texts = [*make_sentences(4, seed=1)]
+    data = tmp_path / "test.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    task = {
+        "task": "animals",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "animals.yaml").write_text(yaml.safe_dump(task))
+    folder = save_model(build())
+    evaluate("--model", folder, "--dataset", data, "--tasks", "animals", "--include_path", tmp_path / "tasks")
+    found = metrics_of(folder)
+    assert found["test_animals_bits_per_byte"] == pytest.approx(found["test_bits_per_byte"], rel=1e-5)
+    byte_perplexity = math.exp(found["test_loss"] * found["test_tokens"] / found["test_bytes"])
+    assert found["test_animals_byte_perplexity"] == pytest.approx(byte_perplexity, rel=1e-5)
+
+    with pytest.raises(ValueError, match="did you mean 'animals'"):
+        evaluate("--model", folder, "--tasks", "animal", "--include_path", tmp_path / "tasks")
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_numbers_of_one(evaluate, save_model, text, tmp_path):
+    folder = save_model(build())
+    evaluate("--model", folder, "--dataset", text, "--stride", 5)
+    options = ["--model", folder, "--dataset", text, "--stride", 5, "--output_dir", tmp_path / "two"]
+    words = [*command("multi_cpu.yaml", 2), "recipes/evaluate.py", *map(str, options)]
+    finished = launch(words)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.count("test_bits_per_byte") == 1, "only the main process speaks"
+    one, two = metrics_of(folder), metrics_of(tmp_path / "two")
+    assert two["test_tokens"] == one["test_tokens"]
+    assert two["test_bits_per_byte"] == pytest.approx(one["test_bits_per_byte"], rel=1e-6)
