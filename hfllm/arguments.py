@@ -1,8 +1,10 @@
 """A recipe's arguments: its dataclass, overridden by a YAML file, overridden by the command line."""
 
 import argparse
+import atexit
 import dataclasses
 import difflib
+import gc
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -61,6 +63,8 @@ def run(main: Callable[[T], None], arguments_class: type[T], *, description: str
     keeps its traceback, for it is a bug, here or elsewhere.
     """
     arguments = parse_arguments(arguments_class, description=description)
+    # At its end Python looks once more through all that the imports left, half a million objects: 1.0 s instead of 0.1.
+    atexit.register(gc.freeze)
     try:
         main(arguments)
     except (ValueError, OSError, RuntimeError) as error:

@@ -99,7 +99,7 @@ class PretrainArguments:
         default=None, help="Highest learning rate; with muon, of the hidden matrices. Default: muon 0.02, adamw 0.001."
     )
     adam_learning_rate: float | None = HfArg(
-        default=None, help="With muon: that of embeddings, head, norms and biases. Default: half of learning_rate."
+        default=None, help="With muon: that of embeddings, head, norms and biases. Default: learning_rate."
     )
     muon_momentum: float = HfArg(default=0.95, help="Decay of Muon's mean.")
     lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = HfArg(
@@ -125,6 +125,7 @@ class PretrainArguments:
     dry_run: bool = HfArg(default=False, help="Check and compute everything, take a few steps, tell, write nothing.")
     logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
     eval_steps: int = HfArg(default=100, help="Steps between two evaluations.")
+    eval_on_start: bool = HfArg(default=True, help="Also evaluate before the first step.")
     per_device_eval_batch_size: int = HfArg(default=16, help="Rows per device in evaluation.")
     eval_train_rows: int = HfArg(default=0, help="Also evaluate on so many training rows, without dropout.")
     save_steps: int = HfArg(default=200, help="Steps between two checkpoints.")
@@ -148,7 +149,7 @@ class PretrainArguments:
             if self.adam_learning_rate is not None:
                 raise ValueError("--adam_learning_rate belongs to --optimizer muon; with adamw, give --learning_rate.")
         elif self.adam_learning_rate is None:
-            self.adam_learning_rate = self.learning_rate / 2
+            self.adam_learning_rate = self.learning_rate
 
     def check(self) -> None:
         """Stop at the door what is wrong whatever the text and the tokenizer are."""
@@ -301,7 +302,7 @@ def train(args: PretrainArguments, setup: Setup, state: dict, stop_request: Stop
     interval_targets = num_skipped_in_a_row = 0
     meter = ThroughputMeter(accelerator.device)
     with RunLog(args.output_dir, accelerator=accelerator, step=state["step"], max_steps=max_steps) as log:
-        if state["step"] == 0:
+        if state["step"] == 0 and args.eval_on_start:
             evaluate(args, setup, state, log)
         setup.model.train()
         for step in range(state["step"], max_steps):

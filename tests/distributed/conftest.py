@@ -31,6 +31,7 @@ def small(shared_folder) -> dict[str, object]:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "max_steps": 4,
+        "optimizer": "adamw",  # DeepSpeed has no other
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "eval_steps": 4,

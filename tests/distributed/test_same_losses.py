@@ -17,7 +17,8 @@ pytestmark = pytest.mark.slow
 # A document ends in most packed rows, and each document's last window is padded: rows differ in their targets.
 VARIANTS: dict[str, dict[str, object]] = {"packed": {}, "padded": {"stride": 32}}
 # ZeRO-3 leaves parameters of less than 100,000 numbers whole.
-VARIANTS["wide"] = {"hidden_size": 352, "optimizer": "adamw"}
+VARIANTS["wide"] = {"hidden_size": 352}
+VARIANTS["muon"] = {"optimizer": "muon"}
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +73,9 @@ def compare_models(folder: Path, one_process: Path) -> None:
         pytest.param("wide", "deepspeed_zero2.yaml", 2, 4, 1, [], marks=needs_deepspeed),
         pytest.param("wide", "deepspeed_zero2.yaml", 2, 1, 4, [], marks=needs_deepspeed),
         pytest.param("wide", "deepspeed_zero3.yaml", 2, 2, 2, [], marks=needs_deepspeed),
+        ("muon", "ddp.yaml", 2, 4, 1, []),
+        ("muon", "fsdp2.yaml", 2, 1, 4, []),
+        ("muon", "hsdp.yaml", 4, 2, 1, ["--parallelism_config_dp_shard_size", 2]),
         ("padded", "ddp.yaml", 4, 1, 2, []),
         ("padded", "fsdp2.yaml", 4, 2, 1, []),
     ],

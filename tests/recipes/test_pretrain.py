@@ -44,6 +44,22 @@ def test_a_run_leaves_what_everybodys_tools_open(run_pretrain, small):
     assert answer["generated_text"].startswith("the cat")
 
 
+def test_the_evaluation_before_the_first_step_can_be_left_out(run_pretrain, small):
+    run_pretrain(**small, eval_on_start=False)
+    log = read_log(small["output_dir"] / "log.jsonl")
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [6, 12]
+
+
+def test_the_configuration_of_least_time_trains_what_is_exactly_a_qwen3(run_pretrain, small):
+    sizes = ("block_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "eval_steps", "save_steps")
+    kept = {name: value for name, value in small.items() if name not in sizes}
+    path = "recipes/configs/pretrain_time_to_quality.yaml"
+    run_pretrain(**{**kept, "config": Path(__file__).parents[2] / path, "warmup_steps": 0, "max_steps": 2})
+    model = AutoModelForCausalLM.from_pretrained(small["output_dir"])
+    assert type(hfllm.to_native(model, "qwen3")).__name__ == "Qwen3ForCausalLM"
+    assert not model.config.tie_word_embeddings
+
+
 def test_the_loss_falls(run_pretrain, small):
     metrics = run_pretrain(**{**small, "max_steps": 60, "eval_steps": 60, "save_steps": 60, "learning_rate": 1e-2})
     losses = losses_of(small["output_dir"])
@@ -180,7 +196,7 @@ def test_overwriting_starts_anew_and_keeps_what_is_not_ours(run_pretrain, small)
 @pytest.mark.parametrize(
     ("given", "optimizer", "rates"),
     [
-        ({}, "muon", (0.02, 0.01)),
+        ({}, "muon", (0.02, 0.02)),
         ({"learning_rate": 0.03, "adam_learning_rate": 0.002}, "muon", (0.03, 0.002)),
         ({"preset": "book"}, "adamw", (0.001, None)),
         ({"model": "a model's folder"}, "adamw", (0.001, None)),
