@@ -65,11 +65,13 @@ demo: install  ## Train a tokenizer and a small model on Python's own library, a
 	$(BIN)/python recipes/train_tokenizer.py --config recipes/configs/tokenizer_demo.yaml --output_dir out/tokenizer
 	$(LAUNCH) recipes/pretrain.py --config recipes/configs/pretrain_demo.yaml --tokenizer out/tokenizer --output_dir out/demo
 	$(BIN)/python recipes/generate.py --model out/demo --prompt "def read(self, " --temperature 0.7 --num_samples 2
+	$(BIN)/python recipes/finetune_classification.py --config recipes/configs/classification_stdlib.yaml --model out/demo --output_dir out/classifier
 	$(BIN)/python recipes/finetune_instruction.py --config recipes/configs/instruction_python.yaml --model out/demo --output_dir out/chat
 	@echo
 	@echo "out/tokenizer   the tokenizer, and tokenizer_report.json: how well it compresses held-out text"
 	@echo "out/demo        the model, its curves (curves.png), numbers (metrics.json), log and checkpoints"
 	@echo "out/demo/report.html  the run's page: open it in a browser"
+	@echo "out/classifier  the same model, which says what package a docstring comes from; confusion.png, metrics.json"
 	@echo "out/chat        the same model, which answers questions about Python; samples.txt, metrics.json"
 	@echo
 	@echo "Next: source $(BIN)/activate, and let it write something else:"

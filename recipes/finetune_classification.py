@@ -51,7 +51,6 @@ from transformers.utils import logging as transformers_logging
 
 from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
 from hfllm.arguments import run, save_arguments
-from hfllm.confusion import plot_confusion
 from hfllm.data.classification import (
     LabelledTexts,
     balance_labels,
@@ -62,6 +61,7 @@ from hfllm.data.classification import (
     split_by_text,
 )
 from hfllm.report import append_to_log
+from hfllm.report.confusion import plot_confusion
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.classification import freeze_all_but, logistic_regression, score_predictions
 from hfllm.training.devices import keep_freed_memory

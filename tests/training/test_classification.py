@@ -7,7 +7,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 import hfllm
-from hfllm.confusion import plot_confusion
+from hfllm.report.confusion import plot_confusion
 from hfllm.training.classification import freeze_all_but, logistic_regression, score_predictions
 from tests.conftest import make_tiny_config
 

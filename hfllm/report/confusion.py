@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .report import EDGE, TEXT, TRAINING, VALIDATION
+from .pictures import EDGE, TEXT, TRAINING, VALIDATION
 
 
 def plot_confusion(scores: dict, names: Sequence[str], path: str | Path, *, title: str | None = None) -> Path:
