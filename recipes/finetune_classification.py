@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -60,8 +61,10 @@ from hfllm.data.classification import (
     load_labelled_texts,
     split_by_text,
 )
-from hfllm.report import append_to_log
+from hfllm.hub import write_card
+from hfllm.report import append_to_log, read_run, save_environment, write_page
 from hfllm.report.confusion import plot_confusion
+from hfllm.report.page import PAGE_FILE
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.classification import freeze_all_but, logistic_regression, score_predictions
 from hfllm.training.devices import keep_freed_memory
@@ -155,8 +158,12 @@ def main(args: ClassificationArguments) -> None:
     transformers_logging.set_verbosity_error()
     keep_freed_memory()
     with run_lock(output_dir) if is_main else contextlib.nullcontext():
-        if is_main and prepare_folder(args, output_dir):
+        # Whether the run is finished is the main process's answer, for all of them.
+        [is_finished] = broadcast_object_list([is_main and prepare_folder(args, output_dir)])
+        if is_finished:
             return
+        if is_main:
+            save_environment(output_dir, num_processes=PartialState().num_processes)
 
         # 1. The texts: read, checked and split before anything is trained.
         train, validation, test = load_parts(args)
@@ -463,7 +470,10 @@ def finish(
     metrics["test_logistic_regression_strength"] = strength
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     test = scores["test"]
-    plot_confusion(test, names, output_dir / "confusion.png", title=f"{output_dir}: {len(ids[2]):,} test texts")
+    title = f"{output_dir.resolve().name}: {len(ids[2]):,} test texts"
+    plot_confusion(test, names, output_dir / "confusion.png", title=title)
+    write_page(read_run(output_dir), output_dir / PAGE_FILE)
+    write_card(output_dir)
 
     width = max(len(name) for name in (*names, "logistic regression, TF-IDF"))
     print(f"\nTest, {len(ids[2]):,} texts that were never trained on:\n{'':{width}}  accuracy  macro-F1   loss    ECE")
@@ -495,6 +505,7 @@ def finish(
 
 {output_dir}                  the model with what it learned merged in, and its tokenizer{adapter}
 {output_dir}/confusion.png    what it confuses, and how far its confidence can be believed
+{output_dir}/report.html      the run's page, to open in a browser
 {output_dir}/metrics.json     all numbers; log.jsonl has the course
 
 Next, in Python:

@@ -59,7 +59,9 @@ from hfllm.data.instruction import (
     encode_prompt,
     mark_learned,
 )
-from hfllm.report import append_to_log
+from hfllm.hub import write_card
+from hfllm.report import append_to_log, read_run, save_environment, write_page
+from hfllm.report.page import PAGE_FILE
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
 from hfllm.training.evaluation import score_rows
@@ -212,6 +214,7 @@ def main(args: InstructionArguments) -> None:
         trainer = make_trainer(args, model, rows)
         if is_main:
             save_arguments(args, output_dir / "arguments.yaml")
+            save_environment(output_dir, num_processes=trainer.args.world_size)
             describe(args, description, sides, rows, tokenizer, model)
 
         # 4. What the model says before
@@ -243,6 +246,8 @@ def main(args: InstructionArguments) -> None:
         if is_main:
             write_samples(output_dir / "samples.txt", samples, before, after)
             (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            write_page(read_run(output_dir), output_dir / PAGE_FILE)
+            write_card(output_dir)
             report(args, metrics, output_dir)
         trainer.accelerator.end_training()
 
@@ -517,7 +522,8 @@ def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path
         f"{metrics['train_steps']:,} steps in {metrics['train_seconds'] / 60:.1f} minutes with evaluations, "
         f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['train_padding_share']:.1%} of the places padding.\n\n"
         f"{output_dir}/model.safetensors   the model, with its tokenizer and code beside it\n{adapter}"
-        f"{output_dir}/samples.txt         replies before and after; metrics.json has the numbers\n\n"
+        f"{output_dir}/samples.txt         replies before and after; metrics.json has the numbers\n"
+        f"{output_dir}/report.html         the run's page, to open in a browser\n\n"
         f"Next, talk to it:\n    python recipes/chat.py --model {output_dir}"
     )
 
