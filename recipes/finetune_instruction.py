@@ -39,6 +39,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -359,6 +360,7 @@ def make_trainer(
         eval_dataset=rows["eval"],
         data_collator=rows["train"].collate,
     )
+    trainer.remove_callback(PrinterCallback)  # log.jsonl has it all
     trainer.add_callback(LogFile(Path(args.output_dir) / "log.jsonl"))
     return trainer
 
