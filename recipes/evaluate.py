@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
-from peft import PeftConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,7 +40,6 @@ from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
 import hfllm  # noqa: F401  (registers the model with the Auto classes)
-from hfllm.adapters import load_adapter
 from hfllm.arguments import run
 from hfllm.data import load_corpus, split_documents
 from hfllm.data.answers import answer, exact_match, stop_at_turns
@@ -249,7 +247,10 @@ def check_kinds(configs: dict[str, PretrainedConfig], args: EvaluateArguments) -
     return True
 
 
-def adapter_config(adapter: str) -> PeftConfig:
+def adapter_config(adapter: str) -> Any:
+    """PEFT's config of the adapter."""
+    from peft import PeftConfig  # takes seconds to import
+
     folder = Path(adapter).expanduser()
     if folder.is_dir() and not (folder / "adapter_config.json").exists():
         raise ValueError(f"--adapter {adapter} is a folder without an adapter_config.json, so no PEFT adapter.")
@@ -289,6 +290,8 @@ def load_model(name: str, config: PretrainedConfig, args: EvaluateArguments, *, 
         model = AutoModelForCausalLM.from_pretrained(name, **options)
     if args.adapter is None:
         return model
+    from hfllm.adapters import load_adapter  # imports PEFT
+
     folder = Path(args.adapter).expanduser()
     return load_adapter(model, folder if folder.is_dir() else args.adapter)
 

@@ -342,3 +342,27 @@ def test_two_processes_have_the_numbers_of_one(evaluate, save_model, text, tmp_p
     one, two = metrics_of(folder), metrics_of(tmp_path / "two")
     assert two["test_tokens"] == one["test_tokens"]
     assert two["test_bits_per_byte"] == pytest.approx(one["test_bits_per_byte"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_share_labelled_texts_and_conversations_with_none_twice(evaluate, save_model, tmp_path):
+    labelled, conversations = tmp_path / "labelled.jsonl", tmp_path / "conversations.jsonl"
+    write_labelled(labelled)
+    conversations.write_text(
+        "".join(json.dumps({"prompt": word, "response": "the cat"}) + "\n" for word in ["a", "dog", "my bird"])
+    )
+    classifier, chat = save_model(build_classifier(), "classifier"), save_model(build(), "chat")
+    for folder, options in [
+        (classifier, ["--dataset", labelled, "--text_column", "message", "--label_column", "kind"]),
+        (chat, ["--dataset", conversations, "--conversations", "--check_answers", "--max_new_tokens", 4]),
+    ]:
+        options = ["--model", folder, *options, "--output_dir"]
+        evaluate(*options, tmp_path / "one")
+        finished = launch(
+            [*command("multi_cpu.yaml", 2), "recipes/evaluate.py", *map(str, options), str(tmp_path / "two")]
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+        assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-5)
+        counts = ("test_texts", "test_confusion", "test_response_tokens", "test_answers", "test_exact_match")
+        assert {name: two.get(name) for name in counts} == {name: one.get(name) for name in counts}
