@@ -311,6 +311,18 @@ def load_tokenizer(path_or_id: str | Path, *, require_eos: bool = True) -> PreTr
     return tokenizer
 
 
+def load_classifier_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model as a classifier of whole texts reads them: padded and cut on the right."""
+    tokenizer = load_tokenizer(name)
+    # What a text says about control tokens is text, here and (by init_kwargs, which are saved) in a pipeline.
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
+    tokenizer.truncation_side = tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        # Harmless: a text's last token is found by the attention mask, and no text holds the eos token.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def _load_from_folder(folder: Path) -> PreTrainedTokenizerBase:
     if (folder / "tokenizer_config.json").is_file():
         return _load_with_auto_tokenizer(str(folder), f"{str(folder)!r} has a tokenizer_config.json, but")

@@ -65,7 +65,7 @@ from hfllm.hub import write_card
 from hfllm.report import append_to_log, read_run, save_environment, write_page
 from hfllm.report.confusion import plot_confusion
 from hfllm.report.page import PAGE_FILE
-from hfllm.tokenization import load_tokenizer
+from hfllm.tokenization import load_classifier_tokenizer
 from hfllm.training.classification import freeze_all_but, logistic_regression, score_predictions
 from hfllm.training.devices import keep_freed_memory
 from hfllm.training.lock import run_lock
@@ -305,17 +305,6 @@ def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTe
                 f"{len(data):,} texts are too few: none is left to {name}. Give more, or larger fractions."
             )
     return parts
-
-
-def load_classifier_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(name)
-    # What a text says about control tokens is text, here and (by init_kwargs, which are saved) in a pipeline.
-    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
-    tokenizer.truncation_side = tokenizer.padding_side = "right"
-    if tokenizer.pad_token_id is None:
-        # Harmless: a text's last token is found by the attention mask, and no text holds the eos token.
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> PreTrainedModel:

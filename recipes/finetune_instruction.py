@@ -24,6 +24,7 @@ A row has the columns instruction, input and output (Alpaca), or prompt and resp
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import time
@@ -52,13 +53,14 @@ from transformers.utils import logging as transformers_logging
 import hfllm  # noqa: F401  (registers the model with the Auto classes)
 from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
 from hfllm.arguments import run, save_arguments
+from hfllm.data.answers import answer, exact_match, last_response, stop_at_turns
 from hfllm.data.conversations import Conversation, load_conversations, split_conversations
 from hfllm.data.instruction import (
     ConversationRows,
     check_packing,
     encode_conversations,
-    encode_prompt,
     mark_learned,
+    padding_token_id,
 )
 from hfllm.hub import write_card
 from hfllm.report import append_to_log, read_run, save_environment, write_page
@@ -181,8 +183,7 @@ def main(args: InstructionArguments) -> None:
         # Training needs float32 weights, whatever precision the checkpoint was exported in.
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         block_size = choose_block_size(args, model, tokenizer)
-        # Where a tokenizer has no pad token its eos will do: positions and labels say what is padding, not ids.
-        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad_token_id = padding_token_id(tokenizer)
 
         # 2. Conversations to token ids, and the mask of what is learned
         (training, validation, test), description = load_data(args)
@@ -197,9 +198,7 @@ def main(args: InstructionArguments) -> None:
         if args.packing:
             check_packing(model, rows["train"])
         # The model stops at the end of its turn as well as at the end of a document, in everybody's `generate`.
-        stop_ids = {tokenizer.eos_token_id, rows["train"].encoded.stop_token_id}
-        model.generation_config.eos_token_id = sorted(stop_ids)
-        model.generation_config.pad_token_id = pad_token_id
+        stop_at_turns(model, tokenizer, stop_token_id=rows["train"].encoded.stop_token_id)
 
         # 3. What is trained: small matrices beside the frozen weights, or everything
         if args.method == "lora":
@@ -221,7 +220,14 @@ def main(args: InstructionArguments) -> None:
         # 4. What the model says before
         questions = [test[row.index] for row in rows["test"].encoded.rows]
         samples = pick_samples(questions, args.num_samples)
-        before = answer(args, trainer, tokenizer, samples)
+        replies_to = functools.partial(
+            answer,
+            trainer.accelerator.unwrap_model(trainer.model),
+            tokenizer,
+            batch_size=4 * args.per_device_eval_batch_size,
+            max_new_tokens=args.max_new_tokens,
+        )
+        before = replies_to(samples)
         metrics: dict[str, Any] = {
             "eval_loss_before": response_loss(trainer, rows["eval"]),
             "test_loss_before": response_loss(trainer, rows["test"]),
@@ -238,8 +244,8 @@ def main(args: InstructionArguments) -> None:
         metrics["test_loss"] = response_loss(trainer, rows["test"])
         if args.check_answers if args.check_answers is not None else args.dataset == "stdlib":
             checked = questions[: args.max_answers]
-            metrics |= exact_match(checked, answer(args, trainer, tokenizer, checked))
-        after = answer(args, trainer, tokenizer, samples)
+            metrics |= exact_match(checked, replies_to(checked))
+        after = replies_to(samples)
 
         # 7. The model as everybody's tools open it: LoRA merged into the weights, and beside it the adapter alone
         metrics |= describe_run(args, trainer, rows["train"])
@@ -382,57 +388,6 @@ def pick_samples(questions: list[Conversation], number: int) -> list[Conversatio
         seen[question.kind] += 1
         order.append((seen[question.kind], position))
     return [questions[position] for _, position in sorted(order)[:number]]
-
-
-@torch.no_grad()
-def answer(
-    args: InstructionArguments,
-    trainer: InstructionTrainer,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: list[Conversation],
-) -> list[str]:
-    """The model's likeliest reply to what comes before each conversation's last response."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    was_training = model.training
-    model.eval()
-    prompts = [encode_prompt(question.messages[: last_response(question)], tokenizer) for question in questions]
-    replies: list[str] = [""] * len(prompts)
-    # Prompts of one length together, so that nothing is padded for long; on the left, where the reply does not go.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for first in range(0, len(order), 4 * args.per_device_eval_batch_size):
-        some = order[first : first + 4 * args.per_device_eval_batch_size]
-        length = max(len(prompts[index]) for index in some)
-        pad = model.generation_config.pad_token_id
-        input_ids = torch.tensor([[pad] * (length - len(prompts[i])) + prompts[i] for i in some], device=model.device)
-        mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in some])
-        written = model.generate(
-            input_ids=input_ids,
-            attention_mask=mask.to(model.device),
-            max_new_tokens=args.max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-        )
-        for index, text in zip(some, tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)):
-            replies[index] = text.strip()
-    model.train(was_training)
-    return replies
-
-
-def last_response(question: Conversation) -> int:
-    """The index of the last message of the assistant."""
-    return max(index for index, message in enumerate(question.messages) if message["role"] == "assistant")
-
-
-def exact_match(questions: list[Conversation], replies: list[str]) -> dict[str, float]:
-    """The share of replies that are the response, character by character, in all and of each kind."""
-    right: Counter[str] = Counter()
-    asked: Counter[str] = Counter()
-    for question, reply in zip(questions, replies):
-        for kind in ["", *([f"_{question.kind}"] if question.kind else [])]:
-            asked[kind] += 1
-            right[kind] += reply == question.messages[last_response(question)]["content"].strip()
-    shares = {f"test_exact_match{kind}": right[kind] / asked[kind] for kind in sorted(asked)}
-    return {"test_answers": len(replies), **shares}
 
 
 def describe(

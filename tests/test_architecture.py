@@ -14,7 +14,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arguments": set(),
     "tokenization": set(),
     "report": {"report"},
-    "hub": {"conversion", "hub", "model", "report", "tokenization"},
+    "hub": {"adapters", "conversion", "hub", "model", "report", "tokenization"},
     "progress": {"report"},
     "model": {"model"},
     "data": {"data"},

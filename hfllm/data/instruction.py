@@ -147,6 +147,12 @@ def encode_prompt(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> lis
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills rows up. Where a tokenizer has no pad token its eos will do: positions, labels and masks say what is
+    padding, not ids."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
 def _encode_batch(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[np.ndarray, np.ndarray]]:

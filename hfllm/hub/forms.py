@@ -22,7 +22,7 @@ RUN_FILES = (
 
 def save_merged(folder: str | Path, target: str | Path) -> None:
     """Write into `target` the whole model that an adapter's folder makes with its base; summed in float32."""
-    from peft import PeftModel  # takes time to import
+    from ..adapters import load_adapter, merge_adapter  # PEFT takes time to import
 
     folder, target = Path(folder).expanduser(), Path(target)
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -38,12 +38,12 @@ def save_merged(folder: str | Path, target: str | Path) -> None:
     try:
         model: PreTrainedModel = auto_class.from_pretrained(base, dtype="float32", **labels)
         dtype = getattr(model.config, "dtype", None) or model.dtype
-        merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+        merged = merge_adapter(load_adapter(model, folder), dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PushError(f"The adapter in {folder} could not be merged into its base {base!r}: {reason}") from error
     tokenizer = AutoTokenizer.from_pretrained(folder if (folder / "tokenizer.json").exists() else base)
-    save_model(merged.to(dtype), tokenizer, target)
+    save_model(merged, tokenizer, target)
     _copy_run(folder, target)
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,6 +31,47 @@ def freeze_all_but(model: PreTrainedModel, method: str) -> None:
     for parameter in body.parameters():
         if parameter.ndim == 1 and id(parameter) not in inside:  # the norm behind the blocks
             parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def predict_logits(
+    model: nn.Module,
+    texts: Sequence[Sequence[int]],
+    *,
+    num_labels: int,
+    batch_size: int,
+    pad_token_id: int,
+    accelerator: Accelerator,
+) -> np.ndarray:
+    """The classifier's logits (N, labels) in float64 for the token ids of N texts, cut among the processes.
+
+    Each process gets those of all. Texts of about equal lengths share a batch, padded on the right under an attention
+    mask, which says where a text ends; none is read twice.
+    """
+    order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
+    order = order[accelerator.process_index :: accelerator.num_processes]
+    device = accelerator.device
+    # MPS has no float64, so there the sums live on the CPU.
+    logits = torch.zeros(len(texts), num_labels, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    was_training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
+            length = max(len(texts[row]) for row in rows)
+            input_ids = [[*texts[row], *[pad_token_id] * (length - len(texts[row]))] for row in rows]
+            mask = [[1] * len(texts[row]) + [0] * (length - len(texts[row])) for row in rows]
+            output = model(
+                input_ids=torch.tensor(input_ids, device=device), attention_mask=torch.tensor(mask, device=device)
+            )
+            logits[rows] = output.logits.to(logits)
+    finally:
+        model.train(was_training)
+    # The rows of the other processes are zeros here.
+    logits = accelerator.reduce(logits, reduction="sum").cpu()
+    if not logits.isfinite().all():
+        raise FloatingPointError("The model's logits are not finite on some texts.")
+    return logits.numpy()
 
 
 def score_predictions(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:

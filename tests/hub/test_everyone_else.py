@@ -14,8 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hfllm
+from hfllm.adapters import add_lora, save_adapter
 from hfllm.arguments import parse_arguments
 from hfllm.hub import PushError
+from hfllm.hub.forms import save_merged
 from tests.hub.conftest import clean_environment
 
 
@@ -150,6 +152,28 @@ def test_an_adapter_whose_base_is_a_folder_is_not_pushed_so(hub, run_folder, tmp
     push("--model", tmp_path, "--repo_id", "me/lora", "--base_model", "me/my-gpt")
     assert json.loads(hub.files("me/lora")["adapter_config.json"])["base_model_name_or_path"] == "me/my-gpt"
     assert str(run_folder) not in "".join(hub.files("me/lora")[name].decode() for name in ("README.md",))
+
+
+def test_an_adapter_is_merged_into_the_base_that_it_was_trained_on_and_into_no_other_of_its_shape(run_folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(run_folder, base)
+    adapted = add_lora(hfllm.GPTForCausalLM.from_pretrained(base), r=2)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.05)
+    save_adapter(adapted, tmp_path / "adapter")
+    save_merged(tmp_path / "adapter", tmp_path / "merged")
+    ids = torch.arange(5)[None]
+    with torch.no_grad():
+        whole = hfllm.GPTForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(whole(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+
+        other = hfllm.GPTForCausalLM.from_pretrained(base)
+        other.get_input_embeddings().weight.mul_(1.5)
+    other.save_pretrained(base)
+    with pytest.raises(PushError, match="weights that it was trained on are not these"):
+        save_merged(tmp_path / "adapter", tmp_path / "again")
 
 
 def test_an_adapter_beside_its_merged_model_is_pushed_with_the_runs_numbers(hub, make_run):

@@ -129,7 +129,7 @@ def test_an_adapter_changes_the_numbers_and_one_for_another_base_is_refused(eval
     assert metrics_of(tmp_path / "adapter")["test_loss"] != metrics_of(base)["test_loss"]
 
     other = save_model(build(hidden_size=64), "other")
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="belongs to another base"):
         evaluate("--model", other, "--adapter", tmp_path / "adapter", "--dataset", text)
     with pytest.raises(ValueError, match="is an adapter"):
         evaluate("--model", tmp_path / "adapter", "--dataset", text)
@@ -145,7 +145,16 @@ def test_what_cannot_be_measured_says_so(evaluate, save_model, text, tmp_path):
         (["--model", folder], "Give --dataset, --tasks or both"),
         (["--model", tmp_path / "nothing", "--dataset", text], "without a config.json"),
         (["--model", tmp_path / "absent", "--dataset", text], "neither a folder nor a model"),
-        (["--model", classifier, "--dataset", text], "labels texts"),
+        (["--model", classifier, "--dataset", text], "no column 'label'"),
+        (["--model", classifier, "--dataset", text, "--conversations"], "--conversations: for causal models"),
+        (["--model", classifier, "--dataset", text, "--stride", 4], "--stride: for causal models"),
+        (["--model", classifier, "--dataset", "stdlib"], "trained on most of its docstrings"),
+        (["--model", folder, classifier, "--dataset", text], "these are of two.*classifier is a classifier model"),
+        (["--model", folder, "--dataset", text, "--label_column", "kind"], "is for classifiers"),
+        (["--model", folder, "--dataset", text, "--check_answers"], "give --conversations"),
+        (["--model", folder, "--dataset", text, "--conversations"], "none of the forms known"),
+        (["--model", folder, "--dataset", "stdlib", "--conversations"], "held back from training"),
+        (["--model", folder, "--dataset", text, "--conversations", "--stride", 2], "scored whole"),
         (["--model", folder, "--dataset", empty], "has no text"),
         (["--model", folder, "--dataset", text, "--block_size", 8, "--stride", 9], "tokens would be left out"),
         (["--model", folder, "--dataset", text, "--split", "validation"], "is local and read whole"),
@@ -157,6 +166,139 @@ def test_what_cannot_be_measured_says_so(evaluate, save_model, text, tmp_path):
     ]:
         with pytest.raises(ValueError, match=words):
             evaluate(*options)
+
+
+LABELS = ["bird", "cat", "fish"]
+
+
+def build_classifier(seed=0):
+    config = make_tiny_config("modern", vocab_size=300, initializer_range=0.3)
+    config.id2label, config.label2id = dict(enumerate(LABELS)), {label: index for index, label in enumerate(LABELS)}
+    torch.manual_seed(seed)
+    return hfllm.GPTForSequenceClassification(config).eval()
+
+
+def write_labelled(path, labels=("cat", "fish", "cat", "bird", "cat", "fish", "fish")):
+    rows = [{"message": message, "kind": label} for message, label in zip(TEXTS, labels)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return rows
+
+
+def test_a_classifiers_numbers_are_those_of_a_count_by_hand_and_two_stand_side_by_side(
+    evaluate, save_model, tmp_path, tokenizer_folder
+):
+    model, data = build_classifier(), tmp_path / "test.jsonl"
+    rows = write_labelled(data)
+    one, other = save_model(model, "one"), save_model(build_classifier(seed=3), "other")
+    options = ["--dataset", data, "--text_column", "message", "--label_column", "kind"]
+    printed = evaluate("--model", one, other, *options, "--per_device_eval_batch_size", 3)
+
+    tokenizer, said, nats, confidences = load_tokenizer(tokenizer_folder), [], 0.0, []
+    tokenizer.split_special_tokens = True
+    for row in rows:  # a text at a time, without padding
+        ids = tokenizer(row["message"])["input_ids"][: model.config.max_position_embeddings]
+        with torch.no_grad():
+            probabilities = model(torch.tensor([ids])).logits[0].double().softmax(-1)
+        said.append(LABELS[int(probabilities.argmax())])
+        confidences.append(float(probabilities.max()))
+        nats -= math.log(probabilities[LABELS.index(row["kind"])])
+    right = [word == row["kind"] for word, row in zip(said, rows)]
+    f1 = []
+    for label in LABELS:
+        hits = sum(word == row["kind"] == label for word, row in zip(said, rows))
+        total = said.count(label) + sum(row["kind"] == label for row in rows)
+        f1 += [2 * hits / total] if total else []
+    gaps = {}
+    for confidence, is_right in zip(confidences, right):
+        gaps[int(confidence * 10)] = gaps.get(int(confidence * 10), 0) + confidence - is_right
+    found = metrics_of(one)
+    assert found["test_texts"] == 7
+    assert found["test_accuracy"] == pytest.approx(sum(right) / 7)
+    assert found["test_f1_macro"] == pytest.approx(sum(f1) / len(f1))
+    assert found["test_loss"] == pytest.approx(nats / 7, rel=1e-5)
+    assert found["test_ece"] == pytest.approx(sum(map(abs, gaps.values())) / 7, rel=1e-4)
+    [line] = [line for line in printed.splitlines() if line.startswith("test_loss")]
+    assert line.split()[1:] == [f"{metrics_of(folder)['test_loss']:.6g}" for folder in (one, other)]
+    assert "test_confusion" in found and "test_confusion" not in printed
+
+    with pytest.raises(ValueError, match="--tasks: for causal models"):
+        evaluate("--model", one, *options, "--tasks", "animals")
+    write_labelled(data, labels=["cat", "dog"])
+    with pytest.raises(ValueError, match=r"labels \['dog'\].*one does not know.*bird.*cat.*fish"):
+        evaluate("--model", one, *options)
+
+
+def test_a_classifiers_adapter_on_its_base_has_the_numbers_of_the_merged_model_and_of_its_recipe(
+    evaluate, save_model, tmp_path
+):
+    base, data, run = save_model(build(), "base"), tmp_path / "test.jsonl", tmp_path / "classifier"
+    write_labelled(data)
+    recipe = load_recipe("finetune_classification")
+    options = {"text_column": "message", "label_column": "kind", "max_steps": 3, "learning_rate": 0.05}
+    options |= {"model": base, "output_dir": run, "validation_dataset": data, "test_dataset": data, "dataset": data}
+    options |= {"block_size": 24, "lora_r": 2}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe.main(parse_arguments(recipe.ClassificationArguments, [f"--{k}={v}" for k, v in options.items()]))
+    trained = metrics_of(run)
+
+    same = ["--dataset", data, "--text_column", "message", "--label_column", "kind"]
+    evaluate("--model", run, *same, "--output_dir", tmp_path / "merged")
+    evaluate("--model", base, "--adapter", run / "adapter", *same, "--block_size", 24)
+    for folder in (tmp_path / "merged", run / "adapter"):
+        found = metrics_of(folder)
+        assert found["test_confusion"] == trained["test_confusion"]
+        for name in ("accuracy", "f1_macro", "loss", "ece"):
+            assert found[f"test_{name}"] == pytest.approx(trained[f"test_{name}"], rel=1e-4), name
+
+    stranger = build()
+    with torch.no_grad():
+        stranger.get_input_embeddings().weight.mul_(1.5)
+    other = save_model(stranger, "other")
+    with pytest.raises(ValueError, match="weights that it was trained on are not these"):
+        evaluate("--model", other, "--adapter", run / "adapter", *same)
+    (run / "config.json").unlink()
+    with pytest.raises(ValueError, match="nothing says its labels"):
+        evaluate("--model", base, "--adapter", run / "adapter", *same)
+
+
+def test_conversations_have_the_numbers_that_the_instruction_recipe_wrote_for_them(evaluate, save_model, tmp_path):
+    recipe = load_recipe("finetune_instruction")
+    base, data, run = save_model(build(), "base"), tmp_path / "all.json", tmp_path / "chat"
+    words = ["cat", "dog", "bird", "fish", "sees", "likes", "hears"]
+    rows = [{"question": f"{word} {word}", "response": word} for word in words]
+    data.write_text(json.dumps(rows))
+    argv = ["--dataset", data, "--model", base, "--output_dir", run, "--max_steps", 3, "--check_answers", "true"]
+    argv += ["--column_map", "question=prompt", "--validation_fraction", 0.2, "--test_fraction", 0.4]
+    argv += ["--learning_rate", 0.01, "--method", "full", "--max_new_tokens", 8]
+    args = parse_arguments(recipe.InstructionArguments, [str(word) for word in argv])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe.main(args)
+    trained = metrics_of(run)
+    (_, _, test), _ = recipe.load_data(args)
+    held_out = tmp_path / "test.jsonl"
+    held_out.write_text("".join(json.dumps({"messages": row.messages}) + "\n" for row in test))
+
+    options = ["--dataset", held_out, "--conversations", "--per_device_eval_batch_size", 2, "--output_dir"]
+    printed = evaluate("--model", run, base, *options, tmp_path / "n", "--check_answers", "--max_new_tokens", 8)
+    found, before = metrics_of(tmp_path / "n" / "chat"), metrics_of(tmp_path / "n" / "base")
+    assert found["test_conversations"] == found["test_answers"] == trained["test_answers"] == len(test) > 1
+    assert found["test_loss"] == pytest.approx(trained["test_loss"], rel=1e-5)
+    assert before["test_loss"] == pytest.approx(trained["test_loss_before"], rel=1e-5)
+    assert found["test_exact_match"] == trained["test_exact_match"]
+    assert "test_response_tokens" in printed
+
+    # The replies are a model's own words: with them as the responses every one matches.
+    tokenizer, model = load_tokenizer(run), hfllm.GPTForCausalLM.from_pretrained(run).eval()
+    answered = []
+    for row in test:
+        prompt = tokenizer.apply_chat_template(row.messages[:1], add_generation_prompt=True, return_tensors="pt")
+        written = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        reply = tokenizer.decode(written, skip_special_tokens=True).strip()
+        answered += [{"prompt": row.messages[0]["content"], "response": reply}] if reply else []
+    assert answered
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in answered))
+    evaluate("--model", run, *options, tmp_path / "own", "--check_answers", "--max_new_tokens", 8)
+    assert metrics_of(tmp_path / "own")["test_exact_match"] == 1
 
 
 @pytest.mark.slow
@@ -200,3 +342,27 @@ def test_two_processes_have_the_numbers_of_one(evaluate, save_model, text, tmp_p
     one, two = metrics_of(folder), metrics_of(tmp_path / "two")
     assert two["test_tokens"] == one["test_tokens"]
     assert two["test_bits_per_byte"] == pytest.approx(one["test_bits_per_byte"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_share_labelled_texts_and_conversations_with_none_twice(evaluate, save_model, tmp_path):
+    labelled, conversations = tmp_path / "labelled.jsonl", tmp_path / "conversations.jsonl"
+    write_labelled(labelled)
+    conversations.write_text(
+        "".join(json.dumps({"prompt": word, "response": "the cat"}) + "\n" for word in ["a", "dog", "my bird"])
+    )
+    classifier, chat = save_model(build_classifier(), "classifier"), save_model(build(), "chat")
+    for folder, options in [
+        (classifier, ["--dataset", labelled, "--text_column", "message", "--label_column", "kind"]),
+        (chat, ["--dataset", conversations, "--conversations", "--check_answers", "--max_new_tokens", 4]),
+    ]:
+        options = ["--model", folder, *options, "--output_dir"]
+        evaluate(*options, tmp_path / "one")
+        finished = launch(
+            [*command("multi_cpu.yaml", 2), "recipes/evaluate.py", *map(str, options), str(tmp_path / "two")]
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+        assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-5)
+        counts = ("test_texts", "test_confusion", "test_response_tokens", "test_answers", "test_exact_match")
+        assert {name: two.get(name) for name in counts} == {name: one.get(name) for name in counts}
