@@ -31,7 +31,7 @@ FAULTS = {
     19: "resuming with another shape, text, seed or schedule",
     20: "resuming a finished run",
     21: "a pickle in a checkpoint",
-    22: "a tracker that fails",
+    22: "the Hub or a tracker that fails",
 }
 OUTCOMES: dict[int, list[str]] = defaultdict(list)
 

@@ -116,22 +116,23 @@ def _cut_at_marks(text: str) -> tuple[str, str, str]:
 
 
 def _metadata(run: Run, *, repo_id: str | None, base_model: str | None) -> ModelCardData:
-    dataset = _dataset(run)
+    dataset = _dataset(run)  # trained on
     is_classifier = kind_of(run) == "text classifier" or run.adapter.get("task_type") == "SEQ_CLS"
     task = "text-classification" if is_classifier else "text-generation"
     results = [
         EvalResult(
             task_type=task,
-            dataset_type=dataset if is_hub_id(dataset) and dataset != "stdlib" else "text",
-            dataset_name="Python's standard library" if dataset == "stdlib" else dataset,
+            dataset_type=measured_on if is_hub_id(measured_on) and measured_on != "stdlib" else "text",
+            dataset_name="Python's standard library" if measured_on == "stdlib" else measured_on,
             dataset_split=SPLITS[split],
-            dataset_args=_dataset_hash(run),
+            dataset_args=_dataset_hash(run) if measured_on == dataset else None,
             metric_type=METRICS[metric][0],
             metric_name=METRICS[metric][1],
             metric_value=value,
         )
         for name, value in run.numbers.items()
         for split, _, metric in [name.partition("_")]
+        for measured_on in [_measured_on(run, name)]
         if split in SPLITS and metric in METRICS
     ]
     model_type = run.config.get("model_type")
@@ -211,6 +212,8 @@ def _results(run: Run) -> str:
     note = ""
     if any("bits_per_byte" in name for name in run.numbers):
         note = "\n\nSums over every token, divided by their count. Bits per byte do not depend on the tokenizer."
+    if (measured_on := run.metrics.get("test_dataset")) is not None:
+        note += f"\n\nWhat is called test was measured afterwards, on `{measured_on}`."
     return f"## Results\n\n{_table(rows)}{note}"
 
 
@@ -227,6 +230,12 @@ def _samples(run: Run) -> str:
 
 def _dataset(run: Run) -> str:
     return str(run.metrics.get("dataset") or run.arguments.get("dataset") or "unknown text")
+
+
+def _measured_on(run: Run, name: str) -> str:
+    """The dataset of a number: the run's own, or that which `recipes/evaluate.py` measured it on afterwards."""
+    is_later = name in run.metrics.get("evaluated", [])
+    return str(run.metrics.get("test_dataset") or _dataset(run)) if is_later else _dataset(run)
 
 
 def _dataset_hash(run: Run) -> dict[str, str] | None:

@@ -25,6 +25,21 @@ def test_the_results_are_metadata_that_huggingface_hub_reads_back(copied):
     assert card_errors(card.data.to_dict()) == []
 
 
+def test_a_number_that_was_measured_afterwards_is_another_texts(copied):
+    metrics = json.loads((copied / "metrics.json").read_text())
+    metrics |= {
+        "test_loss": 3.5,
+        "test_dataset": "/home/somebody/birds.txt",
+        "evaluated": ["test_dataset", "test_loss"],
+    }
+    (copied / "metrics.json").write_text(json.dumps(metrics))
+    write_card(copied)
+    card = ModelCard.load(copied / "README.md")
+    named = {(result.dataset_name, result.metric_value): result.dataset_args for result in card.data.eval_results}
+    assert named[("birds.txt", 3.5)] is None and named[("animals.txt", 2.5)] == {"sha256": "ab" * 32}
+    assert "measured afterwards, on `birds.txt`" in card.text and card_errors(card.data.to_dict()) == []
+
+
 def test_a_card_says_what_the_run_was(copied):
     card = make_card(read_run(copied), repo_id="me/my-gpt")
     for said in ("# my-gpt", '"me/my-gpt"', "animals.txt", "ab" * 32, "1,234 tokens", "9.5 s", "| hidden size | 32 |"):

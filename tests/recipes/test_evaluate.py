@@ -106,6 +106,16 @@ def test_the_numbers_are_those_of_a_sum_by_hand_and_stand_beside_those_of_traini
     assert again["test_loss"] == 7.0
 
 
+def test_the_card_and_the_page_of_a_run_tell_the_new_numbers(evaluate, save_model, text):
+    folder = save_model(build())
+    evaluate("--model", folder, "--dataset", text, "--block_size", 16)
+    assert not (folder / "README.md").exists(), "a folder that is no run gets neither"
+    (folder / "arguments.yaml").write_text("dataset: stdlib\n")
+    evaluate("--model", folder, "--dataset", text, "--block_size", 16)
+    shown = f"{metrics_of(folder)['test_bits_per_byte']:.4f}"
+    assert shown in (folder / "README.md").read_text() and shown in (folder / "report.html").read_text()
+
+
 def test_a_native_gpt2_and_its_twin_have_the_same_numbers_in_one_table(evaluate, save_model, text, tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3)
