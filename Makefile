@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
+# A CPU with instructions for bfloat16 trains about half as long with them.
+BF16 := $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo --mixed_precision bf16)
+LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml $(BF16)
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-interop install-llama.cpp install-deepspeed demo test test-slow lint format clean

@@ -232,6 +232,7 @@ class Setup(NamedTuple):
     optimizer: torch.optim.Optimizer
     text: TrainingText
     max_steps: int
+    loss_options: dict[str, bool]  # what the model's forward takes besides the batch
     sizes: dict[str, int]  # num_parameters and flops_per_token, counted before devices share the model out
     hub: TrainingPush | None  # with --push_to_hub
 
@@ -259,9 +260,11 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
     accelerator.print(describe_run(model, accelerator=accelerator, max_steps=max_steps, num_rows=num_rows, **batch))
 
     # 5. The optimizer, and what model and optimizer become on these devices
-    optimizer = build_optimizer(args, model)
+    optimizer = build_optimizer(args, model, accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
-    setup = Setup(accelerator, model, optimizer, text, max_steps, sizes, hub)
+    # Our own model never has all logits at once. transformers' models need them for the loss.
+    loss_options = {"skip_logits": True} if isinstance(config, GPTConfig) else {}
+    setup = Setup(accelerator, model, optimizer, text, max_steps, loss_options, sizes, hub)
     if args.dry_run:
         rehearse_run(args, setup)
         text.close()
@@ -386,7 +389,8 @@ def take_step(
         with accelerator.accumulate(model):
             # transformers' own models compute a loss only if there are `labels`, and then prefer `shift_labels`.
             labels = batch["shift_labels"]
-            loss = model(**batch, labels=labels, use_cache=False, num_items_in_batch=num_targets / num_parts).loss
+            count = {"num_items_in_batch": num_targets / num_parts}
+            loss = model(**batch, labels=labels, use_cache=False, **count, **setup.loss_options).loss
             accelerator.backward(loss)
             nats += loss.detach() * (num_targets / num_parts)
             if accelerator.sync_gradients:
@@ -525,13 +529,14 @@ def open_hub(args: PretrainArguments, accelerator: Accelerator) -> TrainingPush 
     return on_main_process(accelerator, lambda: TrainingPush(args.output_dir, **place))
 
 
-def build_optimizer(args: PretrainArguments, model: PreTrainedModel) -> torch.optim.Optimizer:
+def build_optimizer(args: PretrainArguments, model: PreTrainedModel, accelerator: Accelerator) -> torch.optim.Optimizer:
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "epsilon": args.adam_epsilon}
     rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
     if args.optimizer == "adamw":
         return build_adamw(model, **rates, **adam)
     rates["adam_learning_rate"] = args.adam_learning_rate
-    return build_muon(model, **rates, **adam, momentum=args.muon_momentum)
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    return build_muon(model, **rates, **adam, momentum=args.muon_momentum, dtype=dtype)
 
 
 def finish(args: PretrainArguments, setup: Setup, state: dict, tokens_per_second: float | None) -> None:

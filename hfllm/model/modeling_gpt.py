@@ -88,6 +88,54 @@ class RotaryFunction(torch.autograd.Function):
         return turned
 
 
+LOGIT_ROWS = 512  # at a time: fewer, and adding up the weight's gradient takes longer than the products
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """The nats that a head needs for its targets, summed, from some rows of logits at a time and never all of them.
+
+    Each piece of logits is made, gives its part of the loss and of both gradients, and is forgotten. All of them would
+    be 412 MB at 50,257 ids and 2,048 tokens, several times over with what autograd keeps. hidden_states is (N, C),
+    weight (V, C), targets (N), -100 for none. Products are taken in `dtype`, all else in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        x, w = hidden_states.to(dtype), weight.to(dtype)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_w = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        nats = torch.zeros((), dtype=torch.float32, device=x.device)
+        for first in range(0, len(x), LOGIT_ROWS):
+            rows = slice(first, first + LOGIT_ROWS)
+            logits, target = (x[rows] @ w.mT).float(), targets[rows, None]
+            is_target, target = target != -100, target.clamp(min=0)
+            probabilities = logits.softmax(-1)
+            # What softmax has divided by: the likeliest token's probability is exp(its logit - logsumexp).
+            logsumexp = logits.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log_()
+            nats += (is_target * (logsumexp - logits.gather(-1, target))).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            probabilities.scatter_add_(-1, target, torch.full_like(logsumexp, -1.0))
+            grad_logits = probabilities.mul_(is_target).to(dtype)
+            if grad_x is not None:
+                torch.mm(grad_logits, w, out=grad_x[rows])
+            if grad_w is not None:
+                grad_w += grad_logits.mT @ x[rows]
+        ctx.save_for_backward(
+            None if grad_x is None else grad_x.to(hidden_states.dtype),
+            None if grad_w is None else grad_w.to(weight.dtype),
+        )
+        return nats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grads = [None if saved is None else saved * grad for saved in ctx.saved_tensors]
+        return *grads, None, None
+
+
 def is_plain_float32(*tensors: torch.Tensor) -> bool:
     """Whether the functions above apply: float32 on a CPU, and nobody traces."""
     return not is_tracing(tensors[0]) and all(
@@ -692,9 +740,13 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
+        skip_logits (`bool`, *optional*, defaults to `False`):
+            With labels, return the loss alone. The logits then are never there all at once, which saves their memory;
+            where the head is not a plain linear layer (LoRA on it, sharded, soft-capped) they are, all the same.
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Usually `input_ids` itself: the model shifts them. -100 marks what is not learned. Labels that are shifted
             already go in as `shift_labels`; the loss is the mean over labels, or, with `num_items_in_batch`, their sum
@@ -722,7 +774,21 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = project(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        if skip_logits and self._has_plain_head():
+            if shift_labels is None:
+                if labels is None:
+                    raise ValueError("skip_logits=True leaves the loss alone, and without labels there is none.")
+                shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+            loss = self._cross_entropy(hidden_states, shift_labels, num_items_in_batch)
+            return CausalLMOutputWithPast(
+                loss=loss,
+                past_key_values=outputs.past_key_values,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
+
+        logits = project(self.lm_head, hidden_states)
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * torch.tanh(logits / cap)
 
@@ -743,6 +809,35 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _has_plain_head(self) -> bool:
+        """Whether the head's weight may be multiplied by itself: whole, here, and with nothing hung onto the layer."""
+        head = self.lm_head
+        return (
+            type(head) is nn.Linear
+            and type(head.weight) is nn.Parameter
+            and head.weight.shape == (head.out_features, head.in_features)
+            and not head._forward_pre_hooks
+            and not head._forward_hooks
+            and self.config.final_logit_softcapping is None
+            and not is_tracing(head.weight)
+        )
+
+    def _cross_entropy(
+        self, hidden_states: torch.Tensor, shift_labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None
+    ) -> torch.Tensor:
+        """transformers' ForCausalLMLoss of hidden states (B, T, C): the mean over labels, or their sum by a number."""
+        weight, targets = self.lm_head.weight, shift_labels.flatten().to(hidden_states.device)
+        device_type = hidden_states.device.type
+        is_autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if is_autocast else weight.dtype
+        with torch.autocast(device_type, enabled=False):
+            nats = LinearCrossEntropyFunction.apply(hidden_states.flatten(0, -2), weight, targets, dtype)
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != -100).sum()
+        elif torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(nats.device)
+        return nats / num_items_in_batch
 
     # What follows lets `generate` go on past the learned positions. Rotary positions have no end: they go on as
     # transformers has it, by the frequencies that config.rope_parameters gives.

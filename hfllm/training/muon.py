@@ -32,6 +32,9 @@ class Muon(torch.optim.Optimizer):
     one. Weight decay is decoupled: lr * weight_decay of a parameter is taken away. The state of a matrix is its
     `momentum_buffer`, of anything else AdamW's.
 
+    Matrices are made orthogonal in `dtype`; unless it is given, in float32 on a CPU and in bfloat16 elsewhere. The
+    iteration bears bfloat16's rounding, and what it costs is mostly products: half a step's time on a CPU in float32.
+
     A parameter may be sharded (FSDP2's DTensor): its momentum then is gathered, every process orthogonalises it whole,
     and keeps its part of the result.
     """
@@ -45,9 +48,11 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        dtype: torch.dtype | None = None,
     ):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(groups, {**defaults, "orthogonal": False})
+        self.dtype = dtype
         for group in self.param_groups:
             for parameter in group["params"] if group["orthogonal"] else []:
                 if parameter.ndim != 2:
@@ -76,7 +81,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         for stack in _stacks(parameters):
             updates = [self._update_momentum(parameter, group["momentum"]) for parameter in stack]
-            for parameter, update in zip(stack, orthogonalize(updates)):
+            for parameter, update in zip(stack, orthogonalize(updates, self.dtype)):
                 rows, columns = parameter.shape
                 own, update = _local(parameter), _share(update, parameter)
                 own.mul_(1 - group["lr"] * group["weight_decay"])
@@ -116,18 +121,19 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def orthogonalize(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+def orthogonalize(matrices: list[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     """Each matrix with its singular values near 1: about U V^T for U S V^T, by Newton and Schulz's iteration.
 
-    The matrices have one shape, or that shape transposed, and are multiplied together as one stack: on a CPU in
-    float32, elsewhere in bfloat16, whose rounding the iteration bears. A matrix of zeros stays one.
+    The matrices have one shape, or that shape transposed, and are multiplied together as one stack, in `dtype`: by
+    default in float32 on a CPU, elsewhere in bfloat16. A matrix of zeros stays one.
     """
     rows, columns = matrices[0].shape
     is_tall = [
         matrix.shape[0] > matrix.shape[1] for matrix in matrices
     ]  # the Gram matrix below is then the smaller one
     device = matrices[0].device
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     x = torch.empty(len(matrices), min(rows, columns), max(rows, columns), dtype=dtype, device=device)
     for place, matrix, tall in zip(x, matrices, is_tall):
         place.copy_(matrix.mT if tall else matrix)

@@ -70,8 +70,12 @@ def build_muon(
     momentum: float,
     betas: tuple[float, float],
     epsilon: float,
+    dtype: torch.dtype | None = None,
 ) -> Muon:
-    """Muon over `hidden_matrices` at `learning_rate`; AdamW over the rest of `parameter_groups` at its own rate."""
+    """Muon over `hidden_matrices` at `learning_rate`; AdamW over the rest of `parameter_groups` at its own rate.
+
+    `dtype` is the one in which matrices are made orthogonal, see `Muon`.
+    """
     matrices = hidden_matrices(model)
     if not matrices:
         raise ValueError(
@@ -84,7 +88,8 @@ def build_muon(
         rest = [parameter for parameter in group["params"] if id(parameter) not in own]
         if rest:
             groups.append({**group, "params": rest, "lr": adam_learning_rate})
-    return _remember_learning_rates(Muon(groups, lr=learning_rate, momentum=momentum, betas=betas, eps=epsilon))
+    optimizer = Muon(groups, lr=learning_rate, momentum=momentum, betas=betas, eps=epsilon, dtype=dtype)
+    return _remember_learning_rates(optimizer)
 
 
 def _remember_learning_rates(optimizer: Any) -> Any:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .devices import describe_sharding
 from .evaluation import Evaluation
-from .throughput import peak_flops, peak_memory_bytes
+from .throughput import multiplies_bfloat16, peak_flops, peak_memory_bytes
 
 
 def describe_run(
@@ -33,7 +33,17 @@ def describe_run(
         f"Model: {model.num_parameters():,} parameters, of which {num_embedding:,} in the token embedding, {tied}.\n"
         f"Training: {max_steps:,} steps of {rows_per_step * block_size:,} tokens ({rows_per_step} rows of "
         f"{block_size}), {passes}, on {accelerator.num_processes} x {accelerator.device.type}{sharding} in "
-        f"{precision}."
+        f"{precision}.{_describe_faster_precision(accelerator)}"
+    )
+
+
+def _describe_faster_precision(accelerator: Accelerator) -> str:
+    """A hint for a CPU that has more in it than it was asked for."""
+    is_cpu_in_float32 = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
+    if not is_cpu_in_float32 or not multiplies_bfloat16(accelerator.device):
+        return ""
+    return (
+        "\nThis CPU multiplies in bfloat16 too, and faster: accelerate launch --mixed_precision bf16 ... would use it."
     )
 
 

@@ -58,6 +58,14 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype = torch.float32) -
     return 2 * size**3 / best
 
 
+def multiplies_bfloat16(device: torch.device | str) -> bool:
+    """Whether `device` has instructions for products of bfloat16; where a CPU has not, float32 is the faster one."""
+    if torch.device(device).type != "cpu":
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def peak_memory_bytes(device: torch.device | str) -> int:
     """The most memory this process has held so far: the tensors on an accelerator, or everything on a CPU."""
     device = torch.device(device)

@@ -236,6 +236,48 @@ def test_the_loss_is_a_sum_divided_by_the_number_it_is_given(tiny_model):
     torch.testing.assert_close(parts, whole)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_all_logits_the_loss_and_every_gradient_are_the_same(tied, dtype):
+    """600 rows of logits: more than are made at a time, and the last piece is smaller."""
+    model = hfllm.GPTForCausalLM(make_tiny_config("modern", tie_word_embeddings=tied, vocab_size=301))
+    ids, targets = torch.randint(301, (20, 30)), torch.randint(301, (20, 30))
+    targets[torch.rand(20, 30) < 0.2] = -100
+    results = []
+    for skip_logits in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            output = model(ids, shift_labels=targets, num_items_in_batch=77, skip_logits=skip_logits, use_cache=False)
+        output.loss.backward()
+        results.append([output.loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        assert (output.logits is None) == skip_logits
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02  # of the largest number in each
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_without_all_logits_labels_are_shifted_and_averaged_as_with_them(tiny_model):
+    ids = random_ids(3, 12)
+    labels = ids.masked_fill(torch.rand(3, 12) < 0.3, -100)
+    with torch.no_grad():
+        without = tiny_model(ids, labels=labels, skip_logits=True).loss
+    torch.testing.assert_close(without, tiny_model(ids, labels=labels).loss)
+    with pytest.raises(ValueError, match="without labels there is none"):
+        tiny_model(ids, skip_logits=True)
+
+
+def test_a_frozen_head_gets_no_gradient_and_one_with_an_adapter_keeps_its_logits(tiny_config):
+    model = hfllm.GPTForCausalLM(make_tiny_config("modern", tie_word_embeddings=False))
+    model.lm_head.requires_grad_(False)
+    ids = random_ids(2, 10)
+    model(ids, labels=ids, skip_logits=True).loss.backward()
+    assert model.lm_head.weight.grad is None and model.model.embed_tokens.weight.grad is not None
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    hooked = model(ids, labels=ids, skip_logits=True)
+    torch.testing.assert_close(hooked.loss, model(ids, labels=ids).loss)
+    assert hooked.logits is not None
+
+
 def test_a_repeated_sequence_is_learned_to_almost_no_loss(tiny_config):
     model = hfllm.GPTForCausalLM(tiny_config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -86,6 +86,14 @@ def test_a_matrix_of_zeros_stays_one():
     assert torch.equal(orthogonalize([torch.zeros(3, 5)])[0], torch.zeros(3, 5))
 
 
+def test_in_bfloat16_the_directions_are_those_of_float32():
+    """bfloat16 keeps 8 bits of each number; the update's length and direction stay within a percent."""
+    matrices = [torch.randn(48, 128) for _ in range(3)]
+    for exact, rounded in zip(orthogonalize(matrices), orthogonalize(matrices, torch.bfloat16)):
+        assert torch.nn.functional.cosine_similarity(exact.flatten(), rounded.float().flatten(), dim=0) > 0.999
+        assert rounded.float().norm() == pytest.approx(exact.norm().item(), rel=0.01)
+
+
 # A step
 
 

@@ -4,7 +4,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hfllm.training.throughput import ThroughputMeter, flops_per_token, peak_flops, peak_memory_bytes
+from hfllm.training.throughput import (
+    ThroughputMeter,
+    flops_per_token,
+    multiplies_bfloat16,
+    peak_flops,
+    peak_memory_bytes,
+)
 
 
 def tiny_llama(**overrides) -> LlamaForCausalLM:
@@ -58,6 +64,18 @@ def test_peak_flops_is_plausible_and_measured_once():
     first = peak_flops("cpu", torch.float32)
     assert 1e8 < first < 1e15
     assert peak_flops("cpu", torch.float32) == first
+
+
+def test_a_cpu_multiplies_bfloat16_if_it_has_one_of_the_instructions_for_it(monkeypatch):
+    for capabilities, expected in (
+        ({"avx2": True}, False),
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({}, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert multiplies_bfloat16("cpu") == expected
+    assert multiplies_bfloat16("cuda")
 
 
 def test_peak_memory_is_at_least_what_is_held_now_and_no_more_than_the_machine_has():
