@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import hfllm
+from hfllm.model import modeling_gpt
 from tests.conftest import make_tiny_config
 
 
@@ -256,3 +258,44 @@ def test_dropout_is_off_in_evaluation(tiny_config):
     assert not torch.equal(model(ids).logits, model(ids).logits)
     model.eval()
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+# In bfloat16 on a CPU
+
+
+@pytest.mark.parametrize("kind", ["causal", "packed", "padded"])
+def test_short_rows_in_bfloat16_get_float32s_loss_and_gradients_up_to_rounding(kind, monkeypatch):
+    model = hfllm.GPTForCausalLM(make_tiny_config("modern", num_key_value_heads=2))
+    assert model.config._attn_implementation == "sdpa"
+    ids = torch.randint(3, 64, (2, 24))
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    if kind == "packed":
+        inputs["position_ids"] = (torch.arange(24) % 10).expand(2, -1).contiguous()
+    if kind == "padded":
+        inputs["attention_mask"] = torch.ones(2, 24, dtype=torch.long)
+        inputs["attention_mask"][0, :5] = 0
+        inputs["labels"] = ids.clone()
+        inputs["labels"][0, :6] = -100  # the last one is what a token of padding would predict
+    calls = []
+    original = modeling_gpt.whole_scores_attention
+
+    def counted(*arguments):
+        calls.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(modeling_gpt, "whole_scores_attention", counted)
+    results = []
+    for is_rounded in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_rounded):
+            loss = model(**inputs).loss
+        loss.backward()
+        results.append((loss.item(), [parameter.grad.clone() for parameter in model.parameters()]))
+    assert len(calls) == model.config.num_hidden_layers  # in float32 never
+    (exact_loss, exact), (rounded_loss, rounded) = results
+    assert rounded_loss == pytest.approx(exact_loss, rel=2e-3)
+    for expected, found in zip(exact, rounded):
+        assert nn.functional.cosine_similarity(expected.flatten(), found.flatten(), dim=0) > 0.999
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(**inputs)
+    assert len(calls) == model.config.num_hidden_layers  # nor without gradients, nor in the rows of a generation
