@@ -203,6 +203,7 @@ def save_adapter(
 ) -> None:
     """Write one adapter as PEFT does, straight into the folder, and beside it what its base is known by.
 
+    A classifier's `classifier_pooling` stands there too, because its head was trained on it.
     `base_model_name_or_path` is what other programs open the base by: `base_model_id` if given, else the name that the
     base was opened by. A base that came from the Hub's cache is written by its id; a folder's path holds on this
     machine only, which is logged.
@@ -225,6 +226,8 @@ def save_adapter(
         for file in [path for path in Path(there).rglob("*") if path.is_file()]:
             file.replace(folder / file.name)
     known_by = {"base_model_name_or_path": name or None, "weights_sha256": base_fingerprint(model)}
+    if config.task_type == "SEQ_CLS" and hasattr(base.config, "classifier_pooling"):
+        known_by["classifier_pooling"] = base.config.classifier_pooling
     (folder / BASE_FILE).write_text(json.dumps(known_by, indent=2) + "\n", encoding="utf-8")
 
 
@@ -239,7 +242,7 @@ def load_adapter(
 
     An adapter that was trained on another base is refused: one whose task, layers or shapes differ, or, where
     `save_adapter` wrote the adapter, whose base had other weights. A PeftModel gets a further adapter, which becomes
-    the active one.
+    the active one. A classifier's base takes the `classifier_pooling` that the adapter's head was trained on.
     """
     name = str(adapter)
     wrapped = isinstance(base, PeftModel)
@@ -255,12 +258,20 @@ def load_adapter(
         ) from error
     if wrapped and adapter_name in base.peft_config:
         raise ValueError(f"The model has an adapter {adapter_name!r} already: choose another adapter_name.")
-    reason = _why_another_base(model, config, name) or _why_other_weights(base, config, name)
+    known_by = _read_base_file(name)
+    reason = _why_another_base(model, config, name) or _why_other_weights(base, known_by)
     if reason:
         raise ValueError(
             f"The adapter {name!r} belongs to another base: {reason} It was trained on "
             f"{config.base_model_name_or_path!r}; this model is {model.name_or_path or type(model).__name__!r}."
         )
+    if (pooling := known_by.get("classifier_pooling")) and pooling != getattr(model.config, "classifier_pooling", None):
+        if wrapped:
+            raise ValueError(
+                f"The adapter {name!r} has classifier_pooling={pooling!r}, those on the model already have another. "
+                "Open the base anew for it."
+            )
+        model.config.classifier_pooling = pooling
     if not wrapped:
         return PeftModel.from_pretrained(model, name, adapter_name=adapter_name, is_trainable=is_trainable)
     base.load_adapter(name, adapter_name=adapter_name, is_trainable=is_trainable)
@@ -382,7 +393,7 @@ def _features(module: nn.Module) -> tuple[int | None, int | None]:
     return getattr(module, "in_features", None), getattr(module, "out_features", None)
 
 
-def _why_other_weights(base: PreTrainedModel | PeftModel, config: PeftConfig, adapter: str) -> str:
+def _read_base_file(adapter: str) -> dict[str, Any]:
     path = cached_file(
         adapter,
         BASE_FILE,
@@ -390,7 +401,10 @@ def _why_other_weights(base: PreTrainedModel | PeftModel, config: PeftConfig, ad
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
     )
-    known_by: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+
+
+def _why_other_weights(base: PreTrainedModel | PeftModel, known_by: dict[str, Any]) -> str:
     trained_on, here = known_by.get("weights_sha256"), base_fingerprint(base)
     if trained_on and here and trained_on != here:
         return "the shapes agree, but the weights that it was trained on are not these."

@@ -137,6 +137,21 @@ def test_a_classifiers_head_is_saved_with_the_adapter(folder, tmp_path):
     torch.testing.assert_close(logits_of(merge_adapter(reloaded)), logits_of(adapted), atol=1e-5, rtol=1e-5)
 
 
+def test_a_classifiers_pooling_goes_with_its_adapter(folder, tmp_path):
+    def open_base(**fields):
+        return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, **fields)
+
+    adapted = train(add_lora(open_base(classifier_pooling="mean"), r=4), labels=torch.tensor([2, 0]))
+    save_adapter(adapted, tmp_path / "mean")
+    save_adapter(add_lora(open_base(), r=4), tmp_path / "last")
+    reloaded = load_adapter(open_base(), tmp_path / "mean")  # the base's own config says "last"
+    torch.testing.assert_close(logits_of(reloaded), logits_of(adapted))
+    assert merge_adapter(reloaded).config.classifier_pooling == "mean"
+    both = load_adapter(open_base(), tmp_path / "mean")
+    with pytest.raises(ValueError, match="has classifier_pooling='last', those on the model already have another"):
+        load_adapter(both, tmp_path / "last", adapter_name="second")
+
+
 def test_merging_into_bfloat16_rounds_once(folder, tmp_path):
     """Rounding the adapter's part and the sum, as a merge in bfloat16 does, is further away from the float32 merge."""
     adapted = train(add_lora(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), r=4))

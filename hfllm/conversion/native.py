@@ -28,6 +28,7 @@ _ROTARY_DECODER = {
     "norm_type": "rms_norm",
     "gated_mlp": True,
     "final_logit_softcapping": None,
+    "classifier_pooling": "last",
 }
 _NEEDED: dict[str, dict[str, Any]] = {
     "gpt2": {
@@ -36,6 +37,7 @@ _NEEDED: dict[str, dict[str, Any]] = {
         "gated_mlp": False,
         "use_qk_norm": False,
         "final_logit_softcapping": None,
+        "classifier_pooling": "last",
     },
     "llama": {**_ROTARY_DECODER, "use_qk_norm": False},
     "qwen3": {**_ROTARY_DECODER, "use_qk_norm": True, "mlp_bias": False},
@@ -51,6 +53,7 @@ _IN_WORDS = {
     ("use_qk_norm", False): "no norm over queries and keys",
     ("mlp_bias", False): "no biases in its MLP",
     ("final_logit_softcapping", None): "no cap on its logits",
+    ("classifier_pooling", "last"): "classifiers that stand on the last token",
 }
 
 # gpt2's names for the parts of a block, and ours. `attn.c_attn` is our three projections side by side.
@@ -211,6 +214,11 @@ def _advice(model: Any) -> str:
         return " It is one of ours already."
     if hasattr(model, "merge_and_unload"):
         return " Merge the adapter first: model.merge_and_unload()."
+    if getattr(getattr(model, "config", None), "classifier_pooling", "last") == "mean":
+        return (
+            " Only causal language models are converted, and this classifier has classifier_pooling='mean', where "
+            "transformers' own classes stand on the last token: it has no native twin."
+        )
     if isinstance(model, PreTrainedModel):
         return " Only causal language models are converted; other heads are trained on them afterwards."
     return ""

@@ -160,6 +160,7 @@ def _usage(run: Run, name: str, base: str | None) -> str:
     if run.adapter:
         auto = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
         where = json.dumps(base) if base else "..."
+        pooling = ', classifier_pooling="mean"' if run.arguments.get("pooling") == "mean" else ""
         note = (
             ""
             if base and is_hub_id(base)
@@ -169,7 +170,7 @@ def _usage(run: Run, name: str, base: str | None) -> str:
 from peft import PeftModel
 from transformers import {auto}, AutoTokenizer
 
-base = {auto}.from_pretrained({where}, trust_remote_code=True)
+base = {auto}.from_pretrained({where}{pooling}, trust_remote_code=True)
 model = PeftModel.from_pretrained(base, {quoted})
 tokenizer = AutoTokenizer.from_pretrained({where}, trust_remote_code=True)
 ```

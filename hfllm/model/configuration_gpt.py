@@ -149,6 +149,8 @@ class GPTConfig(PreTrainedConfig):
         embedding_initializer_range: That of the embeddings. Default: as `initializer_range`. The book leaves them at
             PyTorch's 1.0, which with a head of its own learns a short text far faster.
         tie_word_embeddings: The head is the token embedding (Press and Wolf 2017).
+        classifier_pooling: Where `GPTForSequenceClassification` stands: on the last token (`"last"`, as transformers'
+            own classes do), or on the mean of all tokens' last hidden states (`"mean"`); padding never counts.
 
     Raises:
         ValueError: for an unknown field, naming the nearest one, and for values that cannot work, alone or together. A
@@ -200,6 +202,7 @@ class GPTConfig(PreTrainedConfig):
     embedding_initializer_range: float | int | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = True
+    classifier_pooling: Literal["last", "mean"] = "last"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

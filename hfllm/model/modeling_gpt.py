@@ -1039,8 +1039,14 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         return generator
 
 
-@auto_docstring(custom_intro="The GPT with a linear classifier on each row's last token that is not padding.")
+@auto_docstring(
+    custom_intro="The GPT with a linear classifier on a row's last token, or the mean of its tokens, padding aside."
+)
 class GPTForSequenceClassification(GPTPreTrainedModel):
+    # The loss is the mean over rows. Trainer has to be told, or it takes the keywords of `forward` for a promise that
+    # num_items_in_batch divides it, and multiplies gradients by the accumulation and by the number of processes.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -1062,6 +1068,12 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
+        is_mean = self.config.classifier_pooling == "mean"
+        if is_mean and past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise ValueError(
+                "classifier_pooling='mean' is over all tokens of a text, and those in past_key_values have left no "
+                "hidden states. Pass the whole text, without a filled cache."
+            )
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1072,9 +1084,14 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        last_token = self._find_last_token(input_ids, attention_mask, hidden_states)
-        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
-        logits = self.score(hidden_states[rows, last_token])  # (B, T, C) -> (B, num_labels)
+        is_text = self._find_text(input_ids, attention_mask, hidden_states)
+        if is_mean:
+            documents = self.model._find_documents(attention_mask, position_ids, None)
+            pooled = self._mean_of_text(hidden_states, is_text, documents)
+        else:
+            rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+            pooled = hidden_states[rows, self._last_token(is_text)]
+        logits = self.score(pooled)  # (B, C) -> (B, num_labels)
 
         loss = None
         if labels is not None:
@@ -1088,10 +1105,10 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _find_last_token(
+    def _find_text(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor
     ) -> torch.Tensor:
-        """The index (B,) of each row's last token that is not padding, on whichever side the padding is.
+        """Which tokens (B, T) are not padding, on whichever side the padding is.
 
         The attention mask decides. Only without one does the pad token's id, which is wrong where a text may contain
         that id (pad == eos); a single row without either is taken whole.
@@ -1102,13 +1119,28 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
         elif input_ids is not None and self.config.pad_token_id is not None:
             is_text = input_ids != self.config.pad_token_id
         elif batch_size == 1 or input_ids is None:
-            return torch.full((batch_size,), length - 1, device=hidden_states.device)
+            is_text = torch.ones(batch_size, length, dtype=torch.bool)
         else:
             raise ValueError(
                 f"Cannot tell text from padding in {batch_size} rows: pass attention_mask, or set config.pad_token_id."
             )
-        positions = torch.arange(length, device=hidden_states.device)
-        return (positions * is_text.to(hidden_states.device)).argmax(-1)
+        return is_text.to(hidden_states.device)
+
+    @staticmethod
+    def _last_token(is_text: torch.Tensor) -> torch.Tensor:
+        """The index (B,) of each row's last token that is not padding."""
+        return (torch.arange(is_text.shape[1], device=is_text.device) * is_text).argmax(-1)
+
+    @classmethod
+    def _mean_of_text(
+        cls, hidden_states: torch.Tensor, is_text: torch.Tensor, documents: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The mean (B, C) of each row's tokens; of a row with several documents, the last one's, as the last token."""
+        if documents is not None:
+            documents = documents.expand_as(is_text)
+            is_text = is_text & (documents == documents.gather(1, cls._last_token(is_text)[:, None]))
+        weights = is_text.to(hidden_states.dtype)
+        return (weights[:, None] @ hidden_states)[:, 0] / weights.sum(-1, keepdim=True).clamp(min=1)
 
 
 __all__ = ["GPTForCausalLM", "GPTForSequenceClassification", "GPTModel", "GPTPreTrainedModel"]

@@ -1,16 +1,19 @@
 """What is fine-tuned for classification, and how good it is, beside what costs nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, Trainer
 
 
 NUM_BINS = 10  # of confidence, as in Guo et al. 2017
+HEADS = ("score", "classifier")  # a classifier's head, by transformers' names
+BATCHES_IN_A_POOL = 50  # of which batches of about equal lengths are made
 TF_IDF_STRENGTHS = (1.0, 10.0, 100.0)  # the inverse regularizations of which the validation texts choose one
 
 
@@ -31,6 +34,96 @@ def freeze_all_but(model: PreTrainedModel, method: str) -> None:
     for parameter in body.parameters():
         if parameter.ndim == 1 and id(parameter) not in inside:  # the norm behind the blocks
             parameter.requires_grad_(True)
+
+
+class RowOrder(Sampler[int]):
+    """The order of an epoch's rows, whole batches of them: a function of seed and epoch, whatever process asks.
+
+    `by_length` puts rows of about equal lengths into a batch, and the batches in random order: where length goes with
+    the label (spam is long), going from long texts to short ones would go from one label to another. The rows beyond
+    the last whole batch, others in each epoch, are left out, so that every step is the mean over as many rows.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, by_length: bool, seed: int):
+        self.lengths, self.batch_size, self.by_length, self.seed = lengths, batch_size, by_length, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths) // self.batch_size * self.batch_size or len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = generator.permutation(len(self.lengths))[: len(self)].tolist()
+        if not self.by_length:
+            return iter(order)
+        pool = BATCHES_IN_A_POOL * self.batch_size
+        order = [
+            row
+            for first in range(0, len(order), pool)
+            for row in sorted(order[first : first + pool], key=lambda row: self.lengths[row])
+        ]
+        batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
+        return iter([row for index in generator.permutation(len(batches)) for row in batches[index]])
+
+
+class ClassifierTrainer(Trainer):
+    """Trainer with the same steps and numbers on any number of processes, and a count of what is text in its batches.
+
+    Rows come in `RowOrder`, for batches that are an optimizer's step on all processes together. `eval_loss` is the mean
+    over the texts, each counted once. The new head and, if they are trained, the token embeddings take steps of
+    `head_learning_rate`.
+    """
+
+    num_tokens = num_places = 0  # of this process
+
+    def __init__(self, *args: Any, head_learning_rate: float, **kwargs: Any):
+        self.head_learning_rate = head_learning_rate
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # classifiers give the mean over rows, also where they take **kwargs
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
+        return RowOrder(
+            self.train_dataset["length"],
+            batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            by_length=self.args.train_sampling_strategy == "group_by_length",
+            seed=self.args.seed,
+        )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        # A word that decides is in a few texts only: its row of the embedding takes few steps, and needs large ones.
+        optimizer = super().create_optimizer(model)
+        heads = [module for name, module in self.model.named_modules() if name.rpartition(".")[2] in HEADS]
+        tables = {
+            id(weight) for module in [self.model.get_input_embeddings(), *heads] for weight in module.parameters()
+        }
+        for group in list(optimizer.param_groups):
+            chosen = [weight for weight in group["params"] if id(weight) in tables]
+            group["params"] = [weight for weight in group["params"] if id(weight) not in tables]
+            if chosen:
+                optimizer.add_param_group({**group, "params": chosen, "lr": self.head_learning_rate})
+        return optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.num_tokens += inputs["attention_mask"].sum()
+        self.num_places += inputs["attention_mask"].numel()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if f"{metric_key_prefix}_loss" in output.metrics and output.label_ids is not None:
+            logits = torch.from_numpy(output.predictions).double()
+            loss = nn.functional.cross_entropy(logits, torch.from_numpy(output.label_ids))
+            output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
+        return output
+
+    def count_tokens(self) -> tuple[int, int]:
+        """The tokens of text in all processes' training batches, and the places there were for them."""
+        counts = torch.tensor([int(self.num_tokens), self.num_places], device=self.args.device)
+        tokens, places = self.accelerator.reduce(counts, reduction="sum").tolist()
+        return tokens, places
 
 
 @torch.no_grad()
@@ -147,3 +240,54 @@ def logistic_regression(
     log_probabilities = np.full((len(test), num_labels), -1e4)
     log_probabilities[:, models[best].classes_] = models[best].predict_log_proba(vectorizer.transform(test))
     return log_probabilities, TF_IDF_STRENGTHS[best]
+
+
+Texts = tuple[Sequence[str], Sequence[int]]  # and their labels' ids
+
+
+def score_beside_baselines(
+    logits: Mapping[str, np.ndarray], parts: Mapping[str, Texts], names: Sequence[str]
+) -> dict[str, Any]:
+    """The numbers of metrics.json: `eval_...` and `test_...` of the logits of these parts, and of what costs nothing.
+
+    The baselines are the logistic regression on the same parts, `test_logistic_regression_...`, and always saying the
+    label that is commonest in the part `train`, `test_majority_accuracy`.
+    """
+    scores = {part: score_predictions(logits[part], np.array(parts[part][1]), names) for part in ("eval", "test")}
+    metrics = {f"eval_{name}": scores["eval"][name] for name in ("loss", "accuracy", "f1_macro")}
+    metrics |= {f"test_{name}": value for name, value in scores["test"].items()}
+    labels = np.array(parts["test"][1])
+    majority = np.bincount(parts["train"][1]).argmax()
+    metrics |= {"test_texts": len(labels), "test_majority_accuracy": float((labels == majority).mean())}
+    baseline_logits, strength = logistic_regression(
+        parts["train"], parts["eval"], parts["test"][0], num_labels=len(names)
+    )
+    baseline = score_predictions(baseline_logits, labels, names)
+    metrics |= {f"test_logistic_regression_{name}": baseline[name] for name in ("accuracy", "f1_macro", "loss", "ece")}
+    return metrics | {"test_logistic_regression_strength": strength}
+
+
+def describe_scores(metrics: Mapping[str, Any]) -> str:
+    """What `score_beside_baselines` found as two small tables, and a word if the logistic regression is better."""
+    labels, num_texts = metrics["test_per_label"], metrics["test_texts"]
+    rows = {"this model": "test", "logistic regression, TF-IDF": "test_logistic_regression"}
+    width = max(map(len, (*labels, *rows)))
+    lines = [f"Test, {num_texts:,} texts that were never trained on:"]
+    lines.append(f"{'':{width}}  accuracy  macro-F1   loss    ECE")
+    for name, prefix in rows.items():
+        accuracy, f1, loss, ece = (metrics[f"{prefix}_{score}"] for score in ("accuracy", "f1_macro", "loss", "ece"))
+        lines.append(f"{name:{width}}  {accuracy:8.2%}  {f1:8.3f}  {loss:.3f}  {ece:.3f}")
+    lines.append(f"{'always the commonest label':{width}}  {metrics['test_majority_accuracy']:8.2%}")
+    lines += ["", f"{'':{width}}  precision  recall     F1  texts"]
+    for name, row in labels.items():
+        lines.append(
+            f"{name:{width}}  {row['precision']:9.2%}  {row['recall']:6.1%}  {row['f1']:.3f}  {row['texts']:5,}"
+        )
+    behind = metrics["test_logistic_regression_accuracy"] - metrics["test_accuracy"]
+    if (num_fewer := round(behind * num_texts)) > 0:
+        lines += [
+            "",
+            f"The logistic regression is right on {num_fewer:,} texts more than this model, at no cost: use it, or "
+            "give the model more pretraining, more labelled texts, another --method or --learning_rate.",
+        ]
+    return "\n".join(lines)

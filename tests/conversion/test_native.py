@@ -461,6 +461,15 @@ def test_a_classifier_of_ours_has_no_native_twin():
         to_native(classifier)
 
 
+@pytest.mark.parametrize("preset", ["modern", "book"])
+def test_a_classifier_on_the_mean_of_its_tokens_is_refused_by_the_fields_name(preset):
+    config = make_tiny_config(preset, classifier_pooling="mean")
+    with pytest.raises(ValueError, match=r"classifier_pooling='mean', but \w+ has classifiers that stand on the last"):
+        to_native(hfllm.GPTForCausalLM(config))
+    with pytest.raises(ValueError, match=r"this classifier has classifier_pooling='mean'.*no native twin"):
+        to_native(hfllm.GPTForSequenceClassification(config))
+
+
 def save_config(folder, **fields):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields))

@@ -194,7 +194,8 @@ def test_auto_classes_open_every_head_without_a_flag(tiny_model, tmp_path):
 
 def test_a_reader_without_hfllm_opens_the_folder_through_each_auto_class(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "model")
-    classifier = hfllm.GPTForSequenceClassification(tiny_model.config).eval()
+    config = make_tiny_config("modern", classifier_pooling="mean")
+    classifier = hfllm.GPTForSequenceClassification(config).eval()
     classifier.save_pretrained(tmp_path / "classifier")
     ids = random_ids(1, 9)
     expected = {

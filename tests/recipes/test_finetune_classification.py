@@ -9,7 +9,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, Qwen3Config, pipeline
 
 import hfllm
 from hfllm.adapters import load_adapter
@@ -72,6 +72,7 @@ def finished(recipe, base, spam, tmp_path_factory) -> tuple[dict, str]:
         "output_dir": tmp_path_factory.mktemp("out") / "spam",
         "num_train_epochs": 3,
         "learning_rate": 2e-2,
+        "head_learning_rate": 0.1,
         "lora_r": 4,
         "per_device_train_batch_size": 8,
         "block_size": 32,
@@ -136,12 +137,13 @@ def test_less_than_a_tenth_of_the_batches_is_padding_on_the_standard_librarys_do
     waste = {}
     for strategy in ("group_by_length", "random"):
         args = recipe.ClassificationArguments(output_dir=str(tmp_path), train_sampling_strategy=strategy)
-        trainer = recipe.CountingTrainer(
+        trainer = recipe.ClassifierTrainer(
             model=torch.nn.Linear(1, 1),
             args=recipe.training_arguments(args),
             train_dataset=rows,
             eval_dataset=rows,
             data_collator=recipe.collate_with(tokenizer),
+            head_learning_rate=1e-2,
         )
         masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
         waste[strategy] = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
@@ -181,6 +183,20 @@ def test_text_that_names_a_control_token_is_text_in_training_and_in_the_pipeline
     tokenizer = AutoTokenizer.from_pretrained(finished[0]["output_dir"])
     assert tokenizer(text)["input_ids"] == trained_on[0]["input_ids"]
     assert tokenizer.eos_token_id not in trained_on[0]["input_ids"]
+
+
+def test_a_classifier_pads_and_cuts_on_the_right_whatever_its_base_is_used_to(recipe, base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.padding_side = tokenizer.truncation_side = "left"  # as it is left behind by who generates in batches
+    tokenizer.save_pretrained(tmp_path / "left")
+    tokenizer = recipe.load_classifier_tokenizer(str(tmp_path / "left"))
+    tokenizer.save_pretrained(tmp_path / "right")
+    opened = AutoTokenizer.from_pretrained(tmp_path / "right")
+    for each in (tokenizer, opened):
+        batch = each(["a dog", "the cat sees one fish and a dog"], padding=True)
+        assert batch["attention_mask"][0][0] == 1 and batch["attention_mask"][0][-1] == 0
+        ids = each("a dog sees the cat")["input_ids"]
+        assert each("a dog sees the cat", truncation=True, max_length=3)["input_ids"] == ids[:3]
 
 
 def test_a_long_text_loses_its_end_and_ends_with_a_token_of_its_own(recipe, base):
@@ -261,6 +277,11 @@ def test_the_other_methods_train_only_what_they_name(method, finished, classify,
     [
         ({"block_size": 100}, "--block_size 100 is longer than the model's context of 48 tokens"),
         ({"method": "head", "lora_r": 8}, "--lora_r: only --method lora has LoRA"),
+        ({"method": "head", "learning_rate": 0.1}, "Give --head_learning_rate"),
+        (
+            {"model": "GPT2", "pooling": "mean"},
+            "--pooling mean: .* is a gpt2, whose classifier in transformers stands on",
+        ),
         ({"test_fraction": 0.95}, "leave nothing to train on"),
         ({"text_column": "massage", "dataset": "CSV"}, "did you mean --text_column message"),
         ({"test_split": "test", "test_dataset": "x.csv"}, "both say what to use for test"),
@@ -271,10 +292,30 @@ def test_the_other_methods_train_only_what_they_name(method, finished, classify,
 def test_what_cannot_work_stops_before_training(options, message, classify, base, spam, tmp_path):
     (tmp_path / "a.csv").write_text("message,label\nhello you,eggs\nfree prize,spam\n")
     (tmp_path / "one.csv").write_text("message,label\na,spam\nb,spam\nc,spam\n")
-    files = {"CSV": tmp_path / "a.csv", "ONE": tmp_path / "one.csv"}
+    files = {"CSV": tmp_path / "a.csv", "ONE": tmp_path / "one.csv", "GPT2": tmp_path / "gpt2"}
+    GPT2Config(n_embd=8, n_head=2, n_layer=1).save_pretrained(tmp_path / "gpt2")
     options = {name: files.get(value, value) for name, value in options.items()}
     with pytest.raises(ValueError, match=message):
         classify(**{"model": base, "dataset": spam, "output_dir": tmp_path / "out", **options})
+
+
+def test_what_is_not_given_is_chosen_by_method_and_model(recipe, base, tmp_path):
+    def chosen(model, **options):
+        return recipe.choose_for_model(recipe.ClassificationArguments(model=str(model), **options))
+
+    small, large = recipe.LEARNING_RATES["full"]
+    assert chosen(base, method="full") == ("mean", small, recipe.HEAD_LEARNING_RATES["full"][0])
+    assert chosen(base, method="full", learning_rate=1e-4, pooling="last")[:2] == ("last", 1e-4)
+    assert chosen(base, method="head", head_learning_rate=0.5) == ("mean", 0.5, 0.5)
+    Qwen3Config(hidden_size=1024).save_pretrained(tmp_path)
+    assert chosen(tmp_path, method="full") == ("last", large, recipe.HEAD_LEARNING_RATES["full"][1])
+
+
+def test_the_saved_folder_and_the_adapter_say_where_the_head_stands(finished):
+    out = Path(finished[0]["output_dir"])
+    for path in (out / "config.json", out / "adapter" / "base_model.json"):
+        assert json.loads(path.read_text())["classifier_pooling"] == "mean"
+    assert yaml.safe_load((out / "arguments.yaml").read_text())["pooling"] == "mean"
 
 
 def test_given_test_texts_are_not_split_off(recipe, spam, tmp_path):

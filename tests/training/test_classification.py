@@ -3,12 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers import GPT2Config, GPT2ForSequenceClassification, TrainingArguments
 
 import hfllm
+from hfllm.adapters import add_lora
 from hfllm.report.confusion import plot_confusion
-from hfllm.training.classification import freeze_all_but, logistic_regression, score_predictions
+from hfllm.training.classification import (
+    ClassifierTrainer,
+    RowOrder,
+    freeze_all_but,
+    logistic_regression,
+    score_predictions,
+)
 from tests.conftest import make_tiny_config
 
 
@@ -108,3 +116,105 @@ def test_a_new_head_is_drawn_as_other_weights_are_and_without_a_bias(tmp_path):
     model = hfllm.GPTForSequenceClassification.from_pretrained(tmp_path, num_labels=40)
     assert model.score.bias is None and model.score.weight.dtype == torch.float32
     assert model.score.weight.std().item() == pytest.approx(0.02, rel=0.15)
+
+
+def test_a_batch_has_rows_of_about_equal_lengths_and_batches_come_in_random_order():
+    """Trainer's own sampler goes from long texts to short ones, and so, where spam is long, from spam to ham."""
+    lengths = np.random.default_rng(0).permutation(400) + 1
+    order = list(RowOrder(lengths, batch_size=8, by_length=True, seed=3))
+    batches = [lengths[order[first : first + 8]] for first in range(0, 400, 8)]
+    assert sorted(order) == list(range(400))
+    assert max(batch.max() - batch.min() for batch in batches) < 10
+    means = [batch.mean() for batch in batches]
+    assert abs(np.corrcoef(means, range(50))[0, 1]) < 0.4
+    at_random = list(RowOrder(lengths, batch_size=8, by_length=False, seed=3))
+    assert sorted(at_random) == list(range(400)) and np.mean([np.ptp(lengths[at_random[:8]])]) > 100
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_and_leaves_out_other_rows_in_each():
+    def order(seed, epoch):
+        rows = RowOrder(range(1, 21), batch_size=8, by_length=True, seed=seed)
+        rows.set_epoch(epoch)
+        assert len(rows) == 16
+        return list(rows)
+
+    assert order(1, 0) == order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
+    seen = [row for epoch in range(20) for row in order(1, epoch)]
+    assert set(seen) == set(range(20)) and all(len(set(order(1, epoch))) == 16 for epoch in range(20))
+    assert len(list(RowOrder([3, 1, 2], batch_size=8, by_length=True, seed=0))) == 3
+
+
+def make_trainer(model, tmp_path, **options) -> ClassifierTrainer:
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(3, 64, generator.integers(3, 12)).tolist() for _ in range(35)]
+    data = {"input_ids": rows, "length": list(map(len, rows)), "labels": [len(row) % 3 for row in rows]}
+
+    def collate(batch):
+        length = max(len(row["input_ids"]) for row in batch)
+        ids = torch.tensor([row["input_ids"] + [2] * (length - len(row["input_ids"])) for row in batch])
+        mask = torch.tensor([[1] * row["length"] + [0] * (length - row["length"]) for row in batch])
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in batch])}
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        report_to="none",
+        use_cpu=True,
+        remove_unused_columns=False,
+        learning_rate=1e-3,
+        max_steps=4,
+        train_sampling_strategy="group_by_length",
+        disable_tqdm=True,
+        **options,
+    )
+    dataset = Dataset.from_dict(data)
+    return ClassifierTrainer(model, arguments, collate, dataset, dataset, head_learning_rate=1e-2)
+
+
+@pytest.mark.parametrize("model_class", [hfllm.GPTForSequenceClassification, GPT2ForSequenceClassification])
+def test_a_step_is_the_same_in_one_forward_pass_as_in_several(model_class, tmp_path):
+    """Trainer alone would take the model's **kwargs for a promise to divide by the accumulation, and add up means."""
+    weights, losses = [], []
+    for rows, accumulation in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        if model_class is GPT2ForSequenceClassification:
+            sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+            dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+            config = GPT2Config(**sizes, **dropouts, num_labels=3, pad_token_id=2)
+        else:
+            config = make_tiny_config("modern", num_labels=3, classifier_pooling="mean")
+        options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+        trainer = make_trainer(model_class(config), tmp_path, **options, logging_steps=1)
+        trainer.train()
+        weights.append({name: weight.clone() for name, weight in trainer.model.named_parameters()})
+        losses.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry])
+    assert np.array(losses[0]) == pytest.approx(np.array(losses[1]), rel=1e-4)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], atol=2e-5, rtol=1e-3)
+
+
+def test_the_evaluations_loss_is_the_mean_over_the_texts_whatever_the_batches(tmp_path):
+    model = hfllm.GPTForSequenceClassification(make_tiny_config("book", num_labels=3)).eval()
+    losses = []
+    for rows in (1, 16):
+        trainer = make_trainer(model, tmp_path, per_device_eval_batch_size=rows)
+        losses.append(trainer.evaluate()["eval_loss"])
+    batch = trainer.data_collator([trainer.eval_dataset[row] for row in range(35)])
+    assert losses == pytest.approx([model(**batch).loss.item()] * 2, rel=1e-5)
+
+
+def test_the_head_and_trained_embeddings_take_steps_of_their_own(tmp_path):
+    config = make_tiny_config("modern", num_labels=3)
+    for change in (None, add_lora):
+        model = hfllm.GPTForSequenceClassification(config)
+        trainer = make_trainer(change(model, r=2) if change else model, tmp_path)
+        names = {id(weight): name for name, weight in trainer.model.named_parameters()}
+        groups = trainer.create_optimizer().param_groups
+        by_rate = {names[id(weight)]: group["lr"] for group in groups for weight in group["params"]}
+        trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+        assert set(by_rate) == trained
+        fast = {name for name, rate in by_rate.items() if rate == 1e-2}
+        if change:
+            assert fast == {"base_model.model.score.modules_to_save.default.weight"}
+        else:
+            assert fast == {"score.weight", "model.embed_tokens.weight"}
+        assert {rate for name, rate in by_rate.items() if name not in fast} == {1e-3}

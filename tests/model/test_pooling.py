@@ -1,0 +1,76 @@
+"""Where the classifier stands: on the last token, or on the mean of all; checked against sums by hand."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import hfllm
+from tests.conftest import make_tiny_config
+
+
+@pytest.fixture(params=["modern", "book"])
+def classifier(request) -> hfllm.GPTForSequenceClassification:
+    return hfllm.GPTForSequenceClassification(make_tiny_config(request.param, classifier_pooling="mean")).eval()
+
+
+def mean_by_hand(classifier, text: torch.Tensor) -> torch.Tensor:
+    """The logits of one unpadded text (1, T)."""
+    states = classifier.model(text).last_hidden_state[0]
+    return classifier.score(sum(states) / len(states))
+
+
+def test_the_default_is_the_last_token_as_in_transformers_own_classes():
+    config = make_tiny_config("modern")
+    assert config.classifier_pooling == "last"
+    classifier, text = hfllm.GPTForSequenceClassification(config).eval(), torch.tensor([[5, 9, 4, 7]])
+    expected = classifier.score(classifier.model(text).last_hidden_state[:, -1])
+    torch.testing.assert_close(classifier(text).logits, expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_mean_is_over_the_tokens_of_the_attention_mask(classifier, side):
+    # The first text holds and ends with the pad token's own id, which the mask says is text.
+    texts = [torch.tensor([[5, 2, 7, 2]]), torch.tensor([[9, 4, 3, 8, 6, 5, 11]])]
+    rows, masks = [], []
+    for text in texts:
+        padding = torch.full((1, 9 - text.shape[1]), 2)
+        parts, mask = [text, padding], [torch.ones_like(text), torch.zeros_like(padding)]
+        rows.append(torch.cat(parts[::-1] if side == "left" else parts, 1))
+        masks.append(torch.cat(mask[::-1] if side == "left" else mask, 1))
+    logits = classifier(torch.cat(rows), attention_mask=torch.cat(masks)).logits
+    for row, text in zip(logits, texts):
+        torch.testing.assert_close(row, mean_by_hand(classifier, text), atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_mask_the_pad_token_says_what_is_padding(classifier):
+    text = torch.tensor([[5, 9, 4]])
+    padded = torch.tensor([[5, 9, 4, 2, 2], [8, 6, 7, 3, 5]])
+    torch.testing.assert_close(classifier(padded).logits[0], mean_by_hand(classifier, text), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_row_of_several_documents_is_scored_by_its_last_one(pooling):
+    classifier = hfllm.GPTForSequenceClassification(make_tiny_config("modern", classifier_pooling=pooling)).eval()
+    row = torch.tensor([[5, 9, 4, 7, 8, 6]])
+    packed = classifier(row, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])).logits
+    torch.testing.assert_close(packed, classifier(row[:, 3:]).logits)
+
+
+def test_every_token_of_a_text_gets_the_same_share_of_the_gradient(classifier):
+    embeddings = torch.randn(1, 5, classifier.config.hidden_size)
+    states = classifier.model(inputs_embeds=embeddings).last_hidden_state.detach().requires_grad_()
+    pooled = classifier._mean_of_text(states, torch.tensor([[True, True, True, True, False]]), None)
+    pooled.sum().backward()
+    torch.testing.assert_close(states.grad[0, :, 0], torch.tensor([0.25, 0.25, 0.25, 0.25, 0]))
+
+
+def test_a_filled_cache_has_no_hidden_states_to_take_a_mean_of(classifier):
+    cache = DynamicCache(config=classifier.config)
+    classifier(torch.tensor([[5, 9]]), past_key_values=cache, use_cache=True)  # an empty one is filled
+    with pytest.raises(ValueError, match="Pass the whole text, without a filled cache"):
+        classifier(torch.tensor([[4]]), past_key_values=cache)
+
+
+def test_another_word_for_the_pooling_is_refused():
+    with pytest.raises(ValueError, match="classifier_pooling"):
+        make_tiny_config("modern", classifier_pooling="cls")
