@@ -1,23 +1,32 @@
-"""How fast training and decoding are, side by side with transformers' GPT-2 and Llama of the same shape, in one run.
+"""What training and decoding cost, side by side with transformers' GPT-2 and Llama of the same shape, in one run.
 
-    python recipes/benchmark.py
+    python recipes/benchmark.py --output_dir out/benchmark
     python recipes/benchmark.py --measure decoding --num_key_value_heads 2
+    python recipes/benchmark.py --measure scaling --output_dir out/scaling
+    python recipes/benchmark.py --measure time_to_quality --dataset literature.txt
     python recipes/benchmark.py --hidden_size 768 --num_hidden_layers 12 --num_attention_heads 12 --block_size 1024 \\
         --vocab_size 50257 --bf16
     python recipes/benchmark.py --tokenizer out/tokenizer --dataset stdlib
 
 The models take turns, so that a machine whose speed drifts does so for all of them; the ratios are medians over those
 turns. On a CPU, pretrain.py keeps freed memory (hfllm/training/devices.py) and other trainers do not: each model trains
-as its users run it, unless `--keep_freed_memory all` (or none) says otherwise. Decoding is greedy, one row, with the
-key/value cache, and also measured with grouped heads, for what they save. With a tokenizer it also measures the data
-path: encoding on one core, and reading a batch.
+as its users run it, unless `--keep_freed_memory all` (or none) says otherwise. Memory is that of training steps in a
+process of its own for each model. Decoding is greedy, one row, with the key/value cache, and also measured with grouped
+heads, for what they save. With a tokenizer it also measures the data path: encoding on one core, and reading a batch.
+
+`--measure scaling` tells how a token's time grows with the model and with the context. `--measure time_to_quality` runs
+the commands of pretrain_time_to_quality.yaml on a text, and recipes/baseline.py beside them, imports and all.
 """
 
 import dataclasses
 import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +38,10 @@ from transformers.hf_argparser import HfArg
 from hfllm.arguments import run
 from hfllm.data import load_corpus, prepare_rows, rows_of_step, split_documents
 from hfllm.model import GPTConfig, GPTForCausalLM
+from hfllm.report.benchmark import benchmark_table, plot_benchmark, plot_scaling
 from hfllm.tokenization import document_encoder, load_tokenizer, tokenizer_fingerprint
 from hfllm.training.devices import keep_freed_memory
+from hfllm.training.footprint import training_memory
 from hfllm.training.optimization import build_adamw
 from hfllm.training.throughput import flops_per_token, peak_flops
 
@@ -43,7 +54,9 @@ class BenchmarkArguments:
     num_attention_heads: int = HfArg(default=6, help="Heads.")
     num_key_value_heads: int = HfArg(default=2, help="Of the grouped-query model that decoding is also measured with.")
     block_size: int = HfArg(default=256, help="Tokens per row.")
-    measure: Literal["all", "training", "decoding"] = HfArg(default="all", help="What to measure.")
+    measure: Literal["all", "training", "memory", "decoding", "scaling", "time_to_quality"] = HfArg(
+        default="all", help="What to measure; all is the first three of the others."
+    )
     per_device_train_batch_size: int = HfArg(default=8, help="Rows per step.")
     num_steps: int = HfArg(default=10, help="Measured steps, and measured continuations, of each model.")
     num_prompt_tokens: int = HfArg(default=32, help="Tokens that decoding starts from.")
@@ -54,25 +67,51 @@ class BenchmarkArguments:
     bf16: bool = HfArg(default=False, help="Multiply in bfloat16.")
     torch_compile: bool = HfArg(default=False, help="Compile each model whole; compiling is not measured.")
     tokenizer: str | None = HfArg(default=None, help="Also measure the data path with this tokenizer.")
-    dataset: str = HfArg(default="stdlib", help="Text for the data path.")
-    output_file: str | None = HfArg(default=None, help="Write the numbers there, as JSON.")
+    dataset: str = HfArg(default="stdlib", help="Text for the data path; a text file for time_to_quality.")
+    scaling_depths: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 6, 8], help="Blocks, each 64 wider.")
+    scaling_contexts: list[int] = HfArg(default_factory=lambda: [64, 128, 256, 512, 1024], help="Tokens.")
+    output_dir: str | None = HfArg(default=None, help="Write numbers, a table and pictures there.")
     config: str | None = HfArg(default=None, help="A YAML file of these options.")
 
 
 def main(args: BenchmarkArguments) -> None:
+    if args.measure == "time_to_quality":
+        save(args, {"time_to_quality": measure_time_to_quality(args)})
+        return
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     peak = peak_flops(device, dtype)
-    print(f"{device}, {torch.get_num_threads()} threads; it multiplies at {peak / 1e9:,.0f} GFLOP/s in {dtype}")
-    results: dict[str, Any] = {"peak_flops": peak}
-    if args.measure != "decoding":
+    machine = f"{device}, {torch.get_num_threads()} threads; it multiplies at {peak / 1e9:,.0f} GFLOP/s in {dtype}"
+    print(machine)
+    results: dict[str, Any] = {"machine": machine, "peak_flops": peak, "arguments": dataclasses.asdict(args)}
+    if args.measure in ("all", "training"):
         results["training"] = measure_training(args, device, dtype, peak)
-    if args.measure != "training":
+    if args.measure in ("all", "memory"):
+        results["memory"] = measure_memory(args, device, dtype)
+    if args.measure in ("all", "decoding"):
         results["decoding"] = measure_decoding(args, device, dtype)
+    if args.measure == "scaling":
+        results["scaling"] = measure_scaling(args, device, dtype)
     if args.tokenizer is not None:
         results["data"] = measure_data(args)
-    if args.output_file is not None:
-        Path(args.output_file).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    save(args, results)
+
+
+def save(args: BenchmarkArguments, results: dict[str, Any]) -> None:
+    """The numbers as JSON, the models as a table, and the pictures."""
+    if args.output_dir is None:
+        return
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmark.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    shape = f"{args.num_hidden_layers} layers of {args.hidden_size}, vocabulary {args.vocab_size:,}"
+    if "scaling" in results:
+        plot_scaling(results["scaling"], folder / "scaling.png", title=f"What a token costs: {results['machine']}")
+    elif "machine" in results:
+        title = f"{shape}, context {args.block_size}, {args.per_device_train_batch_size} rows; {results['machine']}"
+        (folder / "benchmark.md").write_text(f"{title}\n\n{benchmark_table(results)}", encoding="utf-8")
+        plot_benchmark(results, folder / "benchmark.png", title=title.replace("; it", ";\nit"))
+    print(f"\nWritten into {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
 def build_models(args: BenchmarkArguments) -> dict[str, PreTrainedModel]:
@@ -98,43 +137,57 @@ def build_models(args: BenchmarkArguments) -> dict[str, PreTrainedModel]:
     }
 
 
-def measure_training(
-    args: BenchmarkArguments, device: torch.device, dtype: torch.dtype, peak: float
-) -> dict[str, dict[str, Any]]:
-    """Forward, backward and AdamW of each model on the same random rows, in turns."""
-    models = {name: model.to(device).train() for name, model in build_models(args).items()}
-    adamw = {"learning_rate": 1e-4, "weight_decay": 0.1, "betas": (0.9, 0.95), "epsilon": 1e-8}
-    optimizers = {name: build_adamw(model, **adamw) for name, model in models.items()}
-    if args.torch_compile:
-        for model in models.values():
-            model.compile()
-    tokens_per_step = args.per_device_train_batch_size * args.block_size
-    rows = torch.randint(args.vocab_size, (args.per_device_train_batch_size, args.block_size + 1), device=device)
+def training_step(
+    model: PreTrainedModel, *, num_rows: int, block_size: int, dtype: torch.dtype, torch_compile: bool = False
+) -> Callable[[], float]:
+    """A function that takes an AdamW step on the same random rows each time, and returns its seconds."""
+    optimizer = build_adamw(model, learning_rate=1e-4, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
+    if torch_compile:
+        model.compile()
+    device = model.device
+    rows = torch.randint(model.config.vocab_size, (num_rows, block_size + 1), device=device)
     inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    def step(name: str) -> float:
+    def step() -> float:
         start = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = models[name](input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss
+            loss = model(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss
         loss.backward()
-        optimizers[name].step()
-        optimizers[name].zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         loss.item()  # waits for an accelerator
         return time.perf_counter() - start
 
-    for name in models:
-        step(name)  # compiles
+    return step
+
+
+def keeps_freed_memory(args: BenchmarkArguments, name: str) -> bool:
+    return {"ours": name.startswith("hfllm"), "all": True, "none": False}[args.keep_freed_memory]
+
+
+def measure_training(
+    args: BenchmarkArguments, device: torch.device, dtype: torch.dtype, peak: float
+) -> dict[str, dict[str, Any]]:
+    """Forward, backward and AdamW of each model, in turns."""
+    models = {name: model.to(device).train() for name, model in build_models(args).items()}
+    batch = {"num_rows": args.per_device_train_batch_size, "block_size": args.block_size}
+    steps = {
+        name: training_step(model, **batch, dtype=dtype, torch_compile=args.torch_compile)
+        for name, model in models.items()
+    }
+    for step in steps.values():
+        step()  # compiles
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(args.num_steps):
-        for name in models:
+        for name, step in steps.items():
             if device.type == "cpu":
-                keep = {"ours": name.startswith("hfllm"), "all": True, "none": False}[args.keep_freed_memory]
-                keep_freed_memory(keep)
-            step(name)  # brings its own memory into place, whatever the model before left behind
-            seconds[name].append(step(name))
+                keep_freed_memory(keeps_freed_memory(args, name))
+            step()  # brings its own memory into place, whatever the model before left behind
+            seconds[name].append(step())
 
     first = next(iter(models))
     print(f"\n{'training step':34s} {'tokens/s':>10s} {'of the peak':>12s} {'against ' + first:>28s}")
+    tokens_per_step = args.per_device_train_batch_size * args.block_size
     results = {}
     for name, model in models.items():
         median = statistics.median(seconds[name])
@@ -148,6 +201,20 @@ def measure_training(
             f"speed_against_{first}": ratio,
         }
         print(f"{name:34s} {tokens_per_step / median:10,.0f} {mfu:12.0%} {ratio:28.2f}")
+    return results
+
+
+def measure_memory(args: BenchmarkArguments, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """The most bytes that each model's training holds, weights to activations, in a process of its own."""
+    batch = {"num_rows": args.per_device_train_batch_size, "block_size": args.block_size}
+    print(f"\n{'memory of training':34s} {'at most':>14s} {'weights alone':>14s}")
+    results = {}
+    for name, model in build_models(args).items():
+        keeps = keeps_freed_memory(args, name)
+        num_bytes = training_memory(model.config, **batch, dtype=dtype, keeps_freed_memory=keeps)
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        results[name] = {"bytes": num_bytes, "weight_bytes": weights}
+        print(f"{name:34s} {num_bytes / 2**20:10,.0f} MiB {weights / 2**20:10,.0f} MiB")
     return results
 
 
@@ -204,6 +271,93 @@ def measure_decoding(args: BenchmarkArguments, device: torch.device, dtype: torc
         cache = f"{cache_bytes[name] / 2**20:.2f} MiB"
         print(f"{name:34s} {args.num_new_tokens / median:10,.0f} {cache:>12s} {against[0]:22.2f} {against[1]:5.2f}")
     return results
+
+
+def measure_scaling(args: BenchmarkArguments, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """The seconds of a token in training and in decoding: of models of growing size, and in growing contexts."""
+    names = ("hfllm, modern", "transformers Llama", "transformers GPT-2, no dropout")
+    shapes = [{"num_hidden_layers": depth, "hidden_size": 64 * depth} for depth in args.scaling_depths]
+    sizes = [("num_parameters", {**shape, "num_attention_heads": shape["num_hidden_layers"]}) for shape in shapes]
+    contexts = [("context", {"block_size": context}) for context in args.scaling_contexts]
+    points = []
+    print(f"\n{'microseconds of a token':34s} {'parameters':>12s} {'context':>8s} {'training':>10s} {'decoding':>10s}")
+    for axis, change in (*sizes, *contexts):
+        shape = dataclasses.replace(args, **change)
+        models = build_models(shape)
+        for name in names:
+            model = models[name].to(device)
+            if device.type == "cpu":
+                keep_freed_memory(keeps_freed_memory(args, name))
+            num_rows = max(1, 1024 // shape.block_size)
+            step = training_step(model.train(), num_rows=num_rows, block_size=shape.block_size, dtype=dtype)
+            seconds = [step() for _ in range(args.num_steps + 1)][1:]
+            point = {"model": name, "axis": axis, "context": shape.block_size, "num_parameters": model.num_parameters()}
+            point["training_seconds_per_token"] = statistics.median(seconds) / (num_rows * shape.block_size)
+            point["decoding_seconds_per_token"] = decoding_seconds(model.to(dtype).eval(), context=shape.block_size)
+            points.append(point)
+            times = (1e6 * point[f"{kind}_seconds_per_token"] for kind in ("training", "decoding"))
+            print(
+                f"{name:34s} {model.num_parameters():12,} {shape.block_size:8,}", *(f"{each:10,.0f}" for each in times)
+            )
+            del model, models[name]
+    return points
+
+
+@torch.no_grad()
+def decoding_seconds(model: PreTrainedModel, *, context: int, num_tokens: int = 16) -> float:
+    """The seconds of a token, one row with the key/value cache, over the last `num_tokens` of a context."""
+    ids = torch.randint(model.config.vocab_size, (1, context), device=model.device)
+    start = max(1, context - num_tokens)
+    output = model(ids[:, :start], use_cache=True, logits_to_keep=1)
+    seconds = []
+    for index in range(start, context):
+        begin = time.perf_counter()
+        output = model(ids[:, index : index + 1], past_key_values=output.past_key_values, use_cache=True)
+        output.logits[0, -1].argmax().item()  # waits for an accelerator
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def measure_time_to_quality(args: BenchmarkArguments) -> dict[str, dict[str, float]]:
+    """The wall time of whole commands from a text to a model, and the bits per byte it reaches on what is held back."""
+    recipes = Path(__file__).parent
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(recipes.parent / "accelerate_configs" / "cpu.yaml")]
+    config = recipes / "configs" / "pretrain_time_to_quality.yaml"
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        text = ["--dataset", args.dataset]
+        ours = [*text, "--cache_dir", str(place / "cache")]  # nothing is there that an earlier run prepared
+        tokenizer = [str(recipes / "train_tokenizer.py"), *ours, "--vocab_size", "2048"]
+        pretrain = [str(recipes / "pretrain.py"), *ours, "--config", str(config), "--tokenizer", f"{place}/tokenizer"]
+        seconds = {
+            "tokenizer": run_timed([sys.executable, *tokenizer, "--output_dir", f"{place}/tokenizer"]),
+            "pretraining": run_timed([*launch, *pretrain, "--output_dir", f"{place}/ours"]),
+            "baseline": run_timed(
+                [sys.executable, str(recipes / "baseline.py"), *text, "--output_dir", f"{place}/baseline"]
+            ),
+        }
+        bits = {
+            name: json.loads((place / name / "metrics.json").read_text(encoding="utf-8"))["eval_bits_per_byte"]
+            for name in ("ours", "baseline")
+        }
+    total = seconds["tokenizer"] + seconds["pretraining"]
+    print(
+        f"hfllm: {total:.1f} s, of which the tokenizer {seconds['tokenizer']:.1f} s and pretraining "
+        f"{seconds['pretraining']:.1f} s, to {bits['ours']:.3f} bits per byte\n"
+        f"transformers' Trainer, GPT-2 on characters: {seconds['baseline']:.1f} s to {bits['baseline']:.3f} bits per "
+        f"byte, {seconds['baseline'] / total:.1f} times as long"
+    )
+    return {"seconds": seconds, "eval_bits_per_byte": bits}
+
+
+def run_timed(command: list[str]) -> float:
+    """The seconds of a command, imports and all; one that fails stops the benchmark with what it said."""
+    start = time.perf_counter()
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stderr[-2000:]}")
+    return time.perf_counter() - start
 
 
 def measure_data(args: BenchmarkArguments) -> dict[str, float]:

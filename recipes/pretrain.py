@@ -5,6 +5,11 @@ On a laptop, offline, on the source of Python's standard library (about seven mi
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
         --config recipes/configs/pretrain_demo.yaml --tokenizer out/tokenizer --output_dir out/demo
 
+On your own text, with a model and a run sized for half an hour on this machine (`--depth 4` is the same dial):
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
+        --max_train_minutes 30 --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
+
 On your own text, on one GPU:
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/pretrain.py \\
@@ -30,6 +35,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
@@ -51,6 +57,17 @@ from hfllm.training.optimization import build_adamw, build_muon, learning_rate_a
 from hfllm.training.rehearsal import describe_rehearsal, rehearse
 from hfllm.training.run_folder import claim_folder, find_state, identify
 from hfllm.training.sampling import draw_sample
+from hfllm.training.sizing import (
+    DIALS,
+    SIZED,
+    Budget,
+    Speed,
+    Task,
+    check_dials,
+    describe_sizes,
+    size_run,
+    sizes_of_run,
+)
 from hfllm.training.spikes import SpikeDetector, stop_if_hopeless
 from hfllm.training.summary import describe_result, describe_run, final_metrics
 from hfllm.training.throughput import ThroughputMeter, flops_per_token
@@ -79,9 +96,12 @@ class PretrainArguments:
     # Model
     model: str | None = HfArg(default=None, help="Folder or Hub id of a model to go on from; default: random weights.")
     preset: Literal["modern", "book"] = HfArg(default="modern", help="'modern' is a Qwen3, 'book' is a GPT-2.")
-    num_hidden_layers: int = HfArg(default=6, help="Blocks.")
-    hidden_size: int = HfArg(default=384, help="Width of the model.")
-    num_attention_heads: int = HfArg(default=6, help="Query heads.")
+    depth: int | None = HfArg(
+        default=None, help="One dial: so many blocks, and all sizes, rates and steps that follow from them."
+    )
+    num_hidden_layers: int | None = HfArg(default=None, help="Blocks. Default: 6.")
+    hidden_size: int | None = HfArg(default=None, help="Width of the model. Default: 384.")
+    num_attention_heads: int | None = HfArg(default=None, help="Query heads. Default: 6.")
     num_key_value_heads: int | None = HfArg(default=None, help="Key and value heads; default: as many.")
     config_overrides: list[str] | None = HfArg(
         default=None, help="Further fields of GPTConfig, e.g. attention_bias=false residual_dropout=0.1"
@@ -89,9 +109,17 @@ class PretrainArguments:
 
     # Optimization
     max_steps: int | None = HfArg(default=None, help="Optimizer steps; default: num_train_epochs.")
-    num_train_epochs: float = HfArg(default=1.0, help="Passes over the rows, if max_steps is not given.")
-    per_device_train_batch_size: int = HfArg(default=8, help="Rows per device and forward pass.")
-    gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
+    num_train_epochs: float | None = HfArg(
+        default=None, help="Passes over the rows, if max_steps is not given. Default: 1."
+    )
+    max_train_tokens: int | None = HfArg(
+        default=None, help="Size the run for so many tokens; its depth too, if that is not given."
+    )
+    max_train_minutes: float | None = HfArg(
+        default=None, help="The same for minutes of training and evaluating on this machine, whose speed is measured."
+    )
+    per_device_train_batch_size: int | None = HfArg(default=None, help="Rows per device and forward pass. Default: 8.")
+    gradient_accumulation_steps: int | None = HfArg(default=None, help="Forward passes per optimizer step. Default: 1.")
     optimizer: Literal["muon", "adamw"] | None = HfArg(
         default=None, help="Default: muon for random weights of the modern preset, adamw for all else."
     )
@@ -102,12 +130,14 @@ class PretrainArguments:
         default=None, help="With muon: that of embeddings, head, norms and biases. Default: learning_rate."
     )
     muon_momentum: float = HfArg(default=0.95, help="Decay of Muon's mean.")
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = HfArg(
-        default="cosine", help="Course of the learning rate after warm-up."
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] | None = HfArg(
+        default=None, help="Course of the learning rate after warm-up. Default: cosine."
     )
     warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
     decay_steps: int | None = HfArg(default=None, help="Steps of warmup_stable_decay's final fall; default: a fifth.")
-    min_lr_ratio: float = HfArg(default=0.1, help="The lowest learning rate, as a share of the highest.")
+    min_lr_ratio: float | None = HfArg(
+        default=None, help="The lowest learning rate, as a share of the highest. Default: 0.1."
+    )
     weight_decay: float = HfArg(default=0.1, help="Decoupled decay of matrices and embeddings.")
     adam_beta1: float = HfArg(default=0.9, help="Decay of AdamW's mean.")
     adam_beta2: float = HfArg(default=0.95, help="Decay of AdamW's variance.")
@@ -124,11 +154,11 @@ class PretrainArguments:
     overwrite_output_dir: bool = HfArg(default=False, help="Delete the run that stands there and start anew.")
     dry_run: bool = HfArg(default=False, help="Check and compute everything, take a few steps, tell, write nothing.")
     logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
-    eval_steps: int = HfArg(default=100, help="Steps between two evaluations.")
+    eval_steps: int | None = HfArg(default=None, help="Steps between two evaluations. Default: 100.")
     eval_on_start: bool = HfArg(default=True, help="Also evaluate before the first step.")
     per_device_eval_batch_size: int = HfArg(default=16, help="Rows per device in evaluation.")
     eval_train_rows: int = HfArg(default=0, help="Also evaluate on so many training rows, without dropout.")
-    save_steps: int = HfArg(default=200, help="Steps between two checkpoints.")
+    save_steps: int | None = HfArg(default=None, help="Steps between two checkpoints. Default: 200.")
     save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept.")
     sample_prompt: str = HfArg(default="", help="What the samples begin with; default: the start of a document.")
     sample_tokens: int = HfArg(default=64, help="Tokens of the sample after each evaluation; 0: none.")
@@ -140,9 +170,14 @@ class PretrainArguments:
     config: str | None = HfArg(default=None, help="A YAML file of these options.")
 
     def resolve(self) -> None:
-        """Fill in the defaults that depend on other options."""
+        """Fill in the defaults; not those that the dial, if one is given, decides later (see `size_model_and_run`)."""
         if self.optimizer is None:
             self.optimizer = "muon" if self.preset == "modern" and self.model is None else "adamw"
+        if self.is_sized:
+            return
+        for name, value in ((DEFAULT_SHAPE if self.model is None else {}) | DEFAULTS).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.learning_rate is None:
             self.learning_rate = {"muon": 0.02, "adamw": 1e-3}[self.optimizer]
         if self.optimizer == "adamw":
@@ -154,12 +189,14 @@ class PretrainArguments:
     def check(self) -> None:
         """Stop at the door what is wrong whatever the text and the tokenizer are."""
         counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
-        for name in (*counts, "block_size", "logging_steps", "eval_steps", "save_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: give at least 1.")
+        for name in (*counts, "block_size", "logging_steps", "eval_steps", "save_steps", "depth", "max_train_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name} {value}: give at least 1.")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"--max_steps {self.max_steps}: give at least 1, or leave it out for whole epochs.")
-        if self.streaming and self.max_steps is None:
+        if self.is_sized:
+            check_dials(vars(self))
+        elif self.streaming and self.max_steps is None:
             raise ValueError("A stream has no end that is known beforehand: with --streaming give --max_steps.")
         if self.streaming and self.eval_train_rows:
             raise ValueError("--eval_train_rows reads rows again, and a stream is read once. Leave one of them out.")
@@ -171,8 +208,13 @@ class PretrainArguments:
             )
         if not 0 <= self.muon_momentum < 1:
             raise ValueError(f"--muon_momentum {self.muon_momentum}: give a number of at least 0 and less than 1.")
-        if self.max_steps is not None:
+        if self.max_steps is not None and not self.is_sized:
             self.height_at(0, self.max_steps)
+
+    @property
+    def is_sized(self) -> bool:
+        """Whether a dial is given, so that sizes follow from it."""
+        return any(getattr(self, name) is not None for name in DIALS)
 
     def height_at(self, step: int, max_steps: int) -> float:
         """The share of its highest learning rate that each group of parameters has in a step."""
@@ -187,6 +229,10 @@ class PretrainArguments:
         )
 
 
+# What neither the user nor a dial says.
+DEFAULT_SHAPE = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6}
+DEFAULTS = {"num_train_epochs": 1.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+DEFAULTS |= {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "eval_steps": 100, "save_steps": 200}
 # A resumed run is the same run only with the same of these (and the same data, tokenizer and model).
 FIXED_ARGUMENTS = ("block_size", "stride", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "decay_steps")
 FIXED_ARGUMENTS += ("min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
@@ -203,8 +249,8 @@ def main(args: PretrainArguments) -> None:
 
     # 1. Devices: how many processes there are, and what they share, is what `accelerate launch` was told.
     accelerator = start_accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        per_device_train_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps or 1,
+        per_device_train_batch_size=args.per_device_train_batch_size or 1,
         max_grad_norm=args.max_grad_norm,
         skips_updates=args.skip_spikes is not None,
         needs_whole_matrices=args.optimizer == "muon",
@@ -241,12 +287,15 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
     """From text to a saved model; False if the run was told to stop before its end."""
     # 2. The tokenizer and the model's shape: what cannot work together stops here, before the work starts.
     tokenizer = load_tokenizer(args.tokenizer or args.model or "out/tokenizer")
-    config = build_config(args, tokenizer)
+    config = None if args.is_sized else build_config(args, tokenizer)
     hub = open_hub(args, accelerator)
 
-    # 3. Text to rows
+    # 3. Text to rows; with a dial, sizes follow from it and from how much text there is
     text = load_text(args, tokenizer, accelerator)
     accelerator.print(text.summary)
+    if config is None:
+        size_model_and_run(args, accelerator, text)
+        config = build_config(args, tokenizer)
     num_rows = len(text.train) if isinstance(text.train, Rows) else None  # a stream has no end
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * num_rows / rows_per_step(args, accelerator))
     args.height_at(0, max_steps)  # a schedule that does not fit stops here
@@ -347,6 +396,56 @@ def train(args: PretrainArguments, setup: Setup, state: dict, stop_request: Stop
             if is_stopping:
                 break
     return meter.overall()
+
+
+def size_model_and_run(args: PretrainArguments, accelerator: Accelerator, text: TrainingText) -> None:
+    """Set every option of SIZED that was not given: from --depth or a budget, or as the run that goes on has it."""
+    dials = {name: getattr(args, name) for name in DIALS}
+    given = {name: getattr(args, name) for name in (*SIZED, "num_train_epochs") if getattr(args, name) is not None}
+    task = Task(
+        vocab_size=len(text.tokenizer),
+        block_size=args.block_size,
+        text_tokens=len(text.train) * args.block_size if isinstance(text.train, Rows) else None,
+        num_processes=accelerator.num_processes,
+        eval_on_start=args.eval_on_start,
+        given=given,
+    )
+    sizes = None if args.overwrite_output_dir else sizes_of_run(args.output_dir, task, dials=dials)
+    if sizes is None:
+        budget = Budget(
+            tokens=args.max_train_tokens,
+            minutes=args.max_train_minutes,
+            measure=lambda sizes: measure_speed(dataclasses.replace(args, **sizes), accelerator, text),
+        )
+        sizes = size_run(task, depth=args.depth, budget=budget)
+    accelerator.print(describe_sizes(sizes, dials=dials))
+    for name, choice in sizes.items():
+        setattr(args, name, choice.value)
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+
+
+def measure_speed(args: PretrainArguments, accelerator: Accelerator, text: TrainingText) -> Speed:
+    """The seconds of a step and of an evaluation, by a model of these sizes that is thrown away."""
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+    model = build_model(args, build_config(args, text.tokenizer))
+    model, optimizer = accelerator.prepare(model, build_optimizer(args, model))
+    max_steps = args.warmup_steps + (args.decay_steps or 0) + 10  # more than are taken; the rate does not matter here
+    setup = Setup(accelerator, model, optimizer, text, max_steps, sizes={}, hub=None)
+
+    def step(index: int) -> None:
+        take_step(args, setup, *text.read_step(index, **cut_of_step(args, accelerator)), index)
+
+    model.train()
+    seconds_per_step = rehearse(model, optimizer, step, num_steps=5).seconds_per_step
+    batch_size = args.per_device_eval_batch_size
+    rows = np.arange(min(len(text.validation), 2 * batch_size * accelerator.num_processes))
+    for _ in range(2):  # the first time warms up
+        start = time.perf_counter()
+        score_rows(model, text.validation, rows, batch_size=batch_size, accelerator=accelerator)
+        seconds = time.perf_counter() - start
+    measured = (seconds_per_step, seconds / len(rows) * len(text.validation))
+    accelerator.free_memory(model, optimizer)
+    return Speed(*map(max, zip(*gather_object([measured]), strict=True)))  # the slowest process's, in all of them
 
 
 def rows_per_step(args: PretrainArguments, accelerator: Accelerator) -> int:
