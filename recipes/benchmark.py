@@ -43,7 +43,7 @@ from hfllm.tokenization import document_encoder, load_tokenizer, tokenizer_finge
 from hfllm.training.devices import keep_freed_memory
 from hfllm.training.footprint import training_memory
 from hfllm.training.optimization import build_adamw
-from hfllm.training.throughput import flops_per_token, peak_flops
+from hfllm.training.throughput import flops_per_token, loss_options, peak_flops
 
 
 @dataclasses.dataclass
@@ -148,10 +148,12 @@ def training_step(
     rows = torch.randint(model.config.vocab_size, (num_rows, block_size + 1), device=device)
     inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
+    batch = {"input_ids": inputs, "labels": inputs, "shift_labels": targets, **loss_options(model)}
+
     def step() -> float:
         start = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss
+            loss = model(**batch, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

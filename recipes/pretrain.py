@@ -70,7 +70,7 @@ from hfllm.training.sizing import (
 )
 from hfllm.training.spikes import SpikeDetector, stop_if_hopeless
 from hfllm.training.summary import describe_result, describe_run, final_metrics
-from hfllm.training.throughput import ThroughputMeter, flops_per_token
+from hfllm.training.throughput import ThroughputMeter, flops_per_token, loss_options
 
 
 @dataclasses.dataclass
@@ -309,11 +309,9 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
     accelerator.print(describe_run(model, accelerator=accelerator, max_steps=max_steps, num_rows=num_rows, **batch))
 
     # 5. The optimizer, and what model and optimizer become on these devices
-    optimizer = build_optimizer(args, model, accelerator)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    # Our own model never has all logits at once. transformers' models need them for the loss.
-    loss_options = {"skip_logits": True} if isinstance(config, GPTConfig) else {}
-    setup = Setup(accelerator, model, optimizer, text, max_steps, loss_options, sizes, hub)
+    options = loss_options(model)
+    model, optimizer = accelerator.prepare(model, build_optimizer(args, model, accelerator))
+    setup = Setup(accelerator, model, optimizer, text, max_steps, options, sizes, hub)
     if args.dry_run:
         rehearse_run(args, setup)
         text.close()
@@ -428,9 +426,10 @@ def measure_speed(args: PretrainArguments, accelerator: Accelerator, text: Train
     """The seconds of a step and of an evaluation, by a model of these sizes that is thrown away."""
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     model = build_model(args, build_config(args, text.tokenizer))
-    model, optimizer = accelerator.prepare(model, build_optimizer(args, model))
+    options = loss_options(model)
+    model, optimizer = accelerator.prepare(model, build_optimizer(args, model, accelerator))
     max_steps = args.warmup_steps + (args.decay_steps or 0) + 10  # more than are taken; the rate does not matter here
-    setup = Setup(accelerator, model, optimizer, text, max_steps, sizes={}, hub=None)
+    setup = Setup(accelerator, model, optimizer, text, max_steps, options, sizes={}, hub=None)
 
     def step(index: int) -> None:
         take_step(args, setup, *text.read_step(index, **cut_of_step(args, accelerator)), index)

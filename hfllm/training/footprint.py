@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .devices import keep_freed_memory
 from .optimization import build_adamw
-from .throughput import peak_memory_bytes
+from .throughput import loss_options, peak_memory_bytes
 
 
 def training_memory(
@@ -54,9 +54,10 @@ def _train(
     optimizer = build_adamw(model, learning_rate=1e-4, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
     rows = torch.randint(config.vocab_size, (num_rows, block_size + 1), device=device)
     inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    batch = {"input_ids": inputs, "labels": inputs, "shift_labels": targets, **loss_options(model)}
     for _ in range(num_steps):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss
+            loss = model(**batch, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -34,8 +34,8 @@ class Muon(torch.optim.Optimizer):
     `momentum_buffer`, of anything else AdamW's.
 
     Matrices are made orthogonal in `dtype`; unless it is given, in float32 on a CPU and in bfloat16 elsewhere. The
-    iteration bears bfloat16's rounding, and nearly all it costs is products: three tenths of a step's time for 6 layers of
-    384 and 2,048 tokens, in float32 on one core.
+    iteration bears bfloat16's rounding, and nearly all it costs is products: three tenths of a step's time for 6 layers
+    of 384 and 2,048 tokens, in float32 on one core.
 
     A parameter may be sharded (FSDP2's DTensor): its momentum then is gathered, every process orthogonalises it whole,
     and keeps its part of the result.

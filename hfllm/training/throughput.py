@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +57,11 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype = torch.float32) -
         else:
             best = min(best, stop - start)
     return 2 * size**3 / best
+
+
+def loss_options(model: nn.Module) -> dict[str, bool]:
+    """What a bare model's forward is given to return the loss alone: ours then never has all logits at once."""
+    return {"skip_logits": True} if "skip_logits" in inspect.signature(model.forward).parameters else {}
 
 
 def multiplies_bfloat16(device: torch.device | str) -> bool:
