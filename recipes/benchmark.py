@@ -65,7 +65,9 @@ class BenchmarkArguments:
         default="ours", help="For which models a CPU's freed memory is kept for the next step."
     )
     bf16: bool = HfArg(default=False, help="Multiply in bfloat16.")
-    torch_compile: bool = HfArg(default=False, help="Compile each model whole; compiling is not measured.")
+    torch_compile: bool = HfArg(
+        default=False, help="Compile each model for --measure training, and for that alone; compiling is not measured."
+    )
     tokenizer: str | None = HfArg(default=None, help="Also measure the data path with this tokenizer.")
     dataset: str = HfArg(default="stdlib", help="Text for the data path; a text file for time_to_quality.")
     scaling_depths: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 6, 8], help="Blocks, each 64 wider.")
@@ -75,6 +77,10 @@ class BenchmarkArguments:
 
 
 def main(args: BenchmarkArguments) -> None:
+    if args.torch_compile and args.measure not in ("all", "training"):
+        raise ValueError(
+            f"--torch_compile is for --measure training; {args.measure} is measured as it is. Leave it out."
+        )
     if args.measure == "time_to_quality":
         save(args, {"time_to_quality": measure_time_to_quality(args)})
         return

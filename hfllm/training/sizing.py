@@ -2,9 +2,9 @@
 
 The rules are fits to small models of the modern preset with Muon, trained for minutes on a CPU; CONTRIBUTING has the
 table. Held to were: a width of 64 for each block (6 x 384, 12 x 768: shapes that are known to train well), heads of 64
-channels, a linear fall to zero. Measured were the tokens from which on a deeper model beats a shallower one at equal
-arithmetic, the two learning rates and whether they serve other widths, and the batch. Beyond depth 4 and three million
-tokens all this is extrapolated.
+channels, a linear fall to zero. Measured were the tokens from which on depth 2 beats depth 1 at equal arithmetic, the
+two learning rates at two widths, and the batch, with up to 2.9 million tokens. For more of either all this is
+extrapolated, towards what is published of large models.
 """
 
 import itertools
@@ -26,9 +26,9 @@ SIZED: tuple[str, ...] = (
 )
 
 HEAD_DIM = 64  # channels of a head; each block adds as many to the width
-# One token for each parameter at a million of them, as measured here; above, as many as the root of their millions,
-# which meets what is known of large models: about 10 at a hundred million, and 20, which is the most, from 400 million
-# on (Hoffmann et al. 2022, arXiv 2203.15556).
+# One token for each parameter at a million of them, where depths 1 and 2 were measured to be equals at equal cost;
+# above, as many as the root of their millions, which meets what is known of large models: about 10 at a hundred
+# million, and 20, which is the most, from 400 million on (Hoffmann et al. 2022, arXiv 2203.15556).
 MOST_TOKENS_PER_PARAMETER = 20.0
 MOST_PASSES = 4  # over the text: more of them bring little (Muennighoff et al. 2023, arXiv 2305.16264)
 BATCH_TOKENS, BATCH_FROM = 1024, 1_000_000
