@@ -82,8 +82,18 @@ def test_matrices_of_a_stack_come_out_as_each_would_alone_and_transposed_ones_wi
         np.testing.assert_allclose(found, numpy_orthogonalize(matrix.double().numpy()), atol=1e-4)
 
 
+@pytest.mark.parametrize("rank", [3, 32])
+@pytest.mark.parametrize("columns", [32, 48, 49, 96])  # the wide ones are multiplied by their Gram matrix
+def test_a_bad_condition_and_a_low_rank_cost_no_more_than_rounding(columns, rank):
+    u, _, v = torch.linalg.svd(torch.randn(32, columns), full_matrices=False)
+    singular_values = torch.where(torch.arange(32) < rank, torch.logspace(0, -5, 32), 0)
+    matrix = u * singular_values @ v
+    np.testing.assert_allclose(orthogonalize([matrix])[0], numpy_orthogonalize(matrix.double().numpy()), atol=2e-4)
+
+
 def test_a_matrix_of_zeros_stays_one():
-    assert torch.equal(orthogonalize([torch.zeros(3, 5)])[0], torch.zeros(3, 5))
+    for shape in ((3, 4), (3, 5)):
+        assert torch.equal(orthogonalize([torch.zeros(shape)])[0], torch.zeros(shape))
 
 
 def test_in_bfloat16_the_directions_are_those_of_float32():
