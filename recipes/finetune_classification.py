@@ -84,8 +84,8 @@ from hfllm.training.lock import run_lock
 # second are the book's for GPT-2's 124 million parameters, LoRA's and all weights'. LoRA starts from a product of zero
 # and bears more. The head is new and starts from nothing: it takes larger steps than what is pretrained.
 SMALL = 512
-LEARNING_RATES = {"lora": (5e-3, 8e-4), "full": (1e-3, 5e-5), "last_block": (1e-3, 2e-4)}
-HEAD_LEARNING_RATES = {"lora": (1e-2, 8e-4), "full": (1e-2, 5e-5), "last_block": (1e-2, 2e-4), "head": (1e-2, 5e-3)}
+LEARNING_RATES = {"lora": (2e-3, 8e-4), "full": (1e-3, 5e-5), "last_block": (1e-3, 2e-4)}
+HEAD_LEARNING_RATES = {"lora": (1e-2, 8e-4), "full": (5e-3, 5e-5), "last_block": (1e-2, 2e-4), "head": (1e-2, 5e-3)}
 
 PARTS = ("train", "eval", "test")  # as the numbers of metrics.json call them
 
