@@ -84,9 +84,12 @@ from hfllm.training.lock import run_lock
 # second are the book's for GPT-2's 124 million parameters, LoRA's and all weights'. LoRA starts from a product of zero
 # and bears more. The head is new and starts from nothing: it takes larger steps than what is pretrained.
 SMALL = 512
-LEARNING_RATES = {"lora": (5e-3, 8e-4), "full": (1e-3, 5e-5), "last_block": (1e-3, 2e-4)}
-HEAD_LEARNING_RATES = {"lora": (1e-2, 8e-4), "full": (1e-2, 5e-5), "last_block": (1e-2, 2e-4), "head": (1e-2, 5e-3)}
-
+LEARNING_RATES = {"lora": (2e-3, 8e-4), "full": (2e-4, 5e-5), "last_block": (1e-3, 2e-4)}
+HEAD_LEARNING_RATES = {"lora": (1e-2, 8e-4), "full": (5e-3, 5e-5), "last_block": (1e-2, 2e-4), "head": (1e-2, 5e-3)}
+BY_METHOD, HEAD_BY_METHOD = (
+    ", ".join(f"{method} {small:g} / {large:g}" for method, (small, large) in rates.items())
+    for rates in (LEARNING_RATES, HEAD_LEARNING_RATES)
+)
 PARTS = ("train", "eval", "test")  # as the numbers of metrics.json call them
 
 
@@ -111,8 +114,10 @@ class ClassificationArguments:
 
     # Model
     model: str = HfArg(default="out/demo", help="Folder or Hub id of the pretrained model, with its tokenizer.")
-    pooling: Literal["last", "mean"] | None = HfArg(
-        default=None, help="The head stands on the last token or the mean of all; default: mean for models of ours."
+    pooling: Literal["last", "mean", "mean_first_last"] | None = HfArg(
+        default=None,
+        help="The head stands on the last token, on the mean of all, or on that and the mean of their embeddings, the "
+        "default for models of ours; the Hub's other classes have the last token only.",
     )
     method: Literal["lora", "full", "last_block", "head"] = HfArg(default="lora", help="What is trained.")
     lora_r: int = HfArg(default=16, help="LoRA's rank.")
@@ -130,11 +135,11 @@ class ClassificationArguments:
     learning_rate: float | None = HfArg(
         default=None,
         help="Highest learning rate of what is pretrained, or LoRA's; default by method, for models of fewer than "
-        f"{SMALL} channels and larger ones: {LEARNING_RATES}.",
+        f"{SMALL} channels / larger ones: {BY_METHOD}.",
     )
     head_learning_rate: float | None = HfArg(
         default=None,
-        help=f"Of the new head and, with --method full, of the token embeddings; default: {HEAD_LEARNING_RATES}.",
+        help=f"Of the new head and, with --method full, of the token embeddings; default: {HEAD_BY_METHOD}.",
     )
     lr_scheduler_type: str = HfArg(default="linear", help="transformers' name of the learning rate's course.")
     warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
@@ -202,7 +207,7 @@ def main(args: ClassificationArguments) -> None:
         check_labels_known(names, validation=validation, test=test)
 
         # 2. The model, with a new head of one output a label. It stands on the last token of a text, which alone has
-        #    seen all of it, or on the mean of all tokens; which of them are text, the attention mask says.
+        #    seen all of it, or on a mean of all tokens; which of them are text, the attention mask says.
         set_seed(args.seed)
         tokenizer = load_classifier_tokenizer(args.model)
         model = open_model(args, tokenizer, names)
@@ -241,8 +246,10 @@ def main(args: ClassificationArguments) -> None:
             callbacks=[LogFile(output_dir / "log.jsonl")],
         )
         trainer.remove_callback(PrinterCallback)
+        checkpoints = output_dir / "checkpoints"  # which the main process looks into for all
+        [last] = broadcast_object_list([is_main and checkpoints.exists() and get_last_checkpoint(str(checkpoints))])
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir / "checkpoints")))
+        trainer.train(resume_from_checkpoint=last or None)
         seconds = time.perf_counter() - start
 
         # 5. What was trained is merged into the model, and that model is saved, and tested as it was saved.
@@ -278,14 +285,14 @@ def main(args: ClassificationArguments) -> None:
 def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
     """The pooling and the two learning rates: what was asked for, or the defaults for this model.
 
-    The mean of a text's tokens is for models of ours; the Hub's other classes have the last token only.
+    A mean of a text's tokens is for models of ours; the Hub's other classes have the last token only.
     """
     config = AutoConfig.from_pretrained(args.model)
     is_ours = isinstance(config, GPTConfig)
-    if args.pooling == "mean" and not is_ours:
+    if args.pooling not in (None, "last") and not is_ours:
         raise ValueError(
-            f"--pooling mean: {args.model} is a {config.model_type}, whose classifier in transformers stands on the "
-            "last token. Leave --pooling out, or make a model of ours of it first: recipes/export.py --to hfllm."
+            f"--pooling {args.pooling}: {args.model} is a {config.model_type}, whose classifier in transformers stands "
+            "on the last token. Leave --pooling out, or make a model of ours of it first: recipes/export.py --to hfllm."
         )
     size = int(config.hidden_size >= SMALL)
     head_learning_rate = args.head_learning_rate or HEAD_LEARNING_RATES[args.method][size]
@@ -294,7 +301,7 @@ def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
         learning_rate = head_learning_rate
     elif learning_rate is None:
         learning_rate = LEARNING_RATES[args.method][size]
-    return args.pooling or ("mean" if is_ours else "last"), learning_rate, head_learning_rate
+    return args.pooling or ("mean_first_last" if is_ours else "last"), learning_rate, head_learning_rate
 
 
 def prepare_folder(args: ClassificationArguments, output_dir: Path) -> bool:

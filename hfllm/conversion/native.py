@@ -214,10 +214,10 @@ def _advice(model: Any) -> str:
         return " It is one of ours already."
     if hasattr(model, "merge_and_unload"):
         return " Merge the adapter first: model.merge_and_unload()."
-    if getattr(getattr(model, "config", None), "classifier_pooling", "last") == "mean":
+    if (pooling := getattr(getattr(model, "config", None), "classifier_pooling", "last")) != "last":
         return (
-            " Only causal language models are converted, and this classifier has classifier_pooling='mean', where "
-            "transformers' own classes stand on the last token: it has no native twin."
+            f" Only causal language models are converted, and this classifier has classifier_pooling={pooling!r}, "
+            "where transformers' own classes stand on the last token: it has no native twin."
         )
     if isinstance(model, PreTrainedModel):
         return " Only causal language models are converted; other heads are trained on them afterwards."

@@ -160,7 +160,8 @@ def _usage(run: Run, name: str, base: str | None) -> str:
     if run.adapter:
         auto = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
         where = json.dumps(base) if base else "..."
-        pooling = ', classifier_pooling="mean"' if run.arguments.get("pooling") == "mean" else ""
+        pooling = run.arguments.get("pooling") or "last"
+        pooling = "" if pooling == "last" else f", classifier_pooling={json.dumps(pooling)}"
         note = (
             ""
             if base and is_hub_id(base)

@@ -150,7 +150,8 @@ class GPTConfig(PreTrainedConfig):
             PyTorch's 1.0, which with a head of its own learns a short text far faster.
         tie_word_embeddings: The head is the token embedding (Press and Wolf 2017).
         classifier_pooling: Where `GPTForSequenceClassification` stands: on the last token (`"last"`, as transformers'
-            own classes do), or on the mean of all tokens' last hidden states (`"mean"`); padding never counts.
+            own classes do), on the mean of all tokens' last hidden states (`"mean"`), or on that and the mean of their
+            embeddings, normalised (`"mean_first_last"`, after Gao et al. 2021, SimCSE); padding never counts.
 
     Raises:
         ValueError: for an unknown field, naming the nearest one, and for values that cannot work, alone or together. A
@@ -202,7 +203,7 @@ class GPTConfig(PreTrainedConfig):
     embedding_initializer_range: float | int | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = True
-    classifier_pooling: Literal["last", "mean"] = "last"
+    classifier_pooling: Literal["last", "mean", "mean_first_last"] = "last"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -1068,11 +1068,11 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
-        is_mean = self.config.classifier_pooling == "mean"
+        is_mean = self.config.classifier_pooling != "last"
         if is_mean and past_key_values is not None and past_key_values.get_seq_length() > 0:
             raise ValueError(
-                "classifier_pooling='mean' is over all tokens of a text, and those in past_key_values have left no "
-                "hidden states. Pass the whole text, without a filled cache."
+                f"classifier_pooling={self.config.classifier_pooling!r} is over all tokens of a text, and those in "
+                "past_key_values have left no hidden states. Pass the whole text, without a filled cache."
             )
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -1087,6 +1087,9 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
         is_text = self._find_text(input_ids, attention_mask, hidden_states)
         if is_mean:
             documents = self.model._find_documents(attention_mask, position_ids, None)
+            if self.config.classifier_pooling == "mean_first_last":
+                embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+                hidden_states = hidden_states + nn.functional.rms_norm(embeddings, embeddings.shape[-1:])
             pooled = self._mean_of_text(hidden_states, is_text, documents)
         else:
             rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)

@@ -94,6 +94,10 @@ def test_an_adapters_card_names_its_base(tmp_path):
     card = ModelCard(make_card(read_run(tmp_path), repo_id="me/lora"))
     assert card.data.base_model == "me/my-gpt" and card.data.library_name == "peft"
     assert 'PeftModel.from_pretrained(base, "me/lora")' in card.text
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
+    (tmp_path / "arguments.yaml").write_text("pooling: mean\n")
+    text = make_card(read_run(tmp_path), repo_id="me/lora")
+    assert 'from_pretrained("me/my-gpt", classifier_pooling="mean", trust_remote_code=True)' in text
 
 
 def test_a_base_that_is_a_folder_of_this_machine_is_not_named(tmp_path):

@@ -42,6 +42,19 @@ def test_the_mean_is_over_the_tokens_of_the_attention_mask(classifier, side):
         torch.testing.assert_close(row, mean_by_hand(classifier, text), atol=1e-5, rtol=1e-5)
 
 
+def test_the_first_and_the_last_states_may_be_pooled_together(classifier):
+    text = torch.tensor([[5, 2, 7, 9]])
+    mean_of_last = classifier.model(text).last_hidden_state[0].mean(0)
+    embeddings = classifier.model.embed_tokens.weight[text[0]]
+    normalised = embeddings / (embeddings.pow(2).mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    expected = classifier.score(mean_of_last + normalised.mean(0))
+    classifier.config.classifier_pooling = "mean_first_last"
+    padded, mask = torch.tensor([[5, 2, 7, 9, 2, 2]]), torch.tensor([[1, 1, 1, 1, 0, 0]])
+    torch.testing.assert_close(classifier(padded, attention_mask=mask).logits[0], expected)
+    states = classifier.model.embed_tokens(padded)
+    torch.testing.assert_close(classifier(inputs_embeds=states, attention_mask=mask).logits[0], expected)
+
+
 def test_without_a_mask_the_pad_token_says_what_is_padding(classifier):
     text = torch.tensor([[5, 9, 4]])
     padded = torch.tensor([[5, 9, 4, 2, 2], [8, 6, 7, 3, 5]])

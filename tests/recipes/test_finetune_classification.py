@@ -280,7 +280,7 @@ def test_the_other_methods_train_only_what_they_name(method, finished, classify,
         ({"method": "head", "learning_rate": 0.1}, "Give --head_learning_rate"),
         (
             {"model": "GPT2", "pooling": "mean"},
-            "--pooling mean: .* is a gpt2, whose classifier in transformers stands on",
+            "--pooling mean: .* is a gpt2, whose classifier in transformers stands",
         ),
         ({"test_fraction": 0.95}, "leave nothing to train on"),
         ({"text_column": "massage", "dataset": "CSV"}, "did you mean --text_column message"),
@@ -304,9 +304,9 @@ def test_what_is_not_given_is_chosen_by_method_and_model(recipe, base, tmp_path)
         return recipe.choose_for_model(recipe.ClassificationArguments(model=str(model), **options))
 
     small, large = recipe.LEARNING_RATES["full"]
-    assert chosen(base, method="full") == ("mean", small, recipe.HEAD_LEARNING_RATES["full"][0])
+    assert chosen(base, method="full") == ("mean_first_last", small, recipe.HEAD_LEARNING_RATES["full"][0])
     assert chosen(base, method="full", learning_rate=1e-4, pooling="last")[:2] == ("last", 1e-4)
-    assert chosen(base, method="head", head_learning_rate=0.5) == ("mean", 0.5, 0.5)
+    assert chosen(base, method="head", head_learning_rate=0.5) == ("mean_first_last", 0.5, 0.5)
     Qwen3Config(hidden_size=1024).save_pretrained(tmp_path)
     assert chosen(tmp_path, method="full") == ("last", large, recipe.HEAD_LEARNING_RATES["full"][1])
 
@@ -314,8 +314,8 @@ def test_what_is_not_given_is_chosen_by_method_and_model(recipe, base, tmp_path)
 def test_the_saved_folder_and_the_adapter_say_where_the_head_stands(finished):
     out = Path(finished[0]["output_dir"])
     for path in (out / "config.json", out / "adapter" / "base_model.json"):
-        assert json.loads(path.read_text())["classifier_pooling"] == "mean"
-    assert yaml.safe_load((out / "arguments.yaml").read_text())["pooling"] == "mean"
+        assert json.loads(path.read_text())["classifier_pooling"] == "mean_first_last"
+    assert yaml.safe_load((out / "arguments.yaml").read_text())["pooling"] == "mean_first_last"
 
 
 def test_given_test_texts_are_not_split_off(recipe, spam, tmp_path):

@@ -13,8 +13,10 @@ from hfllm.report.confusion import plot_confusion
 from hfllm.training.classification import (
     ClassifierTrainer,
     RowOrder,
+    describe_scores,
     freeze_all_but,
     logistic_regression,
+    score_beside_baselines,
     score_predictions,
 )
 from tests.conftest import make_tiny_config
@@ -68,6 +70,23 @@ def test_the_logistic_regression_learns_words_and_knows_labels_by_their_ids():
     )
     assert logits.shape == (2, 3) and logits.argmax(1).tolist() == [2, 0]
     assert np.exp(logits).sum(1) == pytest.approx([1, 1]) and strength in (1, 10, 100)
+
+
+def test_the_numbers_stand_beside_what_costs_nothing_and_a_model_that_loses_is_told_so():
+    texts = {
+        "train": (["red fish", "red bird", "blue fish", "blue bird", "red cat"], [1, 1, 0, 0, 1]),
+        "eval": (["red", "blue"], [1, 0]),
+        "test": (["blue dog", "red dog", "blue cow", "blue owl"], [0, 1, 0, 0]),
+    }
+    right, wrong = np.array([[4.0, 0], [0, 4], [4, 0], [4, 0]]), np.array([[0.0, 4], [0, 4], [0, 4], [4, 0]])
+    for logits, accuracy in ((right, 1.0), (wrong, 0.5)):
+        metrics = score_beside_baselines({"eval": right[:2], "test": logits}, texts, ["blue", "red"])
+        assert metrics["test_accuracy"] == accuracy and metrics["test_texts"] == 4
+        assert metrics["test_majority_accuracy"] == 0.25  # red is commonest in training
+        assert metrics["test_logistic_regression_accuracy"] == 1.0 and metrics["eval_accuracy"] == 0.0
+        described = describe_scores(metrics)
+        assert "Test, 4 texts" in described and "always the commonest label     25.00%" in described
+        assert ("is right on 2 texts more than this model" in described) == (accuracy < 1)
 
 
 def trained_names(model) -> set[str]:
