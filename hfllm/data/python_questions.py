@@ -243,7 +243,26 @@ def first_line(function: Any) -> str | None:
 
 def _call(name: str, function: Any) -> str | None:
     try:
-        call = f"{name}{inspect.signature(function)}"
+        signature = inspect.signature(function)
     except (ValueError, TypeError):  # a function in C that does not say
         return None
+    if not _is_the_same_everywhere(function, signature):
+        return None
+    call = f"{name}{signature}"
     return call if len(call) <= LONGEST_LINE and " at 0x" not in call else None
+
+
+def _is_the_same_everywhere(function: Any, signature: inspect.Signature) -> bool:
+    """Whether each default that is a text stands in the function's source, as far as there is one.
+
+    Others were found out when Python started, such as the interpreter's path in `platform.architecture`: with them the
+    same seed would ask something else in another environment, and train another model.
+    """
+    texts = [parameter.default for parameter in signature.parameters.values() if isinstance(parameter.default, str)]
+    if not texts or not inspect.isfunction(inspect.unwrap(function)):
+        return True
+    try:
+        source = inspect.getsource(inspect.unwrap(function))
+    except OSError:
+        return False
+    return all(repr(text)[1:-1] in source for text in texts)

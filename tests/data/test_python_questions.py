@@ -1,8 +1,10 @@
 """Questions whose answers the interpreter gives."""
 
 import importlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +26,25 @@ def test_there_are_thousands_and_none_twice():
 def test_the_seed_decides(questions):
     assert python_questions(400) == questions
     assert python_questions(400, seed=1) != questions
+
+
+def test_the_questions_do_not_depend_on_where_python_lies_nor_on_how_it_hashes(tmp_path):
+    """One that told the interpreter's path, sys.executable, trained other weights in every environment."""
+    python = tmp_path / "somewhere else" / "python"
+    python.parent.mkdir()
+    python.symlink_to(Path(sys.executable).resolve())
+    program = (
+        "import runpy, sys; print(sys.executable, file=sys.stderr);"
+        f"print(runpy.run_path({module.__file__!r})['python_questions'](40))"
+    )
+    printed = []
+    for interpreter, seed in ((sys.executable, "1"), (python, "2")):
+        environment = {"PATH": os.environ["PATH"], "PYTHONHASHSEED": seed}
+        process = subprocess.run([interpreter, "-c", program], env=environment, capture_output=True, text=True)
+        assert process.stderr == f"{interpreter}\n"
+        printed.append(process.stdout)
+    assert len(printed[0]) > 100_000
+    assert printed[0] == printed[1]
 
 
 def test_another_interpreter_prints_the_same_answers(questions):

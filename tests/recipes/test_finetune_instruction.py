@@ -195,6 +195,16 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(options, tmp_
     assert resumed["test_loss"] == pytest.approx(whole["test_loss"], abs=1e-6)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_same_command_gives_the_same_weights_to_the_bit(method, options, tmp_path):
+    weights = []
+    for folder in ("once", "again"):
+        dropout = {"lora_dropout": 0.2} if method == "lora" else {}
+        run(**{**options, **dropout, "method": method, "output_dir": tmp_path / folder})
+        weights.append((tmp_path / folder / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
 def test_all_weights_can_be_trained(options):
     metrics = run(**options, method="full", packing=False)
     assert metrics["num_trained_parameters"] == metrics["num_parameters"]
