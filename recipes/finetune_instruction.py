@@ -6,10 +6,11 @@ Offline, on questions about the Python that runs (about three minutes on two cor
         --model out/demo --output_dir out/chat
     python recipes/chat.py --model out/chat
 
-On the book's 1,100 instructions, or any rows of one of the published forms:
+On the book's 1,100 instructions, or any rows of one of the published forms. A base model such as GPT-2 needs to be told
+how a conversation is written; the book's way is "alpaca":
 
     python recipes/finetune_instruction.py --config recipes/configs/instruction_book.yaml \\
-        --model out/demo --dataset instruction-data.json --output_dir out/assistant
+        --model openai-community/gpt2 --chat_template alpaca --dataset instruction-data.json --output_dir out/assistant
 
 On eight GPUs:
 
@@ -62,6 +63,7 @@ from hfllm.data.instruction import (
     mark_learned,
     padding_token_id,
 )
+from hfllm.data.templates import TEMPLATES, choose_template
 from hfllm.hub import write_card
 from hfllm.report import append_to_log, read_run, save_environment, write_page
 from hfllm.report.page import PAGE_FILE
@@ -96,6 +98,10 @@ class InstructionArguments:
 
     # Model
     model: str = HfArg(default="out/demo", help="Folder or Hub id of a pretrained model.")
+    chat_template: str | None = HfArg(
+        default=None,
+        help=f"How conversations are written, if the tokenizer does not say: {', '.join(TEMPLATES)}, or a Jinja file.",
+    )
     method: Literal["lora", "full"] = HfArg(default="lora", help="Train small matrices beside the weights, or all.")
     lora_r: int = HfArg(default=16, help="Rank of LoRA's matrices.")
     lora_alpha: float = HfArg(default=16, help="LoRA's scale: its output is multiplied by lora_alpha / lora_r.")
@@ -179,6 +185,7 @@ def main(args: InstructionArguments) -> None:
 
         # 1. The model and its tokenizer, whose chat template says how a conversation is written
         tokenizer = load_tokenizer(args.model)
+        said = choose_template(tokenizer, args.chat_template)
         set_seed(args.seed)
         # Training needs float32 weights, whatever precision the checkpoint was exported in.
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
@@ -215,6 +222,8 @@ def main(args: InstructionArguments) -> None:
         if is_main:
             save_arguments(args, output_dir / "arguments.yaml")
             save_environment(output_dir, num_processes=trainer.args.world_size)
+            if said:
+                print(said)
             describe(args, description, sides, rows, tokenizer, model)
 
         # 4. What the model says before
@@ -436,6 +445,8 @@ def save_model(
     model = trainer.accelerator.unwrap_model(trainer.model)
     if args.method == "lora" and trainer.is_world_process_zero():
         save_adapter(model, output_dir / "adapter")
+        if args.chat_template is not None:  # the base's tokenizer does not have it
+            tokenizer.save_pretrained(output_dir / "adapter")
         merged = merge_adapter(model)
         merged.config.use_cache = True  # Trainer switched it off
         merged.save_pretrained(output_dir)

@@ -28,7 +28,7 @@ import hfllm  # noqa: F401  (registers the model with the Auto classes)
 from hfllm.adapters import count_parameters, describe_trained, lora_config, merge_adapter, save_adapter
 from hfllm.arguments import run, save_arguments
 from hfllm.data.conversations import load_preferences
-from hfllm.data.instruction import check_template, without_control_tokens
+from hfllm.data.templates import check_template, without_control_tokens
 from hfllm.report import append_to_log
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory

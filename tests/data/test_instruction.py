@@ -19,8 +19,8 @@ from hfllm.data.instruction import (
     mark_learned,
     pack,
     render,
-    without_control_tokens,
 )
+from hfllm.data.templates import without_control_tokens
 from tests.conftest import make_tiny_config
 
 
