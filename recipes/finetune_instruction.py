@@ -55,7 +55,7 @@ import hfllm  # noqa: F401  (registers the model with the Auto classes)
 from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
 from hfllm.arguments import run, save_arguments
 from hfllm.data.answers import answer, exact_match, last_response, stop_at_turns
-from hfllm.data.conversations import Conversation, load_conversations, split_conversations
+from hfllm.data.conversations import Conversation, further_questions, load_conversations, split_conversations
 from hfllm.data.instruction import (
     ConversationRows,
     check_packing,
@@ -71,10 +71,12 @@ from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
 from hfllm.training.evaluation import score_rows
 from hfllm.training.lock import run_lock
+from hfllm.training.optimization import build_muon
+from hfllm.training.responses import learned_loss, logits_only_at, shift_left
 
 
 # The book trains all weights with 5e-5 (GPT-2 355M) and LoRA with 5e-5 to 8e-4.
-LEARNING_RATES = {"lora": 5e-4, "full": 5e-5}
+LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "muon": 0.01}
 
 
 @dataclasses.dataclass
@@ -83,6 +85,9 @@ class InstructionArguments:
     dataset: str = HfArg(default="stdlib", help="A Hub id, local files, or 'stdlib': questions about this Python.")
     dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
     split: str = HfArg(default="train", help="Split of the Hub dataset.")
+    num_further_questions: int = HfArg(
+        default=0, help="Expressions of stdlib to train on beside its 12,000; none that is held back."
+    )
     column_map: list[str] | None = HfArg(default=None, help="Columns to rename, e.g. question=prompt answer=response")
     on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with rows that are none.")
     validation_fraction: float = HfArg(default=0.05, help="Share held back to follow the loss, by whole prompts.")
@@ -114,7 +119,11 @@ class InstructionArguments:
     max_steps: int | None = HfArg(default=None, help="Optimizer steps; default: num_train_epochs.")
     per_device_train_batch_size: int = HfArg(default=8, help="Rows per device and forward pass.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
+    optimizer: Literal["adamw", "muon"] = HfArg(
+        default="adamw", help="Muon is for --method full, with AdamW for the rest."
+    )
     learning_rate: float | None = HfArg(default=None, help=f"Highest learning rate; default: {LEARNING_RATES}.")
+    adam_learning_rate: float | None = HfArg(default=None, help="Muon's: of what takes AdamW's steps; default: half.")
     lr_scheduler_type: str = HfArg(default="cosine", help="Course of the learning rate after warm-up.")
     warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
     weight_decay: float = HfArg(default=0.0, help="Decoupled decay of the matrices.")
@@ -144,13 +153,23 @@ class InstructionArguments:
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: it is more than 0 and less than 1.")
+        if self.num_further_questions < 0 or (self.num_further_questions and self.dataset != "stdlib"):
+            raise ValueError(f"--num_further_questions {self.num_further_questions}: at least 0, and only for stdlib.")
+        if self.optimizer == "muon" and self.method != "full":
+            raise ValueError("--optimizer muon: it is for whole weight matrices, so for --method full.")
+        if self.adam_learning_rate is not None and self.optimizer != "muon":
+            raise ValueError("--adam_learning_rate: only --optimizer muon has a second learning rate.")
 
 
 class InstructionTrainer(Trainer):
-    """transformers' Trainer, whose evaluation is a sum over the learned tokens divided by their count.
+    """transformers' Trainer, which computes logits where something is learned, and evaluates by a sum over tokens.
 
     Its own evaluation is a mean of batch means, which is another number for any other batch size.
     """
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs):
+        with logits_only_at(self.accelerator.unwrap_model(model), shift_left(inputs["labels"]) != -100):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, eval_dataset: ConversationRows | None = None, *args, metric_key_prefix: str = "eval", **kwargs):
         metrics = {f"{metric_key_prefix}_loss": response_loss(self, eval_dataset or self.eval_dataset)}
@@ -337,7 +356,13 @@ def load_data(
         test_fraction=args.test_fraction,
         seed=args.seed,
     )
-    return sides, conversations.description
+    description = conversations.description
+    if args.num_further_questions:
+        known = [conversation for side in sides for conversation in side]
+        further = further_questions(args.num_further_questions, seed=args.seed, held_back=known)
+        sides = (sides[0] + further, *sides[1:])
+        description += f"; {len(further):,} further expressions to train on"
+    return sides, description
 
 
 def make_trainer(
@@ -350,7 +375,7 @@ def make_trainer(
         per_device_train_batch_size=args.per_device_train_batch_size,
         per_device_eval_batch_size=args.per_device_eval_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        learning_rate=args.learning_rate or LEARNING_RATES[args.method],
+        learning_rate=learning_rate_of(args),
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay,
@@ -371,13 +396,32 @@ def make_trainer(
     trainer = InstructionTrainer(
         model,
         arguments,
+        optimizers=(muon(args, model) if args.optimizer == "muon" else None, None),
         train_dataset=rows["train"],
         eval_dataset=rows["eval"],
         data_collator=rows["train"].collate,
+        compute_loss_func=learned_loss,
     )
     trainer.remove_callback(PrinterCallback)  # log.jsonl has it all
     trainer.add_callback(LogFile(Path(args.output_dir) / "log.jsonl"))
     return trainer
+
+
+def learning_rate_of(args: InstructionArguments) -> float:
+    return args.learning_rate or LEARNING_RATES["muon" if args.optimizer == "muon" else args.method]
+
+
+def muon(args: InstructionArguments, model: torch.nn.Module) -> torch.optim.Optimizer:
+    learning_rate = learning_rate_of(args)
+    return build_muon(
+        model,
+        learning_rate=learning_rate,
+        adam_learning_rate=args.adam_learning_rate or learning_rate / 2,
+        weight_decay=args.weight_decay,
+        momentum=0.95,
+        betas=(0.9, 0.95),
+        epsilon=1e-8,
+    )
 
 
 def response_loss(trainer: InstructionTrainer, rows: ConversationRows) -> float:

@@ -60,6 +60,9 @@ NODES = (
     *(ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn, ast.BoolOp, ast.And, ast.Or),
 )
 LARGEST_NUMBER = 10_000
+ASKING = "What does Python print for "
+# Of further questions. There are 22,600 expressions of arithmetic in all, of which a small model learns last.
+FURTHER_SHARES = {"arithmetic": 0.4, "string": 0.15, "list": 0.25, "comparison": 0.2}
 MISSES_IN_A_ROW = 1000  # expressions drawn that were drawn before, after which there are no others
 
 
@@ -106,10 +109,30 @@ def evaluate_expression(expression: str) -> str:
     return repr(eval(compile(tree, "<expression>", "eval"), {"__builtins__": FUNCTIONS}))
 
 
+def further_expressions(number: int, *, seed: int, is_known: Callable[[str], bool]) -> list[Question]:
+    """More questions of what an expression prints, drawn in the same way, none twice and none that is known.
+
+    They are shared out by FURTHER_SHARES; a kind of which there are no others left gives what it has.
+    """
+    draw = random.Random(f"further {seed}")
+    questions = []
+    for kind, share in FURTHER_SHARES.items():
+        wanted = round(number * share)
+        seen: set[str] = set()
+        num_misses = 0  # in a row
+        while len(seen) < wanted and num_misses < MISSES_IN_A_ROW:
+            question = _ask(MAKERS[kind](draw))
+            num_misses = num_misses + 1 if question in seen or is_known(question) else 0
+            if num_misses == 0:
+                seen.add(question)
+                questions.append(Question(kind, question, evaluate_expression(question.removeprefix(ASKING))))
+    draw.shuffle(questions)
+    return questions
+
+
 def _expression_questions(num_expressions: int, draw: random.Random) -> Iterator[Question]:
-    makers = {"arithmetic": _arithmetic, "string": _string, "list": _list, "comparison": _comparison}
-    for index, (kind, make) in enumerate(makers.items()):
-        wanted = (num_expressions + index) // len(makers)
+    for index, (kind, make) in enumerate(MAKERS.items()):
+        wanted = (num_expressions + index) // len(MAKERS)
         seen: set[str] = set()
         num_misses = 0  # in a row
         while len(seen) < wanted:
@@ -122,7 +145,11 @@ def _expression_questions(num_expressions: int, draw: random.Random) -> Iterator
                 )
             if num_misses == 0:
                 seen.add(expression)
-                yield Question(kind, f"What does Python print for {expression}", evaluate_expression(expression))
+                yield Question(kind, _ask(expression), evaluate_expression(expression))
+
+
+def _ask(expression: str) -> str:
+    return f"{ASKING}{expression}"
 
 
 def _arithmetic(draw: random.Random) -> str:
@@ -197,6 +224,9 @@ def _comparison(draw: random.Random) -> str:
             f"not {left} {operator} {right}",
         ]
     )
+
+
+MAKERS = {"arithmetic": _arithmetic, "string": _string, "list": _list, "comparison": _comparison}
 
 
 def _function_questions() -> Iterator[Question]:

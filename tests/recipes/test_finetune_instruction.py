@@ -24,6 +24,7 @@ from transformers import (
 
 import hfllm
 from hfllm.arguments import parse_arguments
+from hfllm.data.conversations import prompt_key
 from tests.conftest import make_tiny_config
 from tests.recipes.conftest import RECIPES, load_recipe
 
@@ -203,14 +204,25 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(options, tmp_
     assert resumed["test_loss"] == pytest.approx(whole["test_loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", [{"lora_dropout": 0.2}, {"method": "full"}, {"method": "full", "optimizer": "muon"}])
 def test_the_same_command_gives_the_same_weights_to_the_bit(method, options, tmp_path):
     weights = []
     for folder in ("once", "again"):
-        dropout = {"lora_dropout": 0.2} if method == "lora" else {}
-        run(**{**options, **dropout, "method": method, "output_dir": tmp_path / folder})
+        metrics = run(**{**options, **method, "output_dir": tmp_path / folder})
+        assert metrics["eval_loss"] < metrics["eval_loss_before"]
         weights.append((tmp_path / folder / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+def test_further_questions_change_neither_validation_nor_test_and_are_none_of_theirs():
+    words = ["--dataset=stdlib", "--validation_fraction=0.02", "--test_fraction=0.07"]
+    (few, *held_back), _ = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
+    words.append("--num_further_questions=3000")
+    (many, *still_held_back), description = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
+    assert held_back == still_held_back and many[: len(few)] == few
+    assert len(many) == len(few) + 3000 and "3,000 further expressions" in description
+    keys = [{prompt_key(conversation) for conversation in side} for side in (many, *held_back)]
+    assert len(keys[0]) == len(many) and not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
 
 
 def test_all_weights_can_be_trained(options):
@@ -305,6 +317,10 @@ def test_what_cannot_be_is_said_at_the_door(options, base_model, tmp_path):
         run(**{**options, "column_map": "question"})
     with pytest.raises(ValueError, match="test_fraction"):
         run(**{**options, "test_fraction": 0})
+    with pytest.raises(ValueError, match="--optimizer muon: it is for whole weight matrices"):
+        run(**options, optimizer="muon")
+    with pytest.raises(ValueError, match="--num_further_questions 9: at least 0, and only for stdlib"):
+        run(**options, num_further_questions=9)
 
 
 @pytest.mark.parametrize("config", sorted((RECIPES / "configs").glob("instruction_*.yaml")), ids=lambda path: path.stem)
