@@ -27,7 +27,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -35,15 +34,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -64,8 +62,9 @@ from hfllm.data.instruction import (
     padding_token_id,
 )
 from hfllm.data.templates import TEMPLATES, choose_template
+from hfllm.fine_tuning import LogFile, prepare_folder
 from hfllm.hub import write_card
-from hfllm.report import append_to_log, read_run, save_environment, write_page
+from hfllm.report import read_run, save_environment, write_page
 from hfllm.report.page import PAGE_FILE
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
@@ -178,20 +177,6 @@ class InstructionTrainer(Trainer):
         return metrics
 
 
-class LogFile(TrainerCallback):
-    """One line of log.jsonl for what Trainer logs, and a word on the terminal."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        append_to_log(self.path, {"step": state.global_step, **logs})
-        if "eval_loss" in logs:
-            print(f"step {state.global_step:,}: validation {logs['eval_loss']:.4f} nats per response token", flush=True)
-
-
 def main(args: InstructionArguments) -> None:
     args.check()
     output_dir = Path(args.output_dir)
@@ -199,7 +184,9 @@ def main(args: InstructionArguments) -> None:
     transformers_logging.set_verbosity_error()
     keep_freed_memory()
     with run_lock(output_dir) if is_main else contextlib.nullcontext():
-        if is_finished(args, output_dir, is_main=is_main):
+        # Whether the run is finished is the main process's answer, for all of them.
+        [is_finished] = broadcast_object_list([is_main and prepare_folder(args)])
+        if is_finished:
             return
 
         # 1. The model and its tokenizer, whose chat template says how a conversation is written
@@ -287,40 +274,6 @@ def main(args: InstructionArguments) -> None:
         trainer.accelerator.end_training()
 
 
-def is_finished(args: InstructionArguments, output_dir: Path, *, is_main: bool) -> bool:
-    """Whether this run ended before; a folder that holds anything else is refused."""
-    if Path(args.model).exists() and output_dir.exists() and Path(args.model).samefile(output_dir):
-        raise ValueError(f"--output_dir {output_dir} is --model itself, which would be overwritten. Choose another.")
-    if args.overwrite_output_dir:
-        if is_main:
-            for name in ("checkpoints", "adapter"):
-                shutil.rmtree(output_dir / name, ignore_errors=True)
-            for name in ("arguments.yaml", "log.jsonl", "metrics.json", "samples.txt", "model.safetensors"):
-                (output_dir / name).unlink(missing_ok=True)
-        return False
-    if not (output_dir / "arguments.yaml").exists():
-        if (output_dir / "config.json").exists():
-            raise ValueError(
-                f"{output_dir} holds a model that no run of this recipe made. Choose another --output_dir."
-            )
-        return False
-    there = yaml.safe_load((output_dir / "arguments.yaml").read_text(encoding="utf-8"))
-    free = {"output_dir", "overwrite_output_dir", "config", "save_total_limit", "report_to", "logging_steps"}
-    here = json.loads(json.dumps(dataclasses.asdict(args)))
-    changed = [name for name in here if name not in free and here[name] != there.get(name)]
-    if changed:
-        differences = ", ".join(f"--{name} {there.get(name)} there, {here[name]} now" for name in changed)
-        raise ValueError(
-            f"{output_dir} holds another run: {differences}. Choose another --output_dir, or start anew with "
-            "--overwrite_output_dir."
-        )
-    if (output_dir / "metrics.json").exists():
-        if is_main:
-            print(f"The run in {output_dir} is finished: nothing to do. --overwrite_output_dir starts it anew.")
-        return True
-    return False
-
-
 def choose_block_size(args: InstructionArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     context = getattr(model.config, "max_position_embeddings", 1024)
     if args.block_size is not None and not 2 <= args.block_size <= context:
@@ -403,7 +356,8 @@ def make_trainer(
         compute_loss_func=learned_loss,
     )
     trainer.remove_callback(PrinterCallback)  # log.jsonl has it all
-    trainer.add_callback(LogFile(Path(args.output_dir) / "log.jsonl"))
+    describe_evaluation = "validation {eval_loss:.4f} nats per response token".format_map
+    trainer.add_callback(LogFile(Path(args.output_dir) / "log.jsonl", describe_evaluation))
     return trainer
 
 

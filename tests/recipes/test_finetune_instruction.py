@@ -189,7 +189,7 @@ def test_a_finished_run_is_left_alone_and_another_one_is_refused(options, capsys
     run(**options)
     assert "is finished: nothing to do" in capsys.readouterr().out
     assert (Path(options["output_dir"]) / "model.safetensors").stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match=r"holds another run: --learning_rate 0.01 there, 0.02 now"):
+    with pytest.raises(ValueError, match=r"holds another run: learning_rate was 0.01 and is 0.02"):
         run(**{**options, "learning_rate": 0.02})
 
 
