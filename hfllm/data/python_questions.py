@@ -61,8 +61,8 @@ NODES = (
 )
 LARGEST_NUMBER = 10_000
 ASKING = "What does Python print for "
-# Of further questions. There are 22,600 expressions of arithmetic in all, of which a small model learns last.
-FURTHER_SHARES = {"arithmetic": 0.4, "string": 0.15, "list": 0.25, "comparison": 0.2}
+# Of further questions. There are some 7,000 different expressions with strings in all, so they are soon used up.
+FURTHER_SHARES = {"arithmetic": 0.25, "string": 0.2, "list": 0.35, "comparison": 0.2}
 MISSES_IN_A_ROW = 1000  # expressions drawn that were drawn before, after which there are no others
 
 

@@ -1,0 +1,65 @@
+"""Replies to prompts of different lengths in one batch, and how many of them are right."""
+
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hfllm
+from hfllm.data.answers import answer, exact_match, stop_at_turns
+from hfllm.data.conversations import Conversation, pair
+from tests.conftest import make_tiny_config
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return hfllm.train_bpe(topics.values(), 400)
+
+
+MODELS = {
+    "modern": lambda: hfllm.GPTForCausalLM(make_tiny_config("modern", vocab_size=400, max_position_embeddings=128)),
+    "book": lambda: hfllm.GPTForCausalLM(make_tiny_config("book", vocab_size=400, max_position_embeddings=128)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3)
+    ),
+}
+
+
+@pytest.mark.parametrize("pad_token", ["<|pad|>", None], ids=["own pad", "pad is eos"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_reply_in_a_padded_batch_is_the_reply_alone(name, pad_token, tokenizer):
+    tokenizer.pad_token = pad_token
+    model = MODELS[name]().eval()
+    stop_at_turns(model, tokenizer, stop_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    questions = [Conversation(pair("why " * number, "?"), "here") for number in (9, 1, 5, 2, 14)]
+    alone = answer(model, tokenizer, questions, batch_size=1, max_new_tokens=12)
+    assert answer(model, tokenizer, questions, batch_size=5, max_new_tokens=12) == alone
+    assert len(set(alone)) > 1
+    prompt = tokenizer.apply_chat_template(questions[1].messages[:1], add_generation_prompt=True, return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert alone[1] == tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
+def test_generating_stops_at_the_end_of_a_turn_and_of_a_document(tokenizer):
+    model = MODELS["modern"]()
+    stop_at_turns(model, tokenizer, stop_token_id=4)
+    assert model.generation_config.eos_token_id == [1, 4]
+
+
+def test_exact_match_counts_every_reply_once_and_each_kind_by_itself():
+    kinds = ["sum", "sum", "list", None]
+    questions = [Conversation(pair("Q", " 7 "), "here", kind) for kind in kinds]
+    assert exact_match(questions, ["7", "8", "7", "7."]) == {
+        "test_answers": 4,
+        "test_exact_match": 0.5,
+        "test_exact_match_list": 1,
+        "test_exact_match_sum": 0.5,
+    }
+
+
+def test_training_and_evaluation_leave_the_mode_as_it_was(tokenizer):
+    model = MODELS["modern"]().train()
+    stop_at_turns(model, tokenizer, stop_token_id=4)
+    answer(model, tokenizer, [Conversation(pair("Q", "A"), "here")], batch_size=1, max_new_tokens=1)
+    assert model.training and not torch.is_inference_mode_enabled()
