@@ -279,6 +279,13 @@ def load_adapter(
     return base
 
 
+def tokenizer_source(model: str, adapter: str | PathLike | None) -> str:
+    """Where the tokenizer is: with the adapter, if that came to a chat template of its own, or else with the model."""
+    if adapter is not None and _find_file(str(adapter), "tokenizer_config.json"):
+        return str(adapter)
+    return model
+
+
 def merge_adapter(
     model: PeftModel, *, adapter_name: str | None = None, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
@@ -394,13 +401,7 @@ def _features(module: nn.Module) -> tuple[int | None, int | None]:
 
 
 def _read_base_file(adapter: str) -> dict[str, Any]:
-    path = cached_file(
-        adapter,
-        BASE_FILE,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    path = _find_file(adapter, BASE_FILE)
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
 
 
@@ -409,3 +410,13 @@ def _why_other_weights(base: PreTrainedModel | PeftModel, known_by: dict[str, An
     if trained_on and here and trained_on != here:
         return "the shapes agree, but the weights that it was trained on are not these."
     return ""
+
+
+def _find_file(folder_or_id: str, name: str) -> str | None:
+    return cached_file(
+        folder_or_id,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )

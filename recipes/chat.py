@@ -40,10 +40,11 @@ from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
 import hfllm  # noqa: F401  (registers the model with the Auto classes)
-from hfllm.adapters import load_adapter, merge_adapter
+from hfllm.adapters import load_adapter, merge_adapter, tokenizer_source
 from hfllm.arguments import run
 from hfllm.data.conversations import Messages
-from hfllm.data.instruction import check_template, fit_messages
+from hfllm.data.instruction import fit_messages
+from hfllm.data.templates import check_template
 from hfllm.tokenization import TURN_END_TOKEN, load_tokenizer
 
 
@@ -85,7 +86,7 @@ def main(args: ChatArguments) -> None:
     disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     set_seed(args.seed)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(tokenizer_source(args.model, args.adapter))
     check_template(tokenizer)
     model = load_model(args)
     if args.serve:

@@ -163,7 +163,7 @@ def main(args: EvaluateArguments) -> None:
     results: dict[str, dict[str, Any]] = {}
     for name in args.model:
         # 2. The model, with its own tokenizer
-        tokenizer = load_classifier_tokenizer(name) if is_classifier else load_tokenizer(name)
+        tokenizer = load_classifier_tokenizer(name) if is_classifier else open_tokenizer(name, args)
         model = load_model(name, configs[name], args, is_classifier=is_classifier).to(accelerator.device).eval()
         results[name] = {}
 
@@ -282,6 +282,15 @@ def check_labels(name: str, config: PretrainedConfig, data: LabelledTexts) -> No
             f"The texts have the labels {unknown[:5]}, which --model {name} does not know; it knows "
             f"{list(config.label2id)[:20]}. Is --label_column right? Or rename the labels."
         )
+
+
+def open_tokenizer(name: str, args: EvaluateArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or the adapter's, which may have a chat template that the base lacks."""
+    if args.adapter is None:
+        return load_tokenizer(name)
+    from hfllm.adapters import tokenizer_source  # imports PEFT
+
+    return load_tokenizer(tokenizer_source(name, str(Path(args.adapter).expanduser())))
 
 
 def load_model(name: str, config: PretrainedConfig, args: EvaluateArguments, *, is_classifier: bool) -> torch.nn.Module:

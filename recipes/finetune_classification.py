@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -32,7 +31,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -44,7 +42,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -63,9 +60,10 @@ from hfllm.data.classification import (
     load_labelled_texts,
     split_by_text,
 )
+from hfllm.fine_tuning import LogFile, prepare_folder
 from hfllm.hub import write_card
 from hfllm.model import GPTConfig
-from hfllm.report import append_to_log, read_run, save_environment, write_page
+from hfllm.report import read_run, save_environment, write_page
 from hfllm.report.confusion import plot_confusion
 from hfllm.report.page import PAGE_FILE
 from hfllm.tokenization import load_classifier_tokenizer
@@ -91,6 +89,9 @@ BY_METHOD, HEAD_BY_METHOD = (
     for rates in (LEARNING_RATES, HEAD_LEARNING_RATES)
 )
 PARTS = ("train", "eval", "test")  # as the numbers of metrics.json call them
+
+
+EVALUATION = "validation loss {eval_loss:.4f}, accuracy {eval_accuracy:.2%}, macro-F1 {eval_f1_macro:.3f}"
 
 
 @dataclasses.dataclass
@@ -195,10 +196,11 @@ def main(args: ClassificationArguments) -> None:
     keep_freed_memory()
     with run_lock(output_dir) if is_main else contextlib.nullcontext():
         # Whether the run is finished is the main process's answer, for all of them.
-        [is_finished] = broadcast_object_list([is_main and prepare_folder(args, output_dir)])
+        [is_finished] = broadcast_object_list([is_main and prepare_folder(args)])
         if is_finished:
             return
         if is_main:
+            save_arguments(args, output_dir / "arguments.yaml")
             save_environment(output_dir, num_processes=PartialState().num_processes)
 
         # 1. The texts: read, checked and split before anything is trained.
@@ -243,7 +245,7 @@ def main(args: ClassificationArguments) -> None:
             data_collator=collate_with(tokenizer),
             compute_metrics=lambda prediction: score_for_trainer(prediction, names),
             head_learning_rate=args.head_learning_rate,
-            callbacks=[LogFile(output_dir / "log.jsonl")],
+            callbacks=[LogFile(output_dir / "log.jsonl", EVALUATION.format_map)],
         )
         trainer.remove_callback(PrinterCallback)
         checkpoints = output_dir / "checkpoints"  # which the main process looks into for all
@@ -302,40 +304,6 @@ def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
     elif learning_rate is None:
         learning_rate = LEARNING_RATES[args.method][size]
     return args.pooling or ("mean_first_last" if is_ours else "last"), learning_rate, head_learning_rate
-
-
-def prepare_folder(args: ClassificationArguments, output_dir: Path) -> bool:
-    """Clear the folder if asked, else check that the run in it is this one; True if that one is finished."""
-    mine = ("arguments.yaml", "metrics.json", "log.jsonl", "confusion.png", "config.json", "model.safetensors")
-    if args.overwrite_output_dir:
-        for name in mine:
-            (output_dir / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "adapter"):
-            shutil.rmtree(output_dir / name, ignore_errors=True)
-    if not (output_dir / "arguments.yaml").exists():
-        if (output_dir / "config.json").exists():
-            raise ValueError(
-                f"{output_dir} holds a model that no run of this recipe made, and would be overwritten. Choose another "
-                "--output_dir, or overwrite it with --overwrite_output_dir."
-            )
-        save_arguments(args, output_dir / "arguments.yaml")
-        return False
-    saved = yaml.safe_load((output_dir / "arguments.yaml").read_text(encoding="utf-8"))
-    may_change = {"config", "output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "logging_steps"}
-    changed = [
-        f"{name} was {saved.get(name)!r} and is {value!r}"
-        for name, value in dataclasses.asdict(args).items()
-        if name not in may_change and saved.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{output_dir} holds another run: {'; '.join(changed)}. Choose another --output_dir, or start anew with "
-            "--overwrite_output_dir."
-        )
-    if (output_dir / "metrics.json").exists():
-        print(f"The run in {output_dir} is finished: nothing to do. --overwrite_output_dir starts it anew.")
-        return True
-    return False
 
 
 def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTexts, LabelledTexts]:
@@ -418,25 +386,6 @@ def describe_lengths(parts: list[Dataset], block_size: int) -> str:
         f"{text}. {np.count_nonzero(cut):,} texts are longer than block_size {block_size:,} and lose their end, "
         f"{cut.sum():,} of {lengths.sum() + cut.sum():,} tokens."
     )
-
-
-class LogFile(TrainerCallback):
-    """Writes what Trainer logs into log.jsonl, in the words of the other recipes, and a word on the terminal."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "train_runtime" in logs:
-            return
-        names = ("loss", "learning_rate", "grad_norm", "epoch", "eval_loss", "eval_accuracy", "eval_f1_macro")
-        record = {"step": state.global_step, **{name: logs[name] for name in names if name in logs}}
-        append_to_log(self.path, record)
-        if "eval_loss" in record:
-            print(
-                f"step {record['step']:,}, epoch {record['epoch']:.1f}: validation loss {record['eval_loss']:.4f}, "
-                f"accuracy {record['eval_accuracy']:.2%}, macro-F1 {record['eval_f1_macro']:.3f}"
-            )
 
 
 def training_arguments(args: ClassificationArguments) -> TrainingArguments:

@@ -6,10 +6,11 @@ Offline, on questions about the Python that runs (about three minutes on two cor
         --model out/demo --output_dir out/chat
     python recipes/chat.py --model out/chat
 
-On the book's 1,100 instructions, or any rows of one of the published forms:
+On the book's 1,100 instructions, or any rows of one of the published forms. A base model such as GPT-2 needs to be told
+how a conversation is written; the book's way is "alpaca":
 
     python recipes/finetune_instruction.py --config recipes/configs/instruction_book.yaml \\
-        --model out/demo --dataset instruction-data.json --output_dir out/assistant
+        --model openai-community/gpt2 --chat_template alpaca --dataset instruction-data.json --output_dir out/assistant
 
 On eight GPUs:
 
@@ -26,7 +27,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -34,15 +34,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -54,7 +53,7 @@ import hfllm  # noqa: F401  (registers the model with the Auto classes)
 from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
 from hfllm.arguments import run, save_arguments
 from hfllm.data.answers import answer, exact_match, last_response, stop_at_turns
-from hfllm.data.conversations import Conversation, load_conversations, split_conversations
+from hfllm.data.conversations import Conversation, further_questions, load_conversations, split_conversations
 from hfllm.data.instruction import (
     ConversationRows,
     check_packing,
@@ -62,17 +61,21 @@ from hfllm.data.instruction import (
     mark_learned,
     padding_token_id,
 )
+from hfllm.data.templates import TEMPLATES, choose_template
+from hfllm.fine_tuning import LogFile, prepare_folder
 from hfllm.hub import write_card
-from hfllm.report import append_to_log, read_run, save_environment, write_page
+from hfllm.report import read_run, save_environment, write_page
 from hfllm.report.page import PAGE_FILE
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
 from hfllm.training.evaluation import score_rows
 from hfllm.training.lock import run_lock
+from hfllm.training.optimization import build_muon
+from hfllm.training.responses import learned_loss, logits_only_at, shift_left
 
 
 # The book trains all weights with 5e-5 (GPT-2 355M) and LoRA with 5e-5 to 8e-4.
-LEARNING_RATES = {"lora": 5e-4, "full": 5e-5}
+LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "muon": 0.01}
 
 
 @dataclasses.dataclass
@@ -81,6 +84,9 @@ class InstructionArguments:
     dataset: str = HfArg(default="stdlib", help="A Hub id, local files, or 'stdlib': questions about this Python.")
     dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
     split: str = HfArg(default="train", help="Split of the Hub dataset.")
+    num_further_questions: int = HfArg(
+        default=0, help="Expressions of stdlib to train on beside its 12,000; none that is held back."
+    )
     column_map: list[str] | None = HfArg(default=None, help="Columns to rename, e.g. question=prompt answer=response")
     on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with rows that are none.")
     validation_fraction: float = HfArg(default=0.05, help="Share held back to follow the loss, by whole prompts.")
@@ -96,6 +102,10 @@ class InstructionArguments:
 
     # Model
     model: str = HfArg(default="out/demo", help="Folder or Hub id of a pretrained model.")
+    chat_template: str | None = HfArg(
+        default=None,
+        help=f"How conversations are written, if the tokenizer does not say: {', '.join(TEMPLATES)}, or a Jinja file.",
+    )
     method: Literal["lora", "full"] = HfArg(default="lora", help="Train small matrices beside the weights, or all.")
     lora_r: int = HfArg(default=16, help="Rank of LoRA's matrices.")
     lora_alpha: float = HfArg(default=16, help="LoRA's scale: its output is multiplied by lora_alpha / lora_r.")
@@ -108,7 +118,11 @@ class InstructionArguments:
     max_steps: int | None = HfArg(default=None, help="Optimizer steps; default: num_train_epochs.")
     per_device_train_batch_size: int = HfArg(default=8, help="Rows per device and forward pass.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
+    optimizer: Literal["adamw", "muon"] = HfArg(
+        default="adamw", help="Muon is for --method full, with AdamW for the rest."
+    )
     learning_rate: float | None = HfArg(default=None, help=f"Highest learning rate; default: {LEARNING_RATES}.")
+    adam_learning_rate: float | None = HfArg(default=None, help="Muon's: of what takes AdamW's steps; default: half.")
     lr_scheduler_type: str = HfArg(default="cosine", help="Course of the learning rate after warm-up.")
     warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
     weight_decay: float = HfArg(default=0.0, help="Decoupled decay of the matrices.")
@@ -138,33 +152,29 @@ class InstructionArguments:
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: it is more than 0 and less than 1.")
+        if self.num_further_questions < 0 or (self.num_further_questions and self.dataset != "stdlib"):
+            raise ValueError(f"--num_further_questions {self.num_further_questions}: at least 0, and only for stdlib.")
+        if self.optimizer == "muon" and self.method != "full":
+            raise ValueError("--optimizer muon: it is for whole weight matrices, so for --method full.")
+        if self.adam_learning_rate is not None and self.optimizer != "muon":
+            raise ValueError("--adam_learning_rate: only --optimizer muon has a second learning rate.")
 
 
 class InstructionTrainer(Trainer):
-    """transformers' Trainer, whose evaluation is a sum over the learned tokens divided by their count.
+    """transformers' Trainer, which computes logits where something is learned, and evaluates by a sum over tokens.
 
     Its own evaluation is a mean of batch means, which is another number for any other batch size.
     """
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs):
+        with logits_only_at(self.accelerator.unwrap_model(model), shift_left(inputs["labels"]) != -100):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, eval_dataset: ConversationRows | None = None, *args, metric_key_prefix: str = "eval", **kwargs):
         metrics = {f"{metric_key_prefix}_loss": response_loss(self, eval_dataset or self.eval_dataset)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-class LogFile(TrainerCallback):
-    """One line of log.jsonl for what Trainer logs, and a word on the terminal."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        append_to_log(self.path, {"step": state.global_step, **logs})
-        if "eval_loss" in logs:
-            print(f"step {state.global_step:,}: validation {logs['eval_loss']:.4f} nats per response token", flush=True)
 
 
 def main(args: InstructionArguments) -> None:
@@ -174,11 +184,14 @@ def main(args: InstructionArguments) -> None:
     transformers_logging.set_verbosity_error()
     keep_freed_memory()
     with run_lock(output_dir) if is_main else contextlib.nullcontext():
-        if is_finished(args, output_dir, is_main=is_main):
+        # Whether the run is finished is the main process's answer, for all of them.
+        [is_finished] = broadcast_object_list([is_main and prepare_folder(args)])
+        if is_finished:
             return
 
         # 1. The model and its tokenizer, whose chat template says how a conversation is written
         tokenizer = load_tokenizer(args.model)
+        said = choose_template(tokenizer, args.chat_template)
         set_seed(args.seed)
         # Training needs float32 weights, whatever precision the checkpoint was exported in.
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
@@ -215,6 +228,8 @@ def main(args: InstructionArguments) -> None:
         if is_main:
             save_arguments(args, output_dir / "arguments.yaml")
             save_environment(output_dir, num_processes=trainer.args.world_size)
+            if said:
+                print(said)
             describe(args, description, sides, rows, tokenizer, model)
 
         # 4. What the model says before
@@ -259,40 +274,6 @@ def main(args: InstructionArguments) -> None:
         trainer.accelerator.end_training()
 
 
-def is_finished(args: InstructionArguments, output_dir: Path, *, is_main: bool) -> bool:
-    """Whether this run ended before; a folder that holds anything else is refused."""
-    if Path(args.model).exists() and output_dir.exists() and Path(args.model).samefile(output_dir):
-        raise ValueError(f"--output_dir {output_dir} is --model itself, which would be overwritten. Choose another.")
-    if args.overwrite_output_dir:
-        if is_main:
-            for name in ("checkpoints", "adapter"):
-                shutil.rmtree(output_dir / name, ignore_errors=True)
-            for name in ("arguments.yaml", "log.jsonl", "metrics.json", "samples.txt", "model.safetensors"):
-                (output_dir / name).unlink(missing_ok=True)
-        return False
-    if not (output_dir / "arguments.yaml").exists():
-        if (output_dir / "config.json").exists():
-            raise ValueError(
-                f"{output_dir} holds a model that no run of this recipe made. Choose another --output_dir."
-            )
-        return False
-    there = yaml.safe_load((output_dir / "arguments.yaml").read_text(encoding="utf-8"))
-    free = {"output_dir", "overwrite_output_dir", "config", "save_total_limit", "report_to", "logging_steps"}
-    here = json.loads(json.dumps(dataclasses.asdict(args)))
-    changed = [name for name in here if name not in free and here[name] != there.get(name)]
-    if changed:
-        differences = ", ".join(f"--{name} {there.get(name)} there, {here[name]} now" for name in changed)
-        raise ValueError(
-            f"{output_dir} holds another run: {differences}. Choose another --output_dir, or start anew with "
-            "--overwrite_output_dir."
-        )
-    if (output_dir / "metrics.json").exists():
-        if is_main:
-            print(f"The run in {output_dir} is finished: nothing to do. --overwrite_output_dir starts it anew.")
-        return True
-    return False
-
-
 def choose_block_size(args: InstructionArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     context = getattr(model.config, "max_position_embeddings", 1024)
     if args.block_size is not None and not 2 <= args.block_size <= context:
@@ -328,7 +309,13 @@ def load_data(
         test_fraction=args.test_fraction,
         seed=args.seed,
     )
-    return sides, conversations.description
+    description = conversations.description
+    if args.num_further_questions:
+        known = [conversation for side in sides for conversation in side]
+        further = further_questions(args.num_further_questions, seed=args.seed, held_back=known)
+        sides = (sides[0] + further, *sides[1:])
+        description += f"; {len(further):,} further expressions to train on"
+    return sides, description
 
 
 def make_trainer(
@@ -341,7 +328,7 @@ def make_trainer(
         per_device_train_batch_size=args.per_device_train_batch_size,
         per_device_eval_batch_size=args.per_device_eval_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        learning_rate=args.learning_rate or LEARNING_RATES[args.method],
+        learning_rate=learning_rate_of(args),
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay,
@@ -362,13 +349,33 @@ def make_trainer(
     trainer = InstructionTrainer(
         model,
         arguments,
+        optimizers=(muon(args, model) if args.optimizer == "muon" else None, None),
         train_dataset=rows["train"],
         eval_dataset=rows["eval"],
         data_collator=rows["train"].collate,
+        compute_loss_func=learned_loss,
     )
     trainer.remove_callback(PrinterCallback)  # log.jsonl has it all
-    trainer.add_callback(LogFile(Path(args.output_dir) / "log.jsonl"))
+    describe_evaluation = "validation {eval_loss:.4f} nats per response token".format_map
+    trainer.add_callback(LogFile(Path(args.output_dir) / "log.jsonl", describe_evaluation))
     return trainer
+
+
+def learning_rate_of(args: InstructionArguments) -> float:
+    return args.learning_rate or LEARNING_RATES["muon" if args.optimizer == "muon" else args.method]
+
+
+def muon(args: InstructionArguments, model: torch.nn.Module) -> torch.optim.Optimizer:
+    learning_rate = learning_rate_of(args)
+    return build_muon(
+        model,
+        learning_rate=learning_rate,
+        adam_learning_rate=args.adam_learning_rate or learning_rate / 2,
+        weight_decay=args.weight_decay,
+        momentum=0.95,
+        betas=(0.9, 0.95),
+        epsilon=1e-8,
+    )
 
 
 def response_loss(trainer: InstructionTrainer, rows: ConversationRows) -> float:
@@ -436,6 +443,8 @@ def save_model(
     model = trainer.accelerator.unwrap_model(trainer.model)
     if args.method == "lora" and trainer.is_world_process_zero():
         save_adapter(model, output_dir / "adapter")
+        if args.chat_template is not None:  # the base's tokenizer does not have it
+            tokenizer.save_pretrained(output_dir / "adapter")
         merged = merge_adapter(model)
         merged.config.use_cache = True  # Trainer switched it off
         merged.save_pretrained(output_dir)

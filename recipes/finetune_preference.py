@@ -20,16 +20,18 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import get_last_checkpoint
 
 import hfllm  # noqa: F401  (registers the model with the Auto classes)
 from hfllm.adapters import count_parameters, describe_trained, lora_config, merge_adapter, save_adapter
 from hfllm.arguments import run, save_arguments
 from hfllm.data.conversations import load_preferences
-from hfllm.data.instruction import check_template, without_control_tokens
-from hfllm.report import append_to_log
+from hfllm.data.templates import check_template, without_control_tokens
+from hfllm.fine_tuning import LogFile, prepare_folder
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
 from hfllm.training.lock import run_lock
@@ -63,9 +65,11 @@ class PreferenceArguments:
     seed: int = HfArg(default=42, help="Of the split, the order of rows and LoRA's first weights.")
 
     # What is written
-    output_dir: str = HfArg(default="out/preferred", help="The run's folder.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Write over the run that stands there.")
+    output_dir: str = HfArg(default="out/preferred", help="The run's folder. A run that stands there goes on.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Delete the run that stands there and start anew.")
     logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
+    save_steps: int = HfArg(default=200, help="Steps between two checkpoints.")
+    save_total_limit: int | None = HfArg(default=1, help="Checkpoints kept.")
     config: str | None = HfArg(default=None, help="A YAML file of these options.")
 
     def check(self) -> None:
@@ -77,24 +81,6 @@ class PreferenceArguments:
             raise ValueError(f"--validation_fraction {self.validation_fraction}: it is more than 0 and less than 1.")
         if self.beta <= 0:
             raise ValueError(f"--beta {self.beta}: it must be above 0.")
-        output_dir = Path(self.output_dir)
-        if output_dir.exists() and Path(self.model).exists() and output_dir.samefile(self.model):
-            raise ValueError(
-                f"--output_dir {output_dir} is --model itself, which would be overwritten. Choose another."
-            )
-        if (output_dir / "config.json").exists() and not self.overwrite_output_dir:
-            raise ValueError(f"{output_dir} holds a model. Choose another --output_dir, or --overwrite_output_dir.")
-
-
-class LogFile(TrainerCallback):
-    """One line of log.jsonl for what Trainer logs."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs and "train_runtime" not in logs:
-            append_to_log(self.path, {"step": state.global_step, **logs})
 
 
 def main(args: PreferenceArguments) -> None:
@@ -105,6 +91,11 @@ def main(args: PreferenceArguments) -> None:
     is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
     keep_freed_memory()
     with run_lock(output_dir) if is_main else contextlib.nullcontext():
+        # Whether the run is finished is the main process's answer, for all of them.
+        [is_finished] = broadcast_object_list([is_main and prepare_folder(args)])
+        if is_finished:
+            return
+
         # 1. The model, which is also the reference, and its tokenizer
         tokenizer = load_tokenizer(args.model)
         check_template(tokenizer)
@@ -115,7 +106,6 @@ def main(args: PreferenceArguments) -> None:
         # 2. Pairs of replies to one prompt, rendered by the model's own chat template
         sides, account = load_pairs(args, tokenizer)
         if is_main:
-            (output_dir / "log.jsonl").unlink(missing_ok=True)
             save_arguments(args, output_dir / "arguments.yaml")
             print(
                 f"{account['rows']:,} preferences ({account['bad_records']:,} bad rows left out): {len(sides[0]):,} to "
@@ -140,7 +130,8 @@ def main(args: PreferenceArguments) -> None:
                 bf16=args.bf16,
                 seed=args.seed,
                 logging_steps=args.logging_steps,
-                save_strategy="no",
+                save_steps=args.save_steps,
+                save_total_limit=args.save_total_limit,
                 report_to="none",
                 use_cpu=not torch.accelerator.is_available(),
             ),
@@ -155,7 +146,7 @@ def main(args: PreferenceArguments) -> None:
 
         # 4. Before, training, after. Before the first update the policy is the reference: margins of 0, a loss of ln 2.
         before = trainer.evaluate()
-        trainer.train()
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir / "checkpoints"))
         after = trainer.evaluate()
 
         # 5. The adapter merged into the model, and beside it alone

@@ -13,7 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .python_questions import describe_questions, python_questions
+from .python_questions import describe_questions, further_expressions, python_questions
 from .sources import files_below, hub_errors_explained, local_paths
 
 
@@ -84,6 +84,21 @@ def load_conversations(
     rows = [Conversation(messages, place) for place, messages in pairs]
     account = {"rows": len(rows), "bad_records": len(problems), "bad_record_examples": problems[:10]}
     return Conversations(rows, account, f"{len(rows):,} conversations, {len(problems):,} bad rows left out")
+
+
+def further_questions(number: int, *, seed: int, held_back: Iterable[Conversation]) -> list[Conversation]:
+    """More of `stdlib`'s expressions to train on, beside those that `load_conversations` gives.
+
+    None begins with a prompt that is held back, so that a test stays one, however much is trained on.
+    """
+    known = {prompt_key(conversation) for conversation in held_back}
+    questions = further_expressions(
+        number, seed=seed, is_known=lambda text: prompt_key(Conversation(pair(text, "?"), "")) in known
+    )
+    return [
+        Conversation(pair(each.question, each.answer), f"further question {number:,}", each.kind)
+        for number, each in enumerate(questions, start=1)
+    ]
 
 
 def read_records_of(

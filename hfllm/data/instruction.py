@@ -17,11 +17,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversations import Conversation, Messages
+from .templates import check_template, without_control_tokens
 
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 INPUTS = ("input_ids", "position_ids")
 BATCH = 512  # conversations rendered and tokenised at a time
+PROMPTS_CHECKED = 32  # conversations; a template that is wrong is wrong in each
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def encode_conversations(
 
     What is learned is what the template puts between `{% generation %}` and `{% endgeneration %}`. A template without
     that is rendered turn by turn to find the responses' places in the text, and refused where these renderings do not
-    continue each other. With `train_on_prompt`, all tokens but the first are learned.
+    continue each other. A template by which the model answers after another prompt than it was trained on is refused,
+    too. With `train_on_prompt`, all tokens but the first are learned.
 
     A conversation longer than `max_length` tokens is cut at its end, and dropped if nothing to learn is left of it; if
     so of all, that is an error. So is a response that is not ended by a control token: the model would never stop.
@@ -76,6 +79,8 @@ def encode_conversations(
         some = conversations[first : first + BATCH]
         for index, (token_ids, mask) in enumerate(_encode_batch(some, tokenizer), start=first):
             _check_mask(mask, conversations[index])
+            if index < PROMPTS_CHECKED:
+                _check_prompt(token_ids, mask, conversations[index], tokenizer)
             stop_ids |= set(token_ids[mask & ~np.append(mask[1:], False)].tolist())
             if train_on_prompt:
                 mask = np.ones_like(mask)
@@ -95,44 +100,6 @@ def encode_conversations(
             "hold no response. Choose a longer block_size, or a model with a longer context."
         )
     return EncodedConversations(encoded, account, _the_stop_token(stop_ids, tokenizer))
-
-
-def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, so nothing says how a conversation is "
-            "written. Take a model whose tokenizer recipes/train_tokenizer.py made, or a chat model of the Hub, or set "
-            "tokenizer.chat_template and save it."
-        )
-
-
-def without_control_tokens(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Messages:
-    """The messages, with the text of each control token in them broken up by a space: `<|im_end|>` -> `<|im_end |>`.
-
-    The template of our own tokenizers does the same to what it is given, so for them it changes nothing; others leave
-    it to the caller, and whoever types a control token there ends the turn of somebody else.
-    """
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    control = [
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if (token.special or token.content in template) and not token.content.isspace()
-    ]
-    cleaned = []
-    for message in messages:
-        content = message["content"]
-        while found := [token for token in control if token in content]:
-            longest = max(found, key=len)
-            content = content.replace(longest, _broken_up(longest))
-        cleaned.append({**message, "content": content})
-    return cleaned
-
-
-def _broken_up(token: str) -> str:
-    cut = len(token) - len(re.search(r"\W*$", token).group())  # type: ignore[union-attr]  # it matches the empty string
-    if not 0 < cut < len(token):
-        cut = max(1, len(token) // 2)
-    return f"{token[:cut]} {token[cut:]}"
 
 
 def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = False) -> str:
@@ -203,6 +170,22 @@ def _check_mask(mask: np.ndarray, conversation: Conversation) -> None:
         raise ValueError(
             f"{conversation.place}: by the chat template {what} of the {len(mask):,} tokens are learned. Put "
             "{% generation %} and {% endgeneration %} around what the assistant says, and nothing else."
+        )
+
+
+def _check_prompt(
+    token_ids: np.ndarray, mask: np.ndarray, conversation: Conversation, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """What stands before the last response must be what `add_generation_prompt` gives, to the last space."""
+    is_start = mask & ~np.append(False, mask[:-1])
+    before = token_ids[: int(np.flatnonzero(is_start)[-1])].tolist()
+    last = max(turn for turn, message in enumerate(conversation.messages) if message["role"] == "assistant")
+    prompt = encode_prompt(conversation.messages[:last], tokenizer)
+    if before != prompt:
+        raise ValueError(
+            f"{conversation.place}: the chat template of {tokenizer.name_or_path!r} writes another prompt with "
+            f"add_generation_prompt, ending in {tokenizer.decode(prompt[-8:])!r}, than stands before a response in "
+            f"training, ending in {tokenizer.decode(before[-8:])!r}. Correct it, to the last space and newline."
         )
 
 

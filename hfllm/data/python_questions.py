@@ -60,6 +60,9 @@ NODES = (
     *(ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn, ast.BoolOp, ast.And, ast.Or),
 )
 LARGEST_NUMBER = 10_000
+ASKING = "What does Python print for "
+# Of further questions. There are some 7,000 different expressions with strings in all, so they are soon used up.
+FURTHER_SHARES = {"arithmetic": 0.25, "string": 0.2, "list": 0.35, "comparison": 0.2}
 MISSES_IN_A_ROW = 1000  # expressions drawn that were drawn before, after which there are no others
 
 
@@ -106,10 +109,30 @@ def evaluate_expression(expression: str) -> str:
     return repr(eval(compile(tree, "<expression>", "eval"), {"__builtins__": FUNCTIONS}))
 
 
+def further_expressions(number: int, *, seed: int, is_known: Callable[[str], bool]) -> list[Question]:
+    """More questions of what an expression prints, drawn in the same way, none twice and none that is known.
+
+    They are shared out by FURTHER_SHARES; a kind of which there are no others left gives what it has.
+    """
+    draw = random.Random(f"further {seed}")
+    questions = []
+    for kind, share in FURTHER_SHARES.items():
+        wanted = round(number * share)
+        seen: set[str] = set()
+        num_misses = 0  # in a row
+        while len(seen) < wanted and num_misses < MISSES_IN_A_ROW:
+            question = _ask(MAKERS[kind](draw))
+            num_misses = num_misses + 1 if question in seen or is_known(question) else 0
+            if num_misses == 0:
+                seen.add(question)
+                questions.append(Question(kind, question, evaluate_expression(question.removeprefix(ASKING))))
+    draw.shuffle(questions)
+    return questions
+
+
 def _expression_questions(num_expressions: int, draw: random.Random) -> Iterator[Question]:
-    makers = {"arithmetic": _arithmetic, "string": _string, "list": _list, "comparison": _comparison}
-    for index, (kind, make) in enumerate(makers.items()):
-        wanted = (num_expressions + index) // len(makers)
+    for index, (kind, make) in enumerate(MAKERS.items()):
+        wanted = (num_expressions + index) // len(MAKERS)
         seen: set[str] = set()
         num_misses = 0  # in a row
         while len(seen) < wanted:
@@ -122,7 +145,11 @@ def _expression_questions(num_expressions: int, draw: random.Random) -> Iterator
                 )
             if num_misses == 0:
                 seen.add(expression)
-                yield Question(kind, f"What does Python print for {expression}", evaluate_expression(expression))
+                yield Question(kind, _ask(expression), evaluate_expression(expression))
+
+
+def _ask(expression: str) -> str:
+    return f"{ASKING}{expression}"
 
 
 def _arithmetic(draw: random.Random) -> str:
@@ -199,6 +226,9 @@ def _comparison(draw: random.Random) -> str:
     )
 
 
+MAKERS = {"arithmetic": _arithmetic, "string": _string, "list": _list, "comparison": _comparison}
+
+
 def _function_questions() -> Iterator[Question]:
     """For each function with a docstring what its first line is, and, where only one has that line, which one it is."""
     functions = dict(_functions())
@@ -243,7 +273,26 @@ def first_line(function: Any) -> str | None:
 
 def _call(name: str, function: Any) -> str | None:
     try:
-        call = f"{name}{inspect.signature(function)}"
+        signature = inspect.signature(function)
     except (ValueError, TypeError):  # a function in C that does not say
         return None
+    if not _is_the_same_everywhere(function, signature):
+        return None
+    call = f"{name}{signature}"
     return call if len(call) <= LONGEST_LINE and " at 0x" not in call else None
+
+
+def _is_the_same_everywhere(function: Any, signature: inspect.Signature) -> bool:
+    """Whether each default that is a text stands in the function's source, as far as there is one.
+
+    Others were found out when Python started, such as the interpreter's path in `platform.architecture`: with them the
+    same seed would ask something else in another environment, and train another model.
+    """
+    texts = [parameter.default for parameter in signature.parameters.values() if isinstance(parameter.default, str)]
+    if not texts or not inspect.isfunction(inspect.unwrap(function)):
+        return True
+    try:
+        source = inspect.getsource(inspect.unwrap(function))
+    except OSError:
+        return False
+    return all(repr(text)[1:-1] in source for text in texts)

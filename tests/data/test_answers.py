@@ -1,38 +1,68 @@
-"""Replies written side by side: padding stands on the left, where a reply does not go."""
+"""Replies to prompts of different lengths in one batch, and how many of them are right."""
+
+from pydoc_data.topics import topics
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import hfllm
 from hfllm.data.answers import answer, exact_match, stop_at_turns
-from hfllm.data.conversations import Conversation
+from hfllm.data.conversations import Conversation, pair
 from tests.conftest import make_tiny_config
-from tests.recipes.conftest import make_sentences
 
 
-QUESTIONS = [
-    "a dog",
-    "one fish sees the cat, and the cat sees one fish",
-    "the bird",
-    "three birds or one fish or a dog",
-]
+@pytest.fixture(scope="module")
+def tokenizer():
+    return hfllm.train_bpe(topics.values(), 400)
 
 
-@pytest.mark.parametrize("preset", ["modern", "book"])
-def test_prompts_of_different_lengths_get_the_replies_that_each_gets_alone(preset):
-    tokenizer = hfllm.train_bpe(make_sentences(60), 300)
-    config = make_tiny_config(preset, vocab_size=300, max_position_embeddings=128)
-    model = hfllm.GPTForCausalLM(config)
-    stop_at_turns(model, tokenizer, stop_token_id=tokenizer.eos_token_id)
-    questions = [
-        Conversation([{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}], text)
-        for text in QUESTIONS
-    ]
-    options = {"max_new_tokens": 8}
-    alone = [answer(model, tokenizer, [question], batch_size=1, **options)[0] for question in questions]
-    assert answer(model, tokenizer, questions, batch_size=4, **options) == alone
-    assert len(set(alone)) > 1  # they depend on the question
-    assert exact_match(questions, ["yes", *alone[1:]])["test_exact_match"] >= 0.25
+MODELS = {
+    "modern": lambda: hfllm.GPTForCausalLM(make_tiny_config("modern", vocab_size=400, max_position_embeddings=128)),
+    "book": lambda: hfllm.GPTForCausalLM(make_tiny_config("book", vocab_size=400, max_position_embeddings=128)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3)
+    ),
+}
+
+
+@pytest.mark.parametrize("pad_token", ["<|pad|>", None], ids=["own pad", "pad is eos"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_reply_in_a_padded_batch_is_the_reply_alone(name, pad_token, tokenizer):
+    tokenizer.pad_token = pad_token
+    model = MODELS[name]().eval()
+    stop_at_turns(model, tokenizer, stop_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    questions = [Conversation(pair("why " * number, "?"), "here") for number in (9, 1, 5, 2, 14)]
+    alone = answer(model, tokenizer, questions, batch_size=1, max_new_tokens=12)
+    assert answer(model, tokenizer, questions, batch_size=5, max_new_tokens=12) == alone
+    assert len(set(alone)) > 1
+    prompt = tokenizer.apply_chat_template(questions[1].messages[:1], add_generation_prompt=True, return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert alone[1] == tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
+def test_generating_stops_at_the_end_of_a_turn_and_of_a_document(tokenizer):
+    model = MODELS["modern"]()
+    stop_at_turns(model, tokenizer, stop_token_id=4)
+    assert model.generation_config.eos_token_id == [1, 4]
+
+
+def test_exact_match_counts_every_reply_once_and_each_kind_by_itself():
+    kinds = ["sum", "sum", "list", None]
+    questions = [Conversation(pair("Q", " 7 "), "here", kind) for kind in kinds]
+    assert exact_match(questions, ["7", "8", "7", "7."]) == {
+        "test_answers": 4,
+        "test_exact_match": 0.5,
+        "test_exact_match_list": 1,
+        "test_exact_match_sum": 0.5,
+    }
+
+
+def test_training_and_evaluation_leave_the_mode_as_it_was(tokenizer):
+    model = MODELS["modern"]().train()
+    stop_at_turns(model, tokenizer, stop_token_id=4)
+    answer(model, tokenizer, [Conversation(pair("Q", "A"), "here")], batch_size=1, max_new_tokens=1)
+    assert model.training and not torch.is_inference_mode_enabled()
 
 
 def test_padding_on_the_right_would_change_what_is_written():

@@ -19,8 +19,8 @@ from hfllm.data.instruction import (
     mark_learned,
     pack,
     render,
-    without_control_tokens,
 )
+from hfllm.data.templates import without_control_tokens
 from tests.conftest import make_tiny_config
 
 
@@ -154,6 +154,22 @@ def test_a_template_that_does_not_teach_to_stop_is_refused(tokenizer):
     )
     with pytest.raises(ValueError, match="never learn to stop"):
         encode(tokenizer)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_token_that_holds_the_prompts_end_and_the_responses_beginning_is_refused(marked):
+    """Tokenised as a whole, ":Blue" is one token; the model that answers sees ":" instead."""
+    tokenizer = hfllm.train_bpe(["A colour:Blue"] * 50, 280)
+    assert tokenizer.tokenize(":Blue") == [":Blue"]
+    start, end = ("{% generation %}", "{% endgeneration %}") if marked else ("", "")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% else %}:"
+        + f"{start}{{{{ m['content'] + eos_token }}}}{end}"
+        + "{% endif %}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    message = "writes another prompt with add_generation_prompt" if marked else "response begins, ':Blue'"
+    with pytest.raises(ValueError, match=message):
+        encode(tokenizer, [conversation("A colour", "Blue")])
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer):

@@ -1,13 +1,16 @@
 """Questions whose answers the interpreter gives."""
 
 import importlib
+import os
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from hfllm.data import python_questions as module
-from hfllm.data.python_questions import evaluate_expression, first_line, python_questions
+from hfllm.data.python_questions import evaluate_expression, first_line, further_expressions, python_questions
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +27,25 @@ def test_there_are_thousands_and_none_twice():
 def test_the_seed_decides(questions):
     assert python_questions(400) == questions
     assert python_questions(400, seed=1) != questions
+
+
+def test_the_questions_do_not_depend_on_where_python_lies_nor_on_how_it_hashes(tmp_path):
+    """One that told the interpreter's path, sys.executable, trained other weights in every environment."""
+    python = tmp_path / "somewhere else" / "python"
+    python.parent.mkdir()
+    python.symlink_to(Path(sys.executable).resolve())
+    program = (
+        "import runpy, sys; print(sys.executable, file=sys.stderr);"
+        f"print(runpy.run_path({module.__file__!r})['python_questions'](40))"
+    )
+    printed = []
+    for interpreter, seed in ((sys.executable, "1"), (python, "2")):
+        environment = {"PATH": os.environ["PATH"], "PYTHONHASHSEED": seed}
+        process = subprocess.run([interpreter, "-c", program], env=environment, capture_output=True, text=True)
+        assert process.stderr == f"{interpreter}\n"
+        printed.append(process.stdout)
+    assert len(printed[0]) > 100_000
+    assert printed[0] == printed[1]
 
 
 def test_another_interpreter_prints_the_same_answers(questions):
@@ -67,6 +89,24 @@ def test_nothing_but_our_own_expressions_is_evaluated(expression):
 
 
 def test_more_expressions_than_there_are_is_an_error(monkeypatch):
-    monkeypatch.setattr(module, "_comparison", lambda draw: f"{draw.randint(0, 9)} < 5")
+    monkeypatch.setitem(module.MAKERS, "comparison", lambda draw: f"{draw.randint(0, 9)} < 5")
     with pytest.raises(ValueError, match="not 100 different comparison expressions; 10 were found"):
         python_questions(400)
+
+
+def test_further_expressions_are_of_the_same_kinds_and_none_is_known(questions):
+    known = {question.question for question in questions}
+    further = further_expressions(1000, seed=0, is_known=known.__contains__)
+    assert further == further_expressions(1000, seed=0, is_known=known.__contains__)
+    assert len({question.question for question in further} - known) == len(further) == 1000
+    counts = Counter(question.kind for question in further)
+    assert counts == {"arithmetic": 250, "string": 200, "list": 350, "comparison": 200}
+    for question in further:
+        assert question.answer == repr(eval(question.question.removeprefix("What does Python print for ")))
+
+
+def test_of_a_kind_that_is_used_up_there_are_no_further_ones(monkeypatch):
+    monkeypatch.setitem(module.MAKERS, "string", lambda draw: f"'{draw.choice('abc')}' * 2")
+    further = further_expressions(100, seed=0, is_known=lambda question: "'a'" in question)
+    assert sorted(question.answer for question in further if question.kind == "string") == ["'bb'", "'cc'"]
+    assert len(further) == 80 + 2

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import queue
 import select
 import shutil
 import signal
@@ -20,8 +21,10 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import hfllm
+from hfllm.adapters import add_lora, save_adapter
 from hfllm.arguments import parse_arguments
 from hfllm.data.conversations import Conversation, pair
 from hfllm.data.instruction import ConversationRows, encode_conversations, encode_prompt
@@ -35,29 +38,71 @@ REPLIES = {"Say one": "One.", "A colour?": "Blue and green", "Bye": "Good night!
 SECONDS = 120  # for what should take a few; only a process that hangs takes so long
 
 
-@pytest.fixture(scope="module")
-def talker(tmp_path_factory) -> Path:
-    """A model that knows three answers by heart."""
-    folder = tmp_path_factory.mktemp("talker")
-    tokenizer = hfllm.train_bpe(topics.values(), 400)
-    torch.manual_seed(0)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model = hfllm.GPTForCausalLM(make_tiny_config("modern", vocab_size=400, max_position_embeddings=128, **ids))
+def learn_replies(model: torch.nn.Module, tokenizer, *, learning_rate: float, loss_below: float = 0.05) -> None:
     conversations = [Conversation(pair(*each), "here") for each in REPLIES.items()]
     rows = ConversationRows(
         encode_conversations(conversations, tokenizer, max_length=128), block_size=128, pad_token_id=2
     )
     batch = rows.collate([rows[index] for index in range(len(rows))])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate)
     for _ in range(60):
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss < 0.05
+    assert loss < loss_below
+
+
+def save_untrained(folder: Path, *, context: int = 128, never_stops: bool = False) -> Path:
+    tokenizer = hfllm.train_bpe(topics.values(), 400)
+    torch.manual_seed(0)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = make_tiny_config("modern", vocab_size=400, max_position_embeddings=context, **ids)
+    model = hfllm.GPTForCausalLM(config)
+    if never_stops:
+        model.generation_config.suppress_tokens = [
+            tokenizer.eos_token_id,
+            tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        ]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory) -> Path:
+    return save_untrained(tmp_path_factory.mktemp("untrained"))
+
+
+@pytest.fixture(scope="module")
+def talker(untrained, tmp_path_factory) -> Path:
+    """A model that knows three answers by heart."""
+    folder = tmp_path_factory.mktemp("talker")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(untrained), recipe.load_tokenizer(untrained)
+    learn_replies(model, tokenizer, learning_rate=1e-2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(untrained, tmp_path_factory) -> Path:
+    """What LoRA has to add to the untrained model, so that it knows the three answers."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = add_lora(AutoModelForCausalLM.from_pretrained(untrained), r=32, alpha=32)
+    learn_replies(model, recipe.load_tokenizer(untrained), learning_rate=2e-2, loss_below=0.2)
+    save_adapter(model, folder)
+    return folder
+
+
+@pytest.fixture(params=["model", "adapter"])
+def way(request) -> list[str]:
+    """The options by which one talks to a model that knows the answers, or to an adapter that does."""
+    if request.param == "model":
+        return ["--model", str(request.getfixturevalue("talker"))]
+    folders = [str(request.getfixturevalue(name)) for name in ("untrained", "adapter")]
+    return ["--model", folders[0], "--adapter", folders[1]]
 
 
 def chat(monkeypatch, capsys, typed: str, **options) -> tuple[str, str]:
@@ -71,6 +116,13 @@ def test_each_line_of_a_pipe_is_a_turn(talker, monkeypatch, capsys):
     typed = "Say one\n/reset\nBye\n\n/reset\nA colour?\n"
     printed, _ = chat(monkeypatch, capsys, typed, model=talker)
     assert printed == "One.\nGood night!\nBlue and green\n"
+
+
+def test_an_adapter_answers_on_its_base(untrained, adapter, monkeypatch, capsys):
+    assert chat(monkeypatch, capsys, "Say one\n", model=untrained)[0] != "One.\n"
+    assert chat(monkeypatch, capsys, "Say one\n/reset\nBye\n", model=untrained, adapter=adapter)[0] == (
+        "One.\nGood night!\n"
+    )
 
 
 def test_exit_ends_the_chat(talker, monkeypatch, capsys):
@@ -175,11 +227,7 @@ def port() -> int:
 @pytest.mark.slow
 def test_in_a_real_terminal_ctrl_c_stops_a_long_reply_and_ctrl_d_ends(tmp_path):
     """An untrained model babbles for thousands of tokens, unless it is stopped."""
-    torch.manual_seed(0)
-    hfllm.GPTForCausalLM(make_tiny_config("modern", vocab_size=400, max_position_embeddings=65536)).save_pretrained(
-        tmp_path
-    )
-    hfllm.train_bpe(topics.values(), 400).save_pretrained(tmp_path)
+    save_untrained(tmp_path, context=65536, never_stops=True)
     ours, theirs = pty.openpty()
     seen = ""
 
@@ -219,12 +267,13 @@ def wait_for(address: str, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_programs_talk_to_it_over_http(talker, port):
+def test_programs_talk_to_it_over_http(way, port):
     for name in ("openai", "fastapi", "uvicorn"):
         pytest.importorskip(name)
-    with started("--model", talker, "--serve", "--port", port, stdout=subprocess.PIPE) as process:
+    name = Path(way[1]).name
+    with started(*way, "--serve", "--port", port, stdout=subprocess.PIPE) as process:
         wait_for(f"http://127.0.0.1:{port}/health", process)
-        request = {"model": talker.name, "messages": [{"role": "user", "content": "A colour?"}]}
+        request = {"model": name, "messages": [{"role": "user", "content": "A colour?"}]}
         with urllib.request.urlopen(post(port, request), timeout=SECONDS) as response:
             choice = json.load(response)["choices"][0]
         assert choice["message"]["content"] == "Blue and green"
@@ -238,7 +287,7 @@ def test_programs_talk_to_it_over_http(talker, port):
         assert sum(piece != "" for piece in pieces) > 1
 
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=SECONDS) as response:
-            assert [model["id"] for model in json.load(response)["data"]] == [talker.name]
+            assert [model["id"] for model in json.load(response)["data"]] == [name]
 
 
 @pytest.fixture
@@ -261,12 +310,12 @@ def browser(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio: pip install 'hfllm[chat]'")
-def test_people_talk_to_it_in_a_real_browser_that_asks_nobody_else(talker, port, browser, tmp_path):
+def test_people_talk_to_it_in_a_real_browser_that_asks_nobody_else(way, port, browser, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
-    with started("--model", talker, "--web", "--port", port, stdout=subprocess.PIPE) as process:
+    with started(*way, "--web", "--port", port, stdout=subprocess.PIPE) as process:
         wait_for(f"http://127.0.0.1:{port}/", process)
         browser.get(f"http://127.0.0.1:{port}/")
         wait = WebDriverWait(browser, SECONDS)
@@ -284,3 +333,44 @@ def test_people_talk_to_it_in_a_real_browser_that_asks_nobody_else(talker, port,
         asked = [url for url in asked if not url.startswith(("data:", "blob:", "chrome:", "chrome-"))]
         assert len(asked) > 5
         assert [url for url in asked if not url.startswith(f"http://127.0.0.1:{port}/")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio: pip install 'hfllm[chat]'")
+def test_the_pages_stop_button_ends_the_reply_and_the_work_for_it(port, browser, tmp_path):
+    """The model would babble for 30,000 tokens; what it said by then stays, and the next message is answered."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    save_untrained(tmp_path / "babbler", context=65536, never_stops=True)
+    words = [f"--model={tmp_path / 'babbler'}", "--max_new_tokens=30000", "--temperature=1", "--web", f"--port={port}"]
+    args = parse_arguments(recipe.ChatArguments, words)
+    model = recipe.load_model(args)
+    lengths: queue.Queue[int] = queue.Queue()  # of the replies, as their generation ends
+    real = model.generate
+    model.generate = lambda *args, **kwargs: lengths.put(real(*args, **kwargs).shape[1])
+    page = recipe.build_web_chat(args, model, recipe.load_tokenizer(args.model))
+    page.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, share=False, inbrowser=False)
+    try:
+        browser.get(f"http://127.0.0.1:{port}/")
+        wait = WebDriverWait(browser, SECONDS)
+
+        def replies() -> list[str]:  # by a script, as the page replaces its elements while the reply grows
+            return browser.execute_script("return [...document.querySelectorAll('.bot.message')].map(e => e.innerText)")
+
+        for turn in (1, 2):
+            box = wait.until(lambda page: page.find_element(By.CSS_SELECTOR, "textarea"))
+            wait.until(lambda page, box=box: box.is_enabled())
+            box.send_keys(f"Message {turn}" + Keys.ENTER)
+            wait.until(lambda _, turn=turn: len(replies()) == turn and len(replies()[-1]) > 20)
+            wait.until(
+                lambda page: page.execute_script(
+                    "const b = document.querySelector('button.stop-button'); if (b) b.click(); return Boolean(b)"
+                )
+            )
+            assert 0 < lengths.get(timeout=SECONDS) < 30000
+            wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "button.submit-button"))
+            assert len(replies()) == turn and len(replies()[-1]) > 20
+    finally:
+        page.close()

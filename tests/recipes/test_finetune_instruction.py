@@ -12,10 +12,19 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
 
 import hfllm
 from hfllm.arguments import parse_arguments
+from hfllm.data.conversations import prompt_key
 from tests.conftest import make_tiny_config
 from tests.recipes.conftest import RECIPES, load_recipe
 
@@ -180,7 +189,7 @@ def test_a_finished_run_is_left_alone_and_another_one_is_refused(options, capsys
     run(**options)
     assert "is finished: nothing to do" in capsys.readouterr().out
     assert (Path(options["output_dir"]) / "model.safetensors").stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match=r"holds another run: --learning_rate 0.01 there, 0.02 now"):
+    with pytest.raises(ValueError, match=r"holds another run: learning_rate was 0.01 and is 0.02"):
         run(**{**options, "learning_rate": 0.02})
 
 
@@ -195,6 +204,27 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(options, tmp_
     assert resumed["test_loss"] == pytest.approx(whole["test_loss"], abs=1e-6)
 
 
+@pytest.mark.parametrize("method", [{"lora_dropout": 0.2}, {"method": "full"}, {"method": "full", "optimizer": "muon"}])
+def test_the_same_command_gives_the_same_weights_to_the_bit(method, options, tmp_path):
+    weights = []
+    for folder in ("once", "again"):
+        metrics = run(**{**options, **method, "output_dir": tmp_path / folder})
+        assert metrics["eval_loss"] < metrics["eval_loss_before"]
+        weights.append((tmp_path / folder / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_further_questions_change_neither_validation_nor_test_and_are_none_of_theirs():
+    words = ["--dataset=stdlib", "--validation_fraction=0.02", "--test_fraction=0.07"]
+    (few, *held_back), _ = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
+    words.append("--num_further_questions=3000")
+    (many, *still_held_back), description = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
+    assert held_back == still_held_back and many[: len(few)] == few
+    assert len(many) == len(few) + 3000 and "3,000 further expressions" in description
+    keys = [{prompt_key(conversation) for conversation in side} for side in (many, *held_back)]
+    assert len(keys[0]) == len(many) and not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
+
+
 def test_all_weights_can_be_trained(options):
     metrics = run(**options, method="full", packing=False)
     assert metrics["num_trained_parameters"] == metrics["num_parameters"]
@@ -205,6 +235,75 @@ def test_all_weights_can_be_trained(options):
 def test_gradient_checkpointing_learns_through_frozen_embeddings(options):
     metrics = run(**options, gradient_checkpointing=True)
     assert metrics["eval_loss"] < metrics["eval_loss_before"]
+
+
+def gpt2_tokenizer(book_data: Path, folder: Path, num_merges: int):
+    """GPT-2's own tokenizer with its first merges alone, so that a model of its size takes no seconds."""
+    folder.mkdir()
+    merges = (book_data / "gpt2_merges.txt").read_text(encoding="utf-8").removeprefix("#version: 0.2\n").splitlines()
+    merges = merges[:num_merges]
+    vocabulary = json.loads((book_data / "gpt2_vocab.json").read_text(encoding="utf-8"))
+    tokens = dict.fromkeys(sorted(vocabulary, key=vocabulary.get)[:256])
+    tokens |= dict.fromkeys([merge.replace(" ", "") for merge in merges] + ["<|endoftext|>"])
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    return hfllm.tokenization.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_base_model_of_others_without_a_chat_template_learns_to_chat(family, request, options, tmp_path, capsys):
+    """From transformers' own class into the chat and the evaluation, merged and as an adapter on its base."""
+    torch.manual_seed(0)
+    if family == "gpt2":
+        tokenizer = gpt2_tokenizer(request.getfixturevalue("book_data"), tmp_path / "tokenizer", num_merges=600)
+        sizes = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.2}
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+        model = GPT2LMHeadModel(GPT2Config(**sizes, **ids, vocab_size=len(tokenizer)))
+    else:
+        tokenizer = hfllm.train_bpe(topics.values(), 400)
+        sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        model = LlamaForCausalLM(
+            LlamaConfig(**sizes, **ids, vocab_size=400, max_position_embeddings=128, initializer_range=0.2)
+        )
+    tokenizer.chat_template = None
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    run_options = {**options, "model": base, "max_steps": 50, "eval_steps": 50, "learning_rate": 2e-2}
+    with pytest.raises(ValueError, match=r"no chat template.*--chat_template alpaca"):
+        run(**run_options)
+    shutil.rmtree(options["output_dir"])
+
+    metrics = run(**run_options, chat_template="alpaca", check_answers=True)
+    assert "by the chat template 'alpaca', as the tokenizer had none" in capsys.readouterr().out
+    assert metrics["test_exact_match"] > 0.5 and metrics["test_loss"] < 1 < 3 < metrics["test_loss_before"]
+
+    held_out = tmp_path / "test.jsonl"
+    args = [f"--{name}={options[name]}" for name in ("dataset", "validation_fraction", "test_fraction")]
+    (_, _, test), _ = recipe.load_data(parse_arguments(recipe.InstructionArguments, args))
+    held_out.write_text("".join(json.dumps({"messages": each.messages}) + "\n" for each in test))
+
+    chat, evaluate = load_recipe("chat"), load_recipe("evaluate")
+    output_dir = options["output_dir"]
+    outsider = pipeline("text-generation", str(output_dir))
+    question = "Greet Zoe good night"
+    said = outsider([{"role": "user", "content": question}], max_new_tokens=9, do_sample=False)[0]["generated_text"]
+    assert said[-1]["content"].startswith("Good")
+    for way in ([f"--model={output_dir}"], [f"--model={base}", f"--adapter={output_dir / 'adapter'}"]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.stdin", io.StringIO(f"{question}\n"))
+            capsys.readouterr()
+            chat.main(parse_arguments(chat.ChatArguments, [*way, "--max_new_tokens=9"]))
+        assert capsys.readouterr().out == f"{said[-1]['content'].strip()}\n"
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        words = [f"--dataset={held_out}", "--conversations", "--check_answers", f"--output_dir={tmp_path / 'numbers'}"]
+        evaluate.main(parse_arguments(evaluate.EvaluateArguments, [*words, *way]))
+        numbers = json.loads((tmp_path / "numbers" / "metrics.json").read_text())
+        [numbers] = numbers.values() if "test_loss" not in numbers else [numbers]
+        assert numbers["test_loss"] == pytest.approx(metrics["test_loss"], abs=1e-4)
+        assert numbers["test_exact_match"] == metrics["test_exact_match"]
 
 
 def test_what_cannot_be_is_said_at_the_door(options, base_model, tmp_path):
@@ -218,6 +317,10 @@ def test_what_cannot_be_is_said_at_the_door(options, base_model, tmp_path):
         run(**{**options, "column_map": "question"})
     with pytest.raises(ValueError, match="test_fraction"):
         run(**{**options, "test_fraction": 0})
+    with pytest.raises(ValueError, match="--optimizer muon: it is for whole weight matrices"):
+        run(**options, optimizer="muon")
+    with pytest.raises(ValueError, match="--num_further_questions 9: at least 0, and only for stdlib"):
+        run(**options, num_further_questions=9)
 
 
 @pytest.mark.parametrize("config", sorted((RECIPES / "configs").glob("instruction_*.yaml")), ids=lambda path: path.stem)

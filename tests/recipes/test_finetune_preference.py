@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hfllm
@@ -63,8 +65,9 @@ def test_a_row_that_is_no_preference_says_why(row, message, tmp_path):
         load_preferences(str(path), validation_fraction=0.1, seed=0)
 
 
-@pytest.mark.slow
-def test_the_model_comes_to_prefer_what_it_is_shown(preferences, tmp_path):
+@pytest.fixture
+def options(preferences, tmp_path) -> dict:
+    """Options of a run of seconds, on a base that it makes."""
     pytest.importorskip("trl")
     tokenizer = hfllm.train_bpe(topics.values(), 400)
     torch.manual_seed(0)
@@ -73,9 +76,7 @@ def test_the_model_comes_to_prefer_what_it_is_shown(preferences, tmp_path):
         make_tiny_config("modern", vocab_size=400, max_position_embeddings=128, **ids)
     ).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    options = {
+    return {
         "model": tmp_path / "base",
         "dataset": preferences,
         "output_dir": tmp_path / "out",
@@ -84,9 +85,41 @@ def test_the_model_comes_to_prefer_what_it_is_shown(preferences, tmp_path):
         "learning_rate": 5e-3,
         "logging_steps": 1,
     }
-    recipe.main(parse_arguments(recipe.PreferenceArguments, [f"--{name}={value}" for name, value in options.items()]))
 
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+def run(**options) -> dict:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    recipe.main(parse_arguments(recipe.PreferenceArguments, [f"--{name}={value}" for name, value in options.items()]))
+    return json.loads((Path(options["output_dir"]) / "metrics.json").read_text())
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(options, tmp_path, capsys):
+    whole = run(**{**options, "max_steps": 6, "output_dir": tmp_path / "whole"})
+    interrupted = {**options, "max_steps": 6, "save_steps": 2, "save_total_limit": 3}
+    run(**interrupted)
+    (tmp_path / "out" / "metrics.json").unlink()
+    (tmp_path / "out" / "model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-6")
+    resumed = run(**interrupted)
+    steps = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3, 4, 5, 6, 5, 6]
+    assert resumed == pytest.approx(whole, abs=1e-6)
+    weights = [load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "out")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=1e-6, rtol=1e-5)
+
+    capsys.readouterr()
+    run(**interrupted)
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"holds another run: beta was 0.1 and is 0.2"):
+        run(**interrupted, beta=0.2)
+
+
+@pytest.mark.slow
+def test_the_model_comes_to_prefer_what_it_is_shown(options, preferences, tmp_path):
+    metrics = run(**options)
     assert metrics["eval_loss_before"] == pytest.approx(math.log(2), abs=1e-4)  # eq. 7: the policy is the reference
     assert metrics["eval_reward_margin_before"] == pytest.approx(0, abs=1e-4)
     assert metrics["eval_reward_margin"] > 0.5 and metrics["eval_loss"] < 0.5
