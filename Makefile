@@ -68,7 +68,7 @@ demo: install  ## Train a tokenizer and a small model on Python's own library, t
 	$(LAUNCH) recipes/pretrain.py --config recipes/configs/pretrain_demo.yaml --tokenizer out/tokenizer --output_dir out/demo
 	$(BIN)/python recipes/generate.py --model out/demo --prompt "def read(self, " --temperature 0.7 --num_samples 2
 	$(BIN)/python recipes/finetune_classification.py --config recipes/configs/classification_stdlib.yaml --model out/demo --output_dir out/classifier
-	$(BIN)/python recipes/finetune_instruction.py --config recipes/configs/instruction_python.yaml --model out/demo --output_dir out/chat
+	$(BIN)/python recipes/finetune_instruction.py --config recipes/configs/instruction_python.yaml --model out/demo --output_dir out/chat $(if $(BF16),--bf16 true)
 	@echo
 	@echo "out/tokenizer   the tokenizer, and tokenizer_report.json: how well it compresses held-out text"
 	@echo "out/demo        the model, its curves (curves.png), numbers (metrics.json), log and checkpoints"

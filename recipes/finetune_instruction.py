@@ -375,6 +375,7 @@ def muon(args: InstructionArguments, model: torch.nn.Module) -> torch.optim.Opti
         momentum=0.95,
         betas=(0.9, 0.95),
         epsilon=1e-8,
+        dtype=torch.bfloat16 if args.bf16 else None,
     )
 
 
