@@ -74,7 +74,9 @@ from hfllm.training.lock import run_lock
 LEARNING_RATES = {"lora": 8e-4, "full": 5e-5, "last_block": 2e-4, "head": 5e-3}
 
 
-EVALUATION = "validation loss {eval_loss:.4f}, accuracy {eval_accuracy:.2%}, macro-F1 {eval_f1_macro:.3f}"
+EVALUATION = (
+    "epoch {epoch:.1f}, validation loss {eval_loss:.4f}, accuracy {eval_accuracy:.2%}, macro-F1 {eval_f1_macro:.3f}"
+)
 
 
 @dataclasses.dataclass
