@@ -91,7 +91,9 @@ BY_METHOD, HEAD_BY_METHOD = (
 PARTS = ("train", "eval", "test")  # as the numbers of metrics.json call them
 
 
-EVALUATION = "validation loss {eval_loss:.4f}, accuracy {eval_accuracy:.2%}, macro-F1 {eval_f1_macro:.3f}"
+EVALUATION = (
+    "epoch {epoch:.1f}, validation loss {eval_loss:.4f}, accuracy {eval_accuracy:.2%}, macro-F1 {eval_f1_macro:.3f}"
+)
 
 
 @dataclasses.dataclass

@@ -61,7 +61,7 @@ from hfllm.data.instruction import (
     mark_learned,
     padding_token_id,
 )
-from hfllm.data.templates import TEMPLATES, choose_template
+from hfllm.data.templates import TEMPLATES, check_template, choose_template
 from hfllm.fine_tuning import LogFile, prepare_folder
 from hfllm.hub import write_card
 from hfllm.report import read_run, save_environment, write_page
@@ -74,8 +74,8 @@ from hfllm.training.optimization import build_muon
 from hfllm.training.responses import learned_loss, logits_only_at, shift_left
 
 
-# The book trains all weights with 5e-5 (GPT-2 355M) and LoRA with 5e-5 to 8e-4.
-LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "muon": 0.01}
+# The book trains all weights with 5e-5 (GPT-2 355M) and LoRA with 5e-5 to 8e-4. Muon's is the demo's model's.
+LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "muon": 0.02}
 
 
 @dataclasses.dataclass
@@ -192,6 +192,7 @@ def main(args: InstructionArguments) -> None:
         # 1. The model and its tokenizer, whose chat template says how a conversation is written
         tokenizer = load_tokenizer(args.model)
         said = choose_template(tokenizer, args.chat_template)
+        check_template(tokenizer)
         set_seed(args.seed)
         # Training needs float32 weights, whatever precision the checkpoint was exported in.
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
