@@ -78,9 +78,10 @@ from hfllm.training.devices import keep_freed_memory
 from hfllm.training.lock import run_lock
 
 
-# By method, for models of fewer than 512 channels and for larger ones. The first are measured, see the configs; the
-# second are the book's for GPT-2's 124 million parameters, LoRA's and all weights'. LoRA starts from a product of zero
-# and bears more. The head is new and starts from nothing: it takes larger steps than what is pretrained.
+# By method, for models of fewer than 512 channels and for larger ones. The first are for the demo's model: `lora` and
+# `full` as chosen on validation texts (see the configs), `last_block` and `head` not tried apart. The second are the
+# book's for GPT-2's 124 million parameters, as far as it has them. LoRA starts from a product of zero and bears more.
+# The head is new, and starts from nothing.
 SMALL = 512
 LEARNING_RATES = {"lora": (2e-3, 8e-4), "full": (2e-4, 5e-5), "last_block": (1e-3, 2e-4)}
 HEAD_LEARNING_RATES = {"lora": (1e-2, 8e-4), "full": (5e-3, 5e-5), "last_block": (1e-2, 2e-4), "head": (1e-2, 5e-3)}
