@@ -127,7 +127,9 @@ class PretrainArguments:
         default=None, help="Highest learning rate; with muon, of the hidden matrices. Default: muon 0.02, adamw 0.001."
     )
     adam_learning_rate: float | None = HfArg(
-        default=None, help="With muon: that of embeddings, head, norms and biases. Default: learning_rate."
+        default=None,
+        help="With muon: that of embeddings, head, norms and biases. Default: learning_rate, beyond a width of 128 "
+        "times 128 / hidden_size.",
     )
     muon_momentum: float = HfArg(default=0.95, help="Decay of Muon's mean.")
     lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] | None = HfArg(
@@ -184,7 +186,10 @@ class PretrainArguments:
             if self.adam_learning_rate is not None:
                 raise ValueError("--adam_learning_rate belongs to --optimizer muon; with adamw, give --learning_rate.")
         elif self.adam_learning_rate is None:
-            self.adam_learning_rate = self.learning_rate
+            # A step of AdamW adds as much to every channel of an embedding, and a tied head sums over all channels.
+            # 384 wide and 60 steps long, 0.005 ended at 2.362 bits per byte, 0.01 at 2.395, 0.02 at 2.449.
+            narrower = min(1.0, 128 / self.hidden_size) if self.model is None else 1.0
+            self.adam_learning_rate = self.learning_rate * narrower
 
     def check(self) -> None:
         """Stop at the door what is wrong whatever the text and the tokenizer are."""
