@@ -34,8 +34,6 @@ MOST_PASSES = 4  # over the text: more of them bring little (Muennighoff et al. 
 BATCH_TOKENS, BATCH_FROM = 1024, 1_000_000
 BATCH_EXPONENT = 0.4  # the best batch grows about so with the tokens (Bergsma et al. 2025, arXiv 2505.13738)
 LEARNING_RATE, ADAM_LEARNING_RATE = 0.02, 0.02
-# Up to here AdamW's rate serves every width, and falls as 1 / width beyond: 0.02 overshot at 384, see pretrain.py.
-ADAM_WIDTH = 128
 TOKENS_PER_FORWARD_PASS = 16_384  # so that activations and logits fit; the rest of a step is accumulated
 NUM_EVALUATIONS = 4  # besides the one before the first step; each is followed by a checkpoint
 
@@ -156,8 +154,7 @@ def _deepest(task: Task, budget: Budget) -> dict[str, Choice]:
 
 def _size(depth: int, task: Task, budget: Budget, *, because: str) -> dict[str, Choice]:
     """Every choice for a model of this depth."""
-    model = _shape(depth, task, because=because)
-    model |= _course(model["hidden_size"].value)
+    model = _shape(depth, task, because=because) | _course()
     num_tokens, why = _tokens_without_time(depth, task, budget)
     batch = _batch(num_tokens, task)
     if budget.minutes is not None and "max_steps" not in task.given:
@@ -191,14 +188,10 @@ def _shape(depth: int, task: Task, *, because: str) -> dict[str, Choice]:
     }
 
 
-def _course(width: int) -> dict[str, Choice]:
-    adam_learning_rate = ADAM_LEARNING_RATE * min(1.0, ADAM_WIDTH / width)
+def _course() -> dict[str, Choice]:
     return {
         "learning_rate": Choice(LEARNING_RATE, "of the hidden matrices, at any depth"),
-        "adam_learning_rate": Choice(
-            adam_learning_rate,
-            f"of embeddings and norms: {ADAM_LEARNING_RATE} up to a width of {ADAM_WIDTH}, then less",
-        ),
+        "adam_learning_rate": Choice(ADAM_LEARNING_RATE, "of embeddings and norms, at any depth"),
         "lr_scheduler_type": Choice("linear", "the best course for a short run"),
         "min_lr_ratio": Choice(0.0, "down to nothing at the last step"),
     }

@@ -196,8 +196,7 @@ def test_overwriting_starts_anew_and_keeps_what_is_not_ours(run_pretrain, small)
 @pytest.mark.parametrize(
     ("given", "optimizer", "rates"),
     [
-        ({}, "muon", (0.02, 0.02 * 128 / 384)),
-        ({"hidden_size": 96}, "muon", (0.02, 0.02)),
+        ({}, "muon", (0.02, 0.02)),
         ({"model": "a model's folder", "optimizer": "muon"}, "muon", (0.02, 0.02)),
         ({"learning_rate": 0.03, "adam_learning_rate": 0.002}, "muon", (0.03, 0.002)),
         ({"preset": "book"}, "adamw", (0.001, None)),

@@ -169,9 +169,3 @@ def test_a_budget_of_time_is_spent_at_the_measured_speed():
     num_measured = len(measured)
     size_run(given(max_steps=5), depth=2, budget=Budget(minutes=1, measure=measure))
     assert len(measured) == num_measured
-
-
-def test_adamws_rate_falls_with_the_width_beyond_128():
-    task = Task(vocab_size=4096, block_size=256, text_tokens=10**9)
-    rates = {depth: size_run(task, depth=depth)["adam_learning_rate"].value for depth in (1, 2, 4, 6)}
-    assert rates == pytest.approx({1: 0.02, 2: 0.02, 4: 0.01, 6: 0.02 / 3})
