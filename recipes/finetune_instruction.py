@@ -1,6 +1,6 @@
 """Chapter 7: teach a pretrained model to follow instructions.
 
-Offline, on questions about the Python that runs (about four minutes on two cores, with --bf16 true where the CPU has it):
+Offline, on questions about the Python that runs (about four minutes on two cores; bfloat16 by --bf16 true):
 
     python recipes/finetune_instruction.py --config recipes/configs/instruction_python.yaml \\
         --model out/demo --output_dir out/chat
