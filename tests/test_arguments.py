@@ -1,3 +1,4 @@
+import gc
 from dataclasses import dataclass
 
 import pytest
@@ -106,3 +107,23 @@ def test_a_check_of_ours_ends_in_one_message_and_a_bug_keeps_its_traceback(monke
     assert "error: " in (message := capsys.readouterr().err) and "nowhere.txt" in message
     with pytest.raises(ValueError, match="invalid literal"):
         run(lambda arguments: int("bug"), Arguments)
+
+
+def test_a_recipe_imports_without_the_garbage_collector_and_works_with_it(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["recipe"])
+    kept = gc.get_freeze_count()
+    gc.disable()
+    seen = []
+    try:
+        run(lambda arguments: seen.extend((gc.isenabled(), gc.get_freeze_count() > kept)), Arguments)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    assert seen == [True, True]
+
+
+def test_the_garbage_collector_of_a_program_that_has_it_on_is_left_alone(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["recipe"])
+    kept = gc.get_freeze_count()
+    run(lambda arguments: None, Arguments)
+    assert gc.isenabled() and gc.get_freeze_count() == kept
