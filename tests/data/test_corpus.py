@@ -12,6 +12,8 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from hfllm.data import load_corpus, sources
+from hfllm.data.classification import load_labelled_texts
+from hfllm.data.conversations import load_conversations
 from hfllm.data.corpus import CUTS, PART_CHARACTERS, cut_into_parts
 
 
@@ -315,3 +317,21 @@ def test_pre_tokenizers_do_not_notice_the_cuts(name):
         for end in ends:
             assert words(text[:end]) + words(text[end:]) == words(text), (text, end)
     assert num_cuts > 800
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    """A reader of dictionaries would take the last one, without a word."""
+    (tmp_path / "twice.csv").write_text("text,label,text\na b,1,c d\n")
+    with pytest.raises(ValueError, match=r"twice.csv, line 1: the header has 'text' more than once"):
+        load_corpus(str(tmp_path / "twice.csv"), cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"twice.csv, line 1: the header has 'text' more than once"):
+        load_labelled_texts(str(tmp_path / "twice.csv"))
+    with pytest.raises(ValueError, match=r"twice.csv, line 1: the header has 'text' more than once"):
+        load_conversations(str(tmp_path / "twice.csv"))
+
+
+def test_the_files_of_a_folder_that_are_not_read_are_told(tmp_path, caplog):
+    for name in ("a.txt", "b.md", "c.md", "d.bin", ".hidden"):
+        (tmp_path / name).write_text("a text")
+    load_corpus(str(tmp_path), cache_dir=tmp_path / "cache")
+    assert f"Not read of {tmp_path}: 2 .md, 1 .bin; read are .txt" in caplog.text
