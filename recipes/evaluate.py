@@ -30,8 +30,6 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -39,14 +37,14 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
-import hfllm  # noqa: F401  (registers the model with the Auto classes)
-from hfllm.arguments import run
+from hfllm.arguments import check_numbers, run
 from hfllm.data import load_corpus, split_documents
 from hfllm.data.answers import answer, exact_match, stop_at_turns
 from hfllm.data.classification import LabelledTexts, load_labelled_texts
 from hfllm.data.conversations import Conversation, load_conversations
 from hfllm.data.instruction import ConversationRows, encode_conversations, padding_token_id
 from hfllm.hub import write_card
+from hfllm.model.opening import open_causal_lm, open_config
 from hfllm.report import read_run, write_page
 from hfllm.report.page import PAGE_FILE
 from hfllm.tokenization import document_encoder, load_classifier_tokenizer, load_tokenizer
@@ -81,7 +79,7 @@ class EvaluateArguments:
     validation_fraction: float = HfArg(
         default=0.0, help="Score only what pretrain.py holds out with this fraction; 0: all documents."
     )
-    tasks: list[str] | None = HfArg(default=None, help="Tasks of lm-eval (pip install 'hfllm[interop]').")
+    tasks: list[str] | None = HfArg(default=None, help="Tasks of lm-eval (pip install -e '.[interop]').")
     include_path: str | None = HfArg(default=None, help="Folder with YAML tasks of your own.")
     limit: int | None = HfArg(default=None, help="Examples of each task, at most; for a first try.")
     block_size: int | None = HfArg(
@@ -97,21 +95,17 @@ class EvaluateArguments:
 
     def check(self) -> None:
         """Stop at the door what cannot be."""
+        check_numbers(self)
         names = [Path(name).name for name in self.model]
         problems = [
             (self.dataset is None and not self.tasks, "Measure on what? Give --dataset, --tasks or both."),
             (self.dtype not in DTYPES, f"--dtype {self.dtype}: it is one of {', '.join(DTYPES)}."),
-            (self.per_device_eval_batch_size < 1, "--per_device_eval_batch_size must be at least 1."),
             (
                 self.adapter is not None and len(self.model) > 1,
                 "An --adapter belongs to one --model; several are given.",
             ),
             (
-                self.stride is not None and self.stride < 1,
-                f"--stride {self.stride}: it must be at least 1.",
-            ),
-            (
-                self.block_size is not None and not 1 <= (self.stride or 1) <= self.block_size,
+                self.block_size is not None and (self.stride or 1) > self.block_size,
                 f"--stride {self.stride} is larger than --block_size {self.block_size}: tokens would be left out.",
             ),
             (
@@ -135,8 +129,18 @@ class EvaluateArguments:
                 self.conversations and (self.text_column, self.label_column) != ("text", "label"),
                 "--text_column and --label_column are not for conversations, whose columns --column_map renames.",
             ),
-            (self.max_new_tokens < 1, f"--max_new_tokens {self.max_new_tokens}: it must be at least 1."),
-            (self.limit is not None and self.limit < 1, f"--limit {self.limit}: it must be at least 1."),
+            (
+                not self.tasks and (self.limit is not None or self.include_path is not None),
+                "--limit and --include_path are for lm-eval's tasks: give --tasks as well.",
+            ),
+            (
+                not self.check_answers and self.max_new_tokens != EvaluateArguments.max_new_tokens,
+                "--max_new_tokens is the length of a reply: give --check_answers as well.",
+            ),
+            (
+                len(set(self.model)) < len(self.model),
+                f"--model {' '.join(self.model)}: one of them is there twice.",
+            ),
         ]
         if messages := [message for is_wrong, message in problems if is_wrong]:
             raise ValueError("\n".join(messages))
@@ -150,7 +154,7 @@ def main(args: EvaluateArguments) -> None:
         raise ValueError(
             "Here each process holds a whole model: launch with ddp.yaml or multi_cpu.yaml, which cut none."
         )
-    configs = {name: open_config(name, args) for name in args.model}
+    configs = {name: open_config(name, trust_remote_code=args.trust_remote_code) for name in args.model}
     is_classifier = check_kinds(configs, args)
     task_manager = find_tasks(args) if args.tasks else None
 
@@ -185,22 +189,6 @@ def main(args: EvaluateArguments) -> None:
             write_metrics(name, results[name], args)
     if accelerator.is_main_process:
         print_table(results)
-
-
-def open_config(name: str, args: EvaluateArguments) -> PretrainedConfig:
-    """The model's config; what is no model is refused, in words, before anything is loaded."""
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").exists():
-        if (folder / "adapter_config.json").exists():
-            raise ValueError(f"--model {name} is an adapter. Give its base as --model, and it as --adapter.")
-        found = sorted(path.name for path in folder.iterdir())[:10]
-        raise ValueError(f"--model {name} is a folder without a config.json, so no model; it holds {found}.")
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--model {name!r} is neither a folder nor a model that the Hub gave us: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def check_kinds(configs: dict[str, PretrainedConfig], args: EvaluateArguments) -> bool:
@@ -299,7 +287,7 @@ def load_model(name: str, config: PretrainedConfig, args: EvaluateArguments, *, 
     if is_classifier:
         model = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        model = open_causal_lm(name, **options)
     if args.adapter is None:
         return model
     from hfllm.adapters import load_adapter  # imports PEFT
@@ -458,7 +446,7 @@ def find_tasks(args: EvaluateArguments) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError("--tasks needs lm-eval: pip install 'hfllm[interop]'.") from error
+        raise ValueError("--tasks needs lm-eval: pip install -e '.[interop]'.") from error
     if args.include_path is not None and not Path(args.include_path).is_dir():
         raise ValueError(f"--include_path {args.include_path} is not a folder.")
     manager = TaskManager(include_path=args.include_path)

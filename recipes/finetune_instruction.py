@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shlex
 import time
 from collections import Counter
 from pathlib import Path
@@ -37,7 +38,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -49,9 +49,8 @@ from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
-import hfllm  # noqa: F401  (registers the model with the Auto classes)
 from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
-from hfllm.arguments import run, save_arguments
+from hfllm.arguments import check_numbers, check_recipe, run, save_arguments
 from hfllm.data.answers import answer, exact_match, last_response, stop_at_turns
 from hfllm.data.conversations import Conversation, further_questions, load_conversations, split_conversations
 from hfllm.data.instruction import (
@@ -62,8 +61,9 @@ from hfllm.data.instruction import (
     padding_token_id,
 )
 from hfllm.data.templates import TEMPLATES, check_template, choose_template
-from hfllm.fine_tuning import LogFile, prepare_folder
+from hfllm.fine_tuning import Course, LogFile, prepare_folder, trackers
 from hfllm.hub import write_card
+from hfllm.model.opening import open_causal_lm
 from hfllm.report import read_run, save_environment, write_page
 from hfllm.report.page import PAGE_FILE
 from hfllm.tokenization import load_tokenizer
@@ -123,7 +123,7 @@ class InstructionArguments:
     )
     learning_rate: float | None = HfArg(default=None, help=f"Highest learning rate; default: {LEARNING_RATES}.")
     adam_learning_rate: float | None = HfArg(default=None, help="Muon's: of what takes AdamW's steps; default: half.")
-    lr_scheduler_type: str = HfArg(default="cosine", help="Course of the learning rate after warm-up.")
+    lr_scheduler_type: Course = HfArg(default="cosine", help="Course of the learning rate after warm-up.")
     warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
     weight_decay: float = HfArg(default=0.0, help="Decoupled decay of the matrices.")
     max_grad_norm: float = HfArg(default=1.0, help="Longest gradient, by its global norm.")
@@ -140,20 +140,20 @@ class InstructionArguments:
     num_samples: int = HfArg(default=8, help="Test prompts that are answered before and after, side by side.")
     max_answers: int = HfArg(default=1000, help="Most test prompts that are answered to compare the replies.")
     max_new_tokens: int = HfArg(default=64, help="Most tokens of a reply.")
-    report_to: list[str] | None = HfArg(default=None, help="Trackers, by accelerate's names: tensorboard trackio wandb")
+    report_to: list[str] | None = HfArg(
+        default=None, help="Trackers, by transformers' names: tensorboard trackio wandb"
+    )
     config: str | None = HfArg(default=None, help="A YAML file of these options.")
 
     def check(self) -> None:
         """Stop at the door what is wrong whatever the conversations are."""
-        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in (*counts, "logging_steps", "eval_steps", "save_steps", "max_new_tokens", "max_answers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: give at least 1.")
+        check_numbers(self)
+        check_recipe(self)
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: it is more than 0 and less than 1.")
-        if self.num_further_questions < 0 or (self.num_further_questions and self.dataset != "stdlib"):
-            raise ValueError(f"--num_further_questions {self.num_further_questions}: at least 0, and only for stdlib.")
+        if self.num_further_questions and self.dataset != "stdlib":
+            raise ValueError("--num_further_questions: only --dataset stdlib can draw more of them.")
         if self.optimizer == "muon" and self.method != "full":
             raise ValueError("--optimizer muon: it is for whole weight matrices, so for --method full.")
         if self.adam_learning_rate is not None and self.optimizer != "muon":
@@ -195,7 +195,7 @@ def main(args: InstructionArguments) -> None:
         check_template(tokenizer)
         set_seed(args.seed)
         # Training needs float32 weights, whatever precision the checkpoint was exported in.
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        model = open_causal_lm(args.model, dtype=torch.float32)
         block_size = choose_block_size(args, model, tokenizer)
         pad_token_id = padding_token_id(tokenizer)
 
@@ -340,7 +340,7 @@ def make_trainer(
         logging_steps=args.logging_steps,
         save_steps=args.save_steps,
         save_total_limit=args.save_total_limit,
-        report_to=args.report_to or "none",
+        report_to=trackers(args.report_to),
         bf16=args.bf16,
         seed=args.seed,
         use_cpu=not torch.accelerator.is_available(),
@@ -363,7 +363,9 @@ def make_trainer(
 
 
 def learning_rate_of(args: InstructionArguments) -> float:
-    return args.learning_rate or LEARNING_RATES["muon" if args.optimizer == "muon" else args.method]
+    if args.learning_rate is not None:
+        return args.learning_rate
+    return LEARNING_RATES["muon" if args.optimizer == "muon" else args.method]
 
 
 def muon(args: InstructionArguments, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -371,7 +373,7 @@ def muon(args: InstructionArguments, model: torch.nn.Module) -> torch.optim.Opti
     return build_muon(
         model,
         learning_rate=learning_rate,
-        adam_learning_rate=args.adam_learning_rate or learning_rate / 2,
+        adam_learning_rate=learning_rate / 2 if args.adam_learning_rate is None else args.adam_learning_rate,
         weight_decay=args.weight_decay,
         momentum=0.95,
         betas=(0.9, 0.95),
@@ -492,7 +494,7 @@ def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path
         f"{output_dir}/model.safetensors   the model, with its tokenizer and code beside it\n{adapter}"
         f"{output_dir}/samples.txt         replies before and after; metrics.json has the numbers\n"
         f"{output_dir}/report.html         the run's page, to open in a browser\n\n"
-        f"Next, talk to it:\n    python recipes/chat.py --model {output_dir}"
+        f"Next, talk to it:\n    python recipes/chat.py --model {shlex.quote(str(output_dir))}"
     )
 
 

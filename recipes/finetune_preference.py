@@ -4,7 +4,7 @@
     python recipes/chat.py --model out/preferred
 
 A row has the columns prompt, chosen and rejected: texts, or lists of messages. TRL does the work (`pip install
-'hfllm[preference]'`): the policy's LoRA is trained so that, compared with the model it started from, the chosen reply
+-e '.[preference]'`): the policy's LoRA is trained so that, compared with the model it started from, the chosen reply
 becomes likelier than the rejected one. The reference needs no second copy of the model: it is the same one with the
 adapter switched off.
 """
@@ -15,6 +15,7 @@ import importlib.util
 import json
 import logging
 import math
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,16 +23,16 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
 
-import hfllm  # noqa: F401  (registers the model with the Auto classes)
 from hfllm.adapters import count_parameters, describe_trained, lora_config, merge_adapter, save_adapter
-from hfllm.arguments import run, save_arguments
+from hfllm.arguments import check_numbers, check_recipe, run, save_arguments
 from hfllm.data.conversations import load_preferences
 from hfllm.data.templates import check_template, without_control_tokens
 from hfllm.fine_tuning import LogFile, prepare_folder
+from hfllm.model.opening import open_causal_lm
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
 from hfllm.training.lock import run_lock
@@ -73,14 +74,14 @@ class PreferenceArguments:
     config: str | None = HfArg(default=None, help="A YAML file of these options.")
 
     def check(self) -> None:
+        check_numbers(self)
+        check_recipe(self)
         if importlib.util.find_spec("trl") is None:
-            raise ValueError("TRL is not installed: pip install 'hfllm[preference]'.")
+            raise ValueError("TRL is not installed: pip install -e '.[preference]'.")
         if self.dataset is None:
             raise ValueError("--dataset: give a Hub id or files whose rows have prompt, chosen and rejected.")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction {self.validation_fraction}: it is more than 0 and less than 1.")
-        if self.beta <= 0:
-            raise ValueError(f"--beta {self.beta}: it must be above 0.")
 
 
 def main(args: PreferenceArguments) -> None:
@@ -100,7 +101,11 @@ def main(args: PreferenceArguments) -> None:
         tokenizer = load_tokenizer(args.model)
         check_template(tokenizer)
         set_seed(args.seed)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        model = open_causal_lm(args.model, dtype=torch.float32)
+        context = getattr(model.config, "max_position_embeddings", 1024)
+        block_size = args.block_size or min(context, 1024)
+        if block_size > context:
+            raise ValueError(f"--block_size {block_size} is longer than the model's context of {context:,} tokens.")
         stop_ids = model.generation_config.eos_token_id
 
         # 2. Pairs of replies to one prompt, rendered by the model's own chat template
@@ -113,13 +118,12 @@ def main(args: PreferenceArguments) -> None:
             )
 
         # 3. DPO: TRL's trainer, with LoRA as the only difference between the policy and the reference
-        context = getattr(model.config, "max_position_embeddings", 1024)
         trainer = DPOTrainer(
             model,
             args=DPOConfig(
                 output_dir=str(output_dir / "checkpoints"),
                 beta=args.beta,
-                max_length=args.block_size or min(context, 1024),
+                max_length=block_size,
                 num_train_epochs=args.num_train_epochs,
                 max_steps=args.max_steps or -1,
                 per_device_train_batch_size=args.per_device_train_batch_size,
@@ -201,7 +205,7 @@ def report(metrics: dict[str, Any], output_dir: Path) -> None:
         f"{metrics['eval_reward_margin_before']:.4f}.\n"
         f"After: loss {metrics['eval_loss']:.4f}, margin {metrics['eval_reward_margin']:.4f}; the chosen reply gained "
         f"more than the rejected one in {metrics['eval_reward_accuracy']:.1%} of the pairs.\n\n"
-        f"Next, talk to it:\n    python recipes/chat.py --model {output_dir}"
+        f"Next, talk to it:\n    python recipes/chat.py --model {shlex.quote(str(output_dir))}"
     )
 
 

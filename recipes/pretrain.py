@@ -36,15 +36,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from hfllm.arguments import parse_overrides, run, save_arguments
+from hfllm.arguments import check_numbers, check_recipe, parse_overrides, run, save_arguments
 from hfllm.data.inspection import describe_row
 from hfllm.data.packing import Rows
 from hfllm.data.training_text import TrainingText, prepare_text
 from hfllm.hub import TrainingPush, write_card
 from hfllm.model import GPTConfig, GPTForCausalLM
+from hfllm.model.opening import open_causal_lm, open_config
 from hfllm.progress import RunLog
 from hfllm.report import plot_curves, read_log, read_run, save_environment, write_page
 from hfllm.report.page import PAGE_FILE
@@ -183,31 +184,25 @@ class PretrainArguments:
         if self.optimizer == "adamw":
             if self.adam_learning_rate is not None:
                 raise ValueError("--adam_learning_rate belongs to --optimizer muon; with adamw, give --learning_rate.")
+            if self.muon_momentum != PretrainArguments.muon_momentum:
+                raise ValueError("--muon_momentum belongs to --optimizer muon; adamw's are --adam_beta1, --adam_beta2.")
         elif self.adam_learning_rate is None:
             self.adam_learning_rate = self.learning_rate
 
     def check(self) -> None:
         """Stop at the door what is wrong whatever the text and the tokenizer are."""
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
-        for name in (*counts, "block_size", "logging_steps", "eval_steps", "save_steps", "depth", "max_train_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name} {value}: give at least 1.")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"--max_steps {self.max_steps}: give at least 1, or leave it out for whole epochs.")
+        check_numbers(self)
+        check_recipe(self)
         if self.is_sized:
             check_dials(vars(self))
         elif self.streaming and self.max_steps is None:
             raise ValueError("A stream has no end that is known beforehand: with --streaming give --max_steps.")
         if self.streaming and self.eval_train_rows:
             raise ValueError("--eval_train_rows reads rows again, and a stream is read once. Leave one of them out.")
-        if self.skip_spikes is not None:
-            SpikeDetector(self.skip_spikes)
         if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo or self.hub_strategy == "end"):
             raise ValueError(
                 "--hub_model_id, --hub_private_repo, --hub_strategy are for --push_to_hub: give it as well."
             )
-        if not 0 <= self.muon_momentum < 1:
-            raise ValueError(f"--muon_momentum {self.muon_momentum}: give a number of at least 0 and less than 1.")
         if self.max_steps is not None and not self.is_sized:
             self.height_at(0, self.max_steps)
 
@@ -571,7 +566,7 @@ def rehearse_run(args: PretrainArguments, setup: Setup) -> None:
 
 def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> GPTConfig:
     if args.model is not None:
-        config = AutoConfig.from_pretrained(args.model)
+        config = open_config(args.model)
         defaults = PretrainArguments()
         ignored = [name for name in SHAPE_ARGUMENTS if getattr(args, name) != getattr(defaults, name)]
         if ignored:
@@ -609,7 +604,7 @@ def load_text(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase, accel
 def build_model(args: PretrainArguments, config: GPTConfig) -> PreTrainedModel:
     if args.model is not None:
         # Training needs float32 weights, whatever precision the checkpoint was exported in.
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        model = open_causal_lm(args.model, dtype=torch.float32)
     else:
         model = GPTForCausalLM(config)
     if args.torch_compile:
@@ -650,7 +645,8 @@ def finish(args: PretrainArguments, setup: Setup, state: dict, tokens_per_second
     plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=output_dir.resolve().name)
     write_page(read_run(output_dir), output_dir / PAGE_FILE)
     write_card(output_dir)
-    print(describe_result(output_dir, metrics, prompt=args.sample_prompt or "import "))
+    prompt = args.sample_prompt or ("import " if args.dataset == "stdlib" else "The ")
+    print(describe_result(output_dir, metrics, prompt=prompt))
     if setup.hub is not None and (address := setup.hub.push_result()):
         print(f"\nOn the Hub: {address}")
 

@@ -1,4 +1,7 @@
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import yaml
@@ -106,3 +109,44 @@ def test_a_check_of_ours_ends_in_one_message_and_a_bug_keeps_its_traceback(monke
     assert "error: " in (message := capsys.readouterr().err) and "nowhere.txt" in message
     with pytest.raises(ValueError, match="invalid literal"):
         run(lambda arguments: int("bug"), Arguments)
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        (lambda folder: (folder / "file" / "below").mkdir(), "file/below: Not a directory."),
+        (
+            lambda folder: Path("/dev/full").write_text("x" * 10_000_000),
+            "No space left on device. Make room, and start",
+        ),
+    ],
+    ids=["a folder that cannot be made", "a full disk"],
+)
+def test_what_the_system_says_of_a_file_is_told_without_a_traceback(tmp_path, monkeypatch, capsys, fails, message):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["recipe"])
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda arguments: fails(tmp_path), Arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_ends_the_program_without_a_word():
+    program = (
+        "import dataclasses, sys; from hfllm.arguments import run\n"
+        "@dataclasses.dataclass\nclass Arguments:\n    config: str | None = None\n"
+        "run(lambda arguments: [print('x' * 1000, flush=True) for _ in range(1000)], Arguments)"
+    )
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    process.stdout.readline()
+    process.stdout.close()
+    assert "Error" not in process.stderr.read().decode()
+    assert process.wait() == 141
+
+
+def test_a_wrong_option_is_not_hidden_behind_a_list_of_all(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(Arguments, ["--learnin_rate", "1"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "?. " not in lines[1]

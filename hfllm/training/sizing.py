@@ -271,8 +271,6 @@ def check_dials(options: Mapping[str, Any]) -> None:
     """
     dial = " ".join(f"--{name}" for name in DIALS if options[name] is not None)
     minutes, epochs = options["max_train_minutes"], options["num_train_epochs"]
-    if minutes is not None and minutes <= 0:
-        raise ValueError(f"--max_train_minutes {minutes:g}: give more than 0.")
     if options["model"] is not None:
         raise ValueError(f"{dial} is for random weights, and --model has its size. Give --max_steps instead.")
     if options["preset"] != "modern" or options["optimizer"] != "muon":

@@ -89,7 +89,7 @@ REFUSED = {
     "adamw": ({"max_train_tokens": 9999, "optimizer": "adamw"}, "--max_train_tokens follows .* --optimizer muon"),
     "two depths": ({"depth": 2, "num_hidden_layers": 3}, "--depth 2 and --num_hidden_layers 3 are two answers"),
     "two lengths": ({"max_train_tokens": 9999, "num_train_epochs": 2}, "two answers to one question: give one"),
-    "no time": ({"max_train_minutes": 0}, "--max_train_minutes 0: give more than 0"),
+    "no time": ({"max_train_minutes": 0}, "--max_train_minutes 0.0: give more than 0"),
     "no depth": ({"depth": 0}, "--depth 0: give at least 1"),
     "less than a step": (
         {"max_train_tokens": 1000},
