@@ -43,10 +43,8 @@ from hfllm.data.answers import answer, exact_match, stop_at_turns
 from hfllm.data.classification import LabelledTexts, load_labelled_texts
 from hfllm.data.conversations import Conversation, load_conversations
 from hfllm.data.instruction import ConversationRows, encode_conversations, padding_token_id
-from hfllm.hub import write_card
+from hfllm.hub import write_page_and_card
 from hfllm.model.opening import open_causal_lm, open_config
-from hfllm.report import read_run, write_page
-from hfllm.report.page import PAGE_FILE
 from hfllm.tokenization import document_encoder, load_classifier_tokenizer, load_tokenizer
 from hfllm.training.classification import predict_logits, score_predictions
 from hfllm.training.devices import start_accelerator
@@ -507,8 +505,7 @@ def write_metrics(name: str, numbers: dict[str, Any], args: EvaluateArguments) -
     temporary.replace(path)
     print(f"{path}: {len(numbers)} numbers written")
     if (folder / "arguments.yaml").exists():  # a run's folder, whose card and page tell its numbers
-        write_page(read_run(folder), folder / PAGE_FILE)
-        write_card(folder)
+        write_page_and_card(folder)
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:

@@ -60,12 +60,11 @@ from hfllm.data.classification import (
     split_by_text,
 )
 from hfllm.fine_tuning import Course, LogFile, prepare_folder, trackers
-from hfllm.hub import write_card
+from hfllm.hub import write_page_and_card
 from hfllm.model import GPTConfig
-from hfllm.model.opening import open_config
-from hfllm.report import read_run, save_environment, write_page
+from hfllm.model.opening import check_fit, open_config
+from hfllm.report import save_environment
 from hfllm.report.confusion import plot_confusion
-from hfllm.report.page import PAGE_FILE
 from hfllm.tokenization import load_classifier_tokenizer
 from hfllm.training.classification import (
     ClassifierTrainer,
@@ -344,6 +343,7 @@ def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTe
 def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> PreTrainedModel:
     """The pretrained model with a new head, in float32, whatever precision the checkpoint was exported in."""
     config = open_config(args.model)
+    check_fit(config, num_ids=len(tokenizer), block_size=args.block_size)
     model = AutoModelForSequenceClassification.from_pretrained(
         args.model,
         num_labels=len(names),
@@ -354,16 +354,6 @@ def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase
         **({"classifier_pooling": args.pooling} if isinstance(config, GPTConfig) else {}),
     )
     model.config.pad_token_id = tokenizer.pad_token_id
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer of {args.model} has {len(tokenizer):,} ids, but its model only {model.config.vocab_size:,} "
-            "embeddings. Give a model with its own tokenizer."
-        )
-    if args.block_size is not None and args.block_size > model.config.max_position_embeddings:
-        raise ValueError(
-            f"--block_size {args.block_size} is longer than the model's context of "
-            f"{model.config.max_position_embeddings:,} tokens."
-        )
     return model
 
 
@@ -459,8 +449,7 @@ def finish(
     title = f"{output_dir.resolve().name}: {metrics['test_texts']:,} test texts"
     test = {name.removeprefix("test_"): value for name, value in metrics.items() if name.startswith("test_")}
     plot_confusion(test, names, output_dir / "confusion.png", title=title)
-    write_page(read_run(output_dir), output_dir / PAGE_FILE)
-    write_card(output_dir)
+    write_page_and_card(output_dir)
 
     print(f"\n{describe_scores(metrics)}")
     text = parts[2].texts[0].split("\n")[0][:60]

@@ -62,10 +62,9 @@ from hfllm.data.instruction import (
 )
 from hfllm.data.templates import TEMPLATES, check_template, choose_template
 from hfllm.fine_tuning import Course, LogFile, prepare_folder, trackers
-from hfllm.hub import write_card
-from hfllm.model.opening import open_causal_lm
-from hfllm.report import read_run, save_environment, write_page
-from hfllm.report.page import PAGE_FILE
+from hfllm.hub import write_page_and_card
+from hfllm.model.opening import check_fit, open_causal_lm
+from hfllm.report import save_environment
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
 from hfllm.training.evaluation import score_rows
@@ -269,21 +268,16 @@ def main(args: InstructionArguments) -> None:
         if is_main:
             write_samples(output_dir / "samples.txt", samples, before, after)
             (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-            write_page(read_run(output_dir), output_dir / PAGE_FILE)
-            write_card(output_dir)
+            write_page_and_card(output_dir)
             report(args, metrics, output_dir)
         trainer.accelerator.end_training()
 
 
 def choose_block_size(args: InstructionArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     context = getattr(model.config, "max_position_embeddings", 1024)
-    if args.block_size is not None and not 2 <= args.block_size <= context:
-        raise ValueError(f"--block_size {args.block_size}: choose 2 to {context:,}, the model's context.")
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer):,} ids, but the model's vocab_size is {model.config.vocab_size:,}: "
-            "they do not belong together."
-        )
+    check_fit(model.config, num_ids=len(tokenizer), block_size=args.block_size)
+    if args.block_size == 1:
+        raise ValueError(f"--block_size 1: choose 2 to {context:,}, the model's context.")
     return args.block_size or min(context, 1024)
 
 

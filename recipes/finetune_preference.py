@@ -32,7 +32,7 @@ from hfllm.arguments import check_numbers, check_recipe, run, save_arguments
 from hfllm.data.conversations import load_preferences
 from hfllm.data.templates import check_template, without_control_tokens
 from hfllm.fine_tuning import LogFile, prepare_folder
-from hfllm.model.opening import open_causal_lm
+from hfllm.model.opening import check_fit, open_causal_lm
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
 from hfllm.training.lock import run_lock
@@ -102,10 +102,7 @@ def main(args: PreferenceArguments) -> None:
         check_template(tokenizer)
         set_seed(args.seed)
         model = open_causal_lm(args.model, dtype=torch.float32)
-        context = getattr(model.config, "max_position_embeddings", 1024)
-        block_size = args.block_size or min(context, 1024)
-        if block_size > context:
-            raise ValueError(f"--block_size {block_size} is longer than the model's context of {context:,} tokens.")
+        check_fit(model.config, num_ids=len(tokenizer), block_size=args.block_size)
         stop_ids = model.generation_config.eos_token_id
 
         # 2. Pairs of replies to one prompt, rendered by the model's own chat template
@@ -123,7 +120,7 @@ def main(args: PreferenceArguments) -> None:
             args=DPOConfig(
                 output_dir=str(output_dir / "checkpoints"),
                 beta=args.beta,
-                max_length=block_size,
+                max_length=args.block_size or min(getattr(model.config, "max_position_embeddings", 1024), 1024),
                 num_train_epochs=args.num_train_epochs,
                 max_steps=args.max_steps or -1,
                 per_device_train_batch_size=args.per_device_train_batch_size,

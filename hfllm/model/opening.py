@@ -36,6 +36,18 @@ def open_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
         ) from error
 
 
+def check_fit(config: PreTrainedConfig, *, num_ids: int, block_size: int | None = None) -> None:
+    """Raise a ValueError if the model has no room for so many ids of a tokenizer, or for rows of `block_size`."""
+    if num_ids > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {num_ids:,} ids, but the model's vocab_size is {config.vocab_size:,}: it has no "
+            "embedding for the last ones. Give the model's own tokenizer."
+        )
+    context = getattr(config, "max_position_embeddings", None)
+    if block_size is not None and context is not None and block_size > context:
+        raise ValueError(f"--block_size {block_size} is longer than the model's context of {context:,} tokens.")
+
+
 def open_causal_lm(name: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
     """The language model of a folder or of an id of the Hub; `options` go to `from_pretrained`.
 

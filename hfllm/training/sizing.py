@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from accelerate.utils import gather_object
 
 
 DIALS = ("depth", "max_train_tokens", "max_train_minutes")
@@ -50,6 +51,11 @@ class Speed(NamedTuple):
 
     seconds_per_step: float
     seconds_per_evaluation: float
+
+
+def slowest(speed: Speed) -> Speed:
+    """The slowest process's speed, in all of them: they have to agree on the steps."""
+    return Speed(*map(max, zip(*gather_object([tuple(speed)]), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -238,6 +244,33 @@ def describe_sizes(sizes: Mapping[str, Choice], *, dials: Mapping[str, Any]) -> 
     asked = " ".join(f"--{name} {value}" for name, value in dials.items() if value is not None)
     lines = [f"  {name:28s} {choice.value!s:>8s}  {choice.because}" for name, choice in sizes.items()]
     return "\n".join([f"Sized by {asked}; each of these is an option:", *lines])
+
+
+def choose_sizes(
+    options: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    text_tokens: int | None,
+    num_processes: int,
+    measure: Callable[[dict[str, Any]], Speed],
+) -> tuple[dict[str, Any], str]:
+    """A value for every option of SIZED, and in words what decided it; `options` are all those of recipes/pretrain.py.
+
+    A run that stands in the output folder and goes on keeps its sizes; else they follow from the dials. `measure` is a
+    `Budget`'s, the others are a `Task`'s.
+
+    Raises:
+        ValueError: as `sizes_of_run` and `size_run`.
+    """
+    dials = {name: options[name] for name in DIALS}
+    given = {name: options[name] for name in (*SIZED, "num_train_epochs") if options[name] is not None}
+    rest = {name: options[name] for name in ("block_size", "eval_on_start")}
+    task = Task(vocab_size=vocab_size, text_tokens=text_tokens, num_processes=num_processes, given=given, **rest)
+    sizes = None if options["overwrite_output_dir"] else sizes_of_run(options["output_dir"], task, dials=dials)
+    if sizes is None:
+        budget = Budget(tokens=dials["max_train_tokens"], minutes=dials["max_train_minutes"], measure=measure)
+        sizes = size_run(task, depth=dials["depth"], budget=budget)
+    return {name: choice.value for name, choice in sizes.items()}, describe_sizes(sizes, dials=dials)
 
 
 def sizes_of_run(output_dir: str | Path, task: Task, *, dials: Mapping[str, Any]) -> dict[str, Choice] | None:
