@@ -168,17 +168,15 @@ def run(main: Callable[[T], None], arguments_class: type[T], *, description: str
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be printed goes there
         sys.exit(128 + 13)  # as a shell says of a program that SIGPIPE ended
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        if isinstance(error, OSError) and (said := _describe_file_error(error)) is not None:
-            print(f"\nerror: {said}", file=sys.stderr)
-            sys.exit(2)
-        traceback = error.__traceback__
-        while traceback is not None and traceback.tb_next is not None:
-            traceback = traceback.tb_next
-        module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
-        if module != "__main__" and module.split(".")[0] != "hfllm":
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. The same command begins again; a run goes on from its newest checkpoint.", file=sys.stderr
+        )
+        sys.exit(128 + 2)
+    except Exception as error:
+        if (said := _describe_error(error)) is None:
             raise
-        print(f"\nerror: {error}", file=sys.stderr)
+        print(f"\nerror: {said}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -189,14 +187,21 @@ def _reader_is_gone() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _describe_file_error(error: OSError) -> str | None:
-    """What the system says of a file or of the disk; None if the error is of another kind."""
-    if error.errno in ABOUT_THE_DISK:
-        where = "" if error.filename is None else f"{error.filename}: "
-        return f"{where}{error.strerror}. Make room, and start the same command again."
-    if error.errno in ABOUT_FILES and error.filename is not None:
+def _describe_error(error: Exception) -> str | None:
+    """What to print of an error that is the user's matter; None if it is a bug."""
+    in_rust = re.search(r"\(os error (\d+)\)", str(error))  # as tokenizers and safetensors say it
+    code = error.errno if isinstance(error, OSError) else int(in_rust[1]) if in_rust else None
+    if code in ABOUT_THE_DISK:
+        name = getattr(error, "filename", None)
+        return f"{'' if name is None else f'{name}: '}{os.strerror(code)}. Make room, and start the same command again."
+    if code in ABOUT_FILES and isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
-    return None
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
+    is_check = isinstance(error, (ValueError, OSError, RuntimeError, FloatingPointError))
+    return str(error) if is_check and (module == "__main__" or module.split(".")[0] == "hfllm") else None
 
 
 def _read_yaml(parser: argparse.ArgumentParser, path: str, known_names: list[str]) -> list[str]:

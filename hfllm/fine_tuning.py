@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import get_last_checkpoint
 
 from .arguments import read_arguments
 from .report import append_to_log
@@ -73,6 +74,25 @@ def prepare_folder(args: Any) -> bool:
         print(f"The run in {folder} is finished: nothing to do. --overwrite_output_dir starts it anew.")
         return True
     return False
+
+
+def newest_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest whole checkpoint of transformers' Trainer in a run's folder, or None; for the main process.
+
+    Trainer writes trainer_state.json last. A checkpoint without it was being written when the run was killed or the
+    disk full, and Trainer would stop on it for ever: it is set aside, and said.
+    """
+    checkpoints = Path(output_dir) / "checkpoints"
+    while checkpoints.is_dir() and (name := get_last_checkpoint(str(checkpoints))) is not None:
+        try:
+            json.loads((Path(name) / "trainer_state.json").read_text(encoding="utf-8"))
+            return name
+        except (OSError, ValueError):
+            aside = checkpoints / f"torn-{Path(name).name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            Path(name).rename(aside)
+            print(f"{name} was not written to its end, and is set aside as {aside.name}.", flush=True)
+    return None
 
 
 def trackers(report_to: list[str] | None) -> list[str] | str:

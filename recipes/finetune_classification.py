@@ -45,7 +45,6 @@ from transformers import (
     set_seed,
 )
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
@@ -59,7 +58,7 @@ from hfllm.data.classification import (
     load_labelled_texts,
     split_by_text,
 )
-from hfllm.fine_tuning import Course, LogFile, prepare_folder, trackers
+from hfllm.fine_tuning import Course, LogFile, newest_checkpoint, prepare_folder, trackers
 from hfllm.hub import write_page_and_card
 from hfllm.model import GPTConfig
 from hfllm.model.opening import check_fit, open_config
@@ -250,10 +249,9 @@ def main(args: ClassificationArguments) -> None:
         if is_main:
             save_arguments(args, output_dir / "arguments.yaml")
             save_environment(output_dir, num_processes=PartialState().num_processes)
-        checkpoints = output_dir / "checkpoints"  # which the main process looks into for all
-        [last] = broadcast_object_list([is_main and checkpoints.exists() and get_last_checkpoint(str(checkpoints))])
+        [last] = broadcast_object_list([newest_checkpoint(output_dir) if is_main else None])
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=last or None)
+        trainer.train(resume_from_checkpoint=last)
         seconds = time.perf_counter() - start
 
         # 5. What was trained is merged into the model, and that model is saved, and tested as it was saved.

@@ -46,7 +46,6 @@ from transformers import (
     set_seed,
 )
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
@@ -61,7 +60,7 @@ from hfllm.data.instruction import (
     padding_token_id,
 )
 from hfllm.data.templates import TEMPLATES, check_template, choose_template
-from hfllm.fine_tuning import Course, LogFile, prepare_folder, trackers
+from hfllm.fine_tuning import Course, LogFile, newest_checkpoint, prepare_folder, trackers
 from hfllm.hub import write_page_and_card
 from hfllm.model.opening import check_fit, open_causal_lm
 from hfllm.report import save_environment
@@ -251,7 +250,8 @@ def main(args: InstructionArguments) -> None:
         # 5. Training: transformers' Trainer, which divides the summed loss by the count of learned tokens, whatever
         # the accumulation and the number of processes
         started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir / "checkpoints"))
+        [last] = broadcast_object_list([newest_checkpoint(output_dir) if is_main else None])
+        trainer.train(resume_from_checkpoint=last)
         metrics["train_seconds"] = round(time.perf_counter() - started, 1)
 
         # 6. What it says after

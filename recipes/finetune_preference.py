@@ -25,13 +25,12 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import get_last_checkpoint
 
 from hfllm.adapters import count_parameters, describe_trained, lora_config, merge_adapter, save_adapter
 from hfllm.arguments import check_numbers, check_recipe, run, save_arguments
 from hfllm.data.conversations import load_preferences
 from hfllm.data.templates import check_template, without_control_tokens
-from hfllm.fine_tuning import LogFile, prepare_folder
+from hfllm.fine_tuning import LogFile, newest_checkpoint, prepare_folder
 from hfllm.model.opening import check_fit, open_causal_lm
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
@@ -147,7 +146,8 @@ def main(args: PreferenceArguments) -> None:
 
         # 4. Before, training, after. Before the first update the policy is the reference: margins of 0, a loss of ln 2.
         before = trainer.evaluate()
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir / "checkpoints"))
+        [last] = broadcast_object_list([newest_checkpoint(output_dir) if is_main else None])
+        trainer.train(resume_from_checkpoint=last)
         after = trainer.evaluate()
 
         # 5. The adapter merged into the model, and beside it alone

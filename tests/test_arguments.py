@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 from transformers.hf_argparser import HfArg
 
 from hfllm.arguments import parse_arguments, parse_overrides, run, save_arguments
@@ -111,16 +113,24 @@ def test_a_check_of_ours_ends_in_one_message_and_a_bug_keeps_its_traceback(monke
         run(lambda arguments: int("bug"), Arguments)
 
 
+def fail(error: BaseException) -> None:
+    raise error
+
+
 @pytest.mark.parametrize(
     ("fails", "message"),
     [
         (lambda folder: (folder / "file" / "below").mkdir(), "file/below: Not a directory."),
         (
-            lambda folder: Path("/dev/full").write_text("x" * 10_000_000),
+            lambda folder: fail(OSError(errno.ENOSPC, "No space left on device")),
+            "No space left on device. Make room, and start",
+        ),
+        (
+            lambda folder: fail(SafetensorError("Error while serializing: I/O error: ... (os error 28)")),
             "No space left on device. Make room, and start",
         ),
     ],
-    ids=["a folder that cannot be made", "a full disk"],
+    ids=["a folder that cannot be made", "a full disk", "a full disk for safetensors"],
 )
 def test_what_the_system_says_of_a_file_is_told_without_a_traceback(tmp_path, monkeypatch, capsys, fails, message):
     (tmp_path / "file").write_text("")
@@ -150,3 +160,12 @@ def test_a_wrong_option_is_not_hidden_behind_a_list_of_all(capsys):
         parse_arguments(Arguments, ["--learnin_rate", "1"])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "?. " not in lines[1]
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["recipe"])
+
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda arguments: fail(KeyboardInterrupt()), Arguments)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.startswith("\nInterrupted. The same command begins again")

@@ -1,11 +1,13 @@
 """What every recipe stops at its door: numbers that cannot be meant, what is no model, and other recipes' folders."""
 
 import dataclasses
+import errno
 import json
 
 import pytest
 import torch
 import yaml
+from transformers import TrainerState
 
 from hfllm.arguments import check_numbers, parse_arguments
 from hfllm.model import GPTForCausalLM, GPTForSequenceClassification
@@ -165,3 +167,27 @@ def test_what_stopped_at_the_door_leaves_a_folder_that_takes_the_right_command(f
         call("finetune_classification", *options, "--label_column", "lable")
     call("finetune_classification", *options, "--max_steps", 1)
     assert (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.fault(3, 6)
+@pytest.mark.parametrize("recipe", ["finetune_instruction", "finetune_classification"])
+def test_a_checkpoint_that_was_not_written_to_its_end_is_set_aside(recipe, folders, tmp_path, monkeypatch, capsys):
+    """Trainer takes the newest folder for a checkpoint, whatever is in it, and dies of it at every further start."""
+    rows = [{"instruction": f"{n}", "output": f"{n}", "text": f"cat {n}", "label": n % 2} for n in range(60)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = ["--model", folders / "causal", "--dataset", tmp_path / "rows.json", "--output_dir", tmp_path / "out"]
+    options += ["--max_steps", 2, *(["--save_steps", 1, "--num_samples", 1] if "instruction" in recipe else [])]
+
+    def full_disk(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(TrainerState, "save_to_json", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            call(recipe, *options)
+    [torn] = (tmp_path / "out" / "checkpoints").glob("checkpoint-*")
+    call(recipe, *options)
+    assert f"checkpoints/{torn.name} was not written to its end, and is set aside as torn-{torn.name}" in (
+        capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["train_steps"] == 2
