@@ -31,7 +31,10 @@ HEAD_DIM = 64  # channels of a head; each block adds as many to the width
 # above, as many as the root of their millions, which meets what is known of large models: about 10 at a hundred
 # million, and 20, which is the most, from 400 million on (Hoffmann et al. 2022, arXiv 2203.15556).
 MOST_TOKENS_PER_PARAMETER = 20.0
-MOST_PASSES = 4  # over the text: more of them bring little (Muennighoff et al. 2023, arXiv 2305.16264)
+# Over the text. With Muon and no dropout depth 1 was best at four passes over 80 and 300 kB of prose, of 1 to 16 tried,
+# each with a fall to zero of its own (CONTRIBUTING has the table); on large models more than four bring little, too
+# (Muennighoff et al. 2023, arXiv 2305.16264).
+MOST_PASSES = 4
 BATCH_TOKENS, BATCH_FROM = 1024, 1_000_000
 BATCH_EXPONENT = 0.4  # the best batch grows about so with the tokens (Bergsma et al. 2025, arXiv 2505.13738)
 LEARNING_RATE, ADAM_LEARNING_RATE = 0.02, 0.02
@@ -124,7 +127,8 @@ def steps_in_time(speed: Speed, minutes: float, task: Task) -> int:
 def size_run(task: Task, *, depth: int | None = None, budget: Budget | None = None) -> dict[str, Choice]:
     """A choice for every option of SIZED, from a depth, a budget or both.
 
-    Without a budget a model gets the tokens that its depth is worth, but no more than MOST_PASSES over the text.
+    Without a budget a model gets the tokens that its depth is worth. Neither then nor in a budget of time does it pass
+    more than MOST_PASSES times over the text; a number of tokens that was asked for is spent.
     Without a depth it is the deepest one to which the budget can give these tokens.
 
     Raises:
@@ -172,6 +176,10 @@ def _size(depth: int, task: Task, budget: Budget, *, because: str) -> dict[str, 
                 num_tokens = in_time
                 why = f"{budget.minutes:g} minutes at {speed.seconds_per_step:.3f} s each"
                 why += f" and {speed.seconds_per_evaluation:.1f} s an evaluation, both measured"
+                if task.text_tokens is not None and in_time > MOST_PASSES * task.text_tokens:
+                    num_tokens = MOST_PASSES * task.text_tokens
+                    why = f"{MOST_PASSES} passes over the text, beyond which it is learned by heart; there is time for "
+                    why += f"{in_time / task.text_tokens:,.0f}. Give more text, or --max_steps"
             if batch == (batch := _batch(num_tokens, task)):
                 break
     fewest = 1 if budget.tokens is None and budget.minutes is None else 0
