@@ -180,6 +180,7 @@ def main(args: InstructionArguments) -> None:
     output_dir = Path(args.output_dir)
     is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # of loading and writing; training has its own
     keep_freed_memory()
     with run_lock(output_dir) if is_main else contextlib.nullcontext():
         # Whether the run is finished is the main process's answer, for all of them.

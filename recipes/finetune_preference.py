@@ -23,15 +23,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.hf_argparser import HfArg
+from transformers.utils.logging import disable_progress_bar
 
 from hfllm.adapters import count_parameters, describe_trained, lora_config, merge_adapter, save_adapter
 from hfllm.arguments import check_numbers, check_recipe, run, save_arguments
 from hfllm.data.conversations import load_preferences
 from hfllm.data.templates import check_template, without_control_tokens
 from hfllm.fine_tuning import LogFile, newest_checkpoint, prepare_folder
+from hfllm.hub import write_page_and_card
 from hfllm.model.opening import check_fit, open_causal_lm
+from hfllm.report import save_environment
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
 from hfllm.training.lock import run_lock
@@ -90,6 +93,7 @@ def main(args: PreferenceArguments) -> None:
     output_dir = Path(args.output_dir)
     is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
     keep_freed_memory()
+    disable_progress_bar()
     with run_lock(output_dir) if is_main else contextlib.nullcontext():
         # Whether the run is finished is the main process's answer, for all of them.
         [is_finished] = broadcast_object_list([is_main and prepare_folder(args)])
@@ -141,7 +145,9 @@ def main(args: PreferenceArguments) -> None:
             peft_config=lora_config(model, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout),
             callbacks=[LogFile(output_dir / "log.jsonl")],
         )
+        trainer.remove_callback(PrinterCallback)  # log.jsonl has it all
         if is_main:
+            save_environment(output_dir, num_processes=trainer.args.world_size)
             print(describe_trained(trainer.model))
 
         # 4. Before, training, after. Before the first update the policy is the reference: margins of 0, a loss of ln 2.
@@ -164,6 +170,7 @@ def main(args: PreferenceArguments) -> None:
             metrics |= {"train_steps": trainer.state.global_step, "seed": args.seed}
             metrics |= {"num_parameters": total, "num_trained_parameters": trained}
             (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            write_page_and_card(output_dir)
             report(metrics, output_dir)
         trainer.accelerator.end_training()
 

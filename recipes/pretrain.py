@@ -37,6 +37,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
+from transformers.utils.logging import disable_progress_bar
 
 from hfllm.arguments import check_numbers, check_recipe, parse_overrides, run, save_arguments
 from hfllm.data.inspection import describe_row
@@ -219,6 +220,7 @@ TEXT_ARGUMENTS += ("on_bad_record", "block_size", "stride", "cache_dir", "stream
 def main(args: PretrainArguments) -> None:
     args.resolve()
     args.check()
+    disable_progress_bar()  # of loading and writing a model; training has its own
 
     # 1. Devices: how many processes there are, and what they share, is what `accelerate launch` was told.
     accelerator = start_accelerator(

@@ -164,7 +164,7 @@ def _usage(run: Run, name: str, base: str | None) -> str:
     """Commands that run as they stand, in a process without hfllm."""
     is_classifier = kind_of(run) == "text classifier" or run.adapter.get("task_type") == "SEQ_CLS"
     trust = ", trust_remote_code=True" if run.config.get("model_type", "hfllm_gpt") == "hfllm_gpt" else ""
-    prompt = run.arguments.get("sample_prompt") or "import "
+    prompt = run.arguments.get("sample_prompt") or ("import " if run.arguments.get("dataset") == "stdlib" else "The ")
     quoted = json.dumps(name)
     if run.adapter:
         auto = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
