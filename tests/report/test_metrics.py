@@ -12,7 +12,10 @@ def test_what_training_wrote_stays_and_what_was_added_may_be_written_again(tmp_p
     )
     assert "already" not in add_metrics(tmp_path, {"test_texts": 6})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {
-        **{"test_loss": 1.0, "seed": 3, "evaluate_test_loss": 2.0, "test_texts": 6},
+        "test_loss": 1.0,
+        "seed": 3,
+        "evaluate_test_loss": 2.0,
+        "test_texts": 6,
         "evaluated": ["evaluate_test_loss", "test_texts"],
     }
 
@@ -20,7 +23,7 @@ def test_what_training_wrote_stays_and_what_was_added_may_be_written_again(tmp_p
 @pytest.mark.parametrize("text", ["{half", "[1, 2]"])
 def test_numbers_are_not_added_to_what_is_no_object(tmp_path, text):
     (tmp_path / "metrics.json").write_text(text)
-    with pytest.raises(ValueError, match="metrics.json is no JSON object, so nothing was added to it"):
+    with pytest.raises(ValueError, match=r"metrics\.json is no JSON object, so nothing was added to it"):
         add_metrics(tmp_path, {"test_loss": 2.0})
     assert (tmp_path / "metrics.json").read_text() == text
 
