@@ -452,7 +452,7 @@ def format_tokenizer_report(report: Mapping[str, Any], *, name: str = "this toke
         lines.append(
             f"{row_name:<{width}}  {row['vocab_size']:>10,}  {row['tokens']:>11,}  {row['bytes_per_token']:>11.3f}"
         )
-    lines.append(f"on {report['bytes']:,} bytes in {report['texts']:,} texts")
+    lines.append(f"on {report['bytes']:,} bytes in {report['texts']:,} text{'s' * (report['texts'] != 1)}")
     lines.append(f"never used there: {report['unused_ids']:,} ids, {report['unused_merges']:,} of them merges")
     lines.append("longest tokens: " + " ".join(map(repr, report["longest_tokens"])))
     return "\n".join(lines)

@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from hfllm.arguments import check_numbers, run, save_arguments
-from hfllm.data.corpus import load_corpus, split_documents
+from hfllm.data.corpus import count_documents, load_corpus, split_documents
 from hfllm.tokenization import (
     CHAT_TEMPLATE,
     RESERVED_TOKENS,
@@ -105,7 +105,7 @@ def main(args: TokenizerArguments) -> None:
     )
     training, held_out = split_documents(corpus, validation_fraction=args.validation_fraction)
     print(
-        f"{args.dataset}: {corpus.account['documents']:,} documents, {corpus.account['bytes']:,} bytes, "
+        f"{args.dataset}: {count_documents(corpus.account['documents'])}, {corpus.account['bytes']:,} bytes, "
         f"sha256 {corpus.fingerprint[:16]}",
         flush=True,
     )

@@ -185,7 +185,7 @@ def test_empty_documents_and_files_are_dropped_and_counted(tmp_path, load):
 
 @pytest.mark.fault(16)
 def test_a_corpus_with_nothing_in_it_says_so(tmp_path, load):
-    with pytest.raises(ValueError, match="has no text: 1 documents, all of them empty"):
+    with pytest.raises(ValueError, match="has no text: 1 document, and nothing in any of them"):
         load(write(tmp_path / "a.txt", ""))
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="what is there: nothing"):
