@@ -74,7 +74,7 @@ def test_a_budget_of_time_is_measured_with_the_runs_own_steps(run_pretrain, unsi
     run_pretrain(**unsized, max_train_minutes=1, num_hidden_layers=1, dry_run=True)
     told = capsys.readouterr().out
     assert "Sized by --max_train_minutes 1.0" in told
-    assert "4 passes over the text, beyond which it is learned by heart" in told  # a minute is long for this text
+    assert "4 passes over the text, beyond which it is learned by heart" in told  # it is short
     assert "nothing was written" in told
 
 
