@@ -32,8 +32,8 @@ HEAD_DIM = 64  # channels of a head; each block adds as many to the width
 # million, and 20, which is the most, from 400 million on (Hoffmann et al. 2022, arXiv 2203.15556).
 MOST_TOKENS_PER_PARAMETER = 20.0
 # Over the text. With Muon and no dropout depths 1 and 2 were best at four passes over 80 and 300 kB of prose, of 1
-# to 16 tried, each with a fall to zero of its own (CONTRIBUTING has the table); with large models, too, more than four bring
-# little (Muennighoff et al. 2023, arXiv 2305.16264).
+# to 16 tried, each with a fall to zero of its own (CONTRIBUTING has the table); with large models more bring
+# little as well (Muennighoff et al. 2023, arXiv 2305.16264).
 MOST_PASSES = 4
 BATCH_TOKENS, BATCH_FROM = 1024, 1_000_000
 BATCH_EXPONENT = 0.4  # the best batch grows about so with the tokens (Bergsma et al. 2025, arXiv 2505.13738)
