@@ -295,6 +295,8 @@ def merge_adapter(
     is smaller than the last digit of the weight. An adapter (of someone else's making) that trained the embedding of a
     tied model alone gives a model with a head of its own, as PEFT warns.
     """
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"merge_adapter takes a model with an adapter on it, not a {type(model).__name__}.")
     base = model.get_base_model()
     if getattr(base, "is_quantized", False):
         raise ValueError(

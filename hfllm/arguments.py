@@ -4,8 +4,12 @@ import argparse
 import atexit
 import dataclasses
 import difflib
+import errno
 import gc
+import math
+import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +20,32 @@ from transformers.hf_argparser import HfArgumentParser
 
 
 T = TypeVar("T")
+
+# The ranges of numbers, which are the same wherever an option has that name.
+AT_LEAST_ONE = {
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "block_size"),
+    *("max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_new_tokens", "max_answers"),
+    *("depth", "max_train_tokens", "lora_r", "stride", "limit", "num_steps", "num_prompt_tokens", "num_new_tokens"),
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_bytes"),
+    *("scaling_depths", "scaling_contexts"),
+}
+ABOVE_ZERO = {
+    *("num_train_epochs", "max_train_minutes", "adam_epsilon", "lora_alpha", "beta", "skip_spikes"),
+}
+AT_LEAST_ZERO = {
+    *("learning_rate", "adam_learning_rate", "head_learning_rate"),  # 0 leaves all as it is
+    *("warmup_steps", "decay_steps", "weight_decay", "max_grad_norm", "eval_train_rows", "sample_tokens"),
+    *("num_samples", "num_further_questions"),
+}
+BELOW_ONE = {"adam_beta1", "adam_beta2", "muon_momentum", "lora_dropout"}
+SEEDS = {"seed", "split_seed"}  # numpy takes 32 bits
+
+# What the system says of a file that was asked for, or of the disk: the user's matter, whoever opened the file.
+ABOUT_FILES = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+}
+ABOUT_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def parse_arguments(arguments_class: type[T], argv: list[str] | None = None, *, description: str | None = None) -> T:
@@ -28,6 +58,7 @@ def parse_arguments(arguments_class: type[T], argv: list[str] | None = None, *, 
     parser = HfArgumentParser(
         arguments_class,  # type: ignore[arg-type]
         description=description,
+        usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]",  # all options, and no one would see the error below
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -46,8 +77,71 @@ def parse_arguments(arguments_class: type[T], argv: list[str] | None = None, *, 
     if unknown:
         option = next((word for word in unknown if word.startswith("-")), unknown[0])
         name = option.split("=")[0].lstrip("-")
-        parser.error(f"unknown argument {option!r}{_suggest(name, known_names)}. --help lists them all.")
+        parser.error(f"unknown argument {option!r}{_suggest(name, known_names)} --help lists them all.")
     return arguments
+
+
+def check_numbers(arguments: Any) -> None:
+    """Stop on an option whose number cannot be meant: not finite, or out of the range that its name has everywhere.
+
+    An option that is None was not given. What is wrong only beside other options is the recipe's to say.
+
+    Raises:
+        ValueError: names the option, its value and what would do.
+    """
+    for field in dataclasses.fields(arguments):
+        name, given = field.name, getattr(arguments, field.name)
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            wanted = [
+                (not math.isfinite(value), "a finite number"),
+                (name in AT_LEAST_ONE and value < 1, "at least 1"),
+                (name in ABOVE_ZERO and value <= 0, "more than 0"),
+                (name in AT_LEAST_ZERO and value < 0, "at least 0"),
+                (name in BELOW_ONE and not 0 <= value < 1, "at least 0 and less than 1"),
+                (name in SEEDS and not 0 <= value < 2**32, "a number from 0 to 4,294,967,295"),
+            ]
+            for is_wrong, what in wanted:
+                if is_wrong:
+                    raise ValueError(f"--{name} {value}: give {what}.")
+
+
+def check_recipe(arguments: Any) -> None:
+    """Refuse an `output_dir` whose `arguments.yaml` another recipe wrote: two runs of two kinds do not share a folder.
+
+    Not even to overwrite it: what the one deletes and writes anew is not all that the other left there.
+
+    Raises:
+        ValueError: names some of the options that the recipe at hand does not have.
+    """
+    path = Path(arguments.output_dir) / "arguments.yaml"
+    own = {field.name for field in dataclasses.fields(arguments)}
+    if others := sorted(read_arguments(path).keys() - own):
+        raise ValueError(
+            f"--output_dir {arguments.output_dir} belongs to another recipe, whose options ({', '.join(others[:4])}) "
+            f"stand in its {path.name}. Choose another folder, or delete that one."
+        )
+
+
+def read_arguments(path: str | Path) -> dict[str, Any]:
+    """What `save_arguments` wrote; nothing if there is no such file.
+
+    Raises:
+        ValueError: the file is no YAML of options.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} cannot be read, so nothing says whose run this is. Mend or delete it, or choose another folder."
+        )
+    return values
 
 
 def save_arguments(arguments: Any, path: str | Path) -> None:
@@ -59,8 +153,9 @@ def save_arguments(arguments: Any, path: str | Path) -> None:
 def run(main: Callable[[T], None], arguments_class: type[T], *, description: str | None = None) -> None:
     """Parse the command line and call `main`; a check of ours that fails is printed as one message, not as a traceback.
 
-    Only a ValueError, OSError or RuntimeError raised in hfllm or in the recipe itself is such a check. Anything else
-    keeps its traceback, for it is a bug, here or elsewhere.
+    Only a ValueError, OSError, RuntimeError or FloatingPointError raised in hfllm or in the recipe itself is such a
+    check, and so is what the system says of a file or of a full disk. Anything else keeps its traceback, for it is a
+    bug, here or elsewhere. When nobody reads what is printed any more (`| head -1`), the program ends without a word.
     """
     if not gc.isenabled():
         # The recipe turned the collector off before it imported. What imports leave, half a million objects, is no
@@ -71,15 +166,46 @@ def run(main: Callable[[T], None], arguments_class: type[T], *, description: str
     arguments = parse_arguments(arguments_class, description=description)
     try:
         main(arguments)
-    except (ValueError, OSError, RuntimeError) as error:
-        traceback = error.__traceback__
-        while traceback is not None and traceback.tb_next is not None:
-            traceback = traceback.tb_next
-        module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
-        if module != "__main__" and module.split(".")[0] != "hfllm":
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
             raise
-        print(f"\nerror: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be printed goes there
+        sys.exit(128 + 13)  # as a shell says of a program that SIGPIPE ended
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. The same command begins again; a run goes on from its newest checkpoint.", file=sys.stderr
+        )
+        sys.exit(128 + 2)
+    except Exception as error:
+        if (said := _describe_error(error)) is None:
+            raise
+        print(f"\nerror: {said}", file=sys.stderr)
         sys.exit(2)
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is the pipe that broke, and not one of the program's own."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _describe_error(error: Exception) -> str | None:
+    """What to print of an error that is the user's matter; None if it is a bug."""
+    in_rust = re.search(r"\(os error (\d+)\)", str(error))  # as tokenizers and safetensors say it
+    code = error.errno if isinstance(error, OSError) else int(in_rust[1]) if in_rust else None
+    if code in ABOUT_THE_DISK:
+        name = getattr(error, "filename", None)
+        return f"{'' if name is None else f'{name}: '}{os.strerror(code)}. Make room, and start the same command again."
+    if code in ABOUT_FILES and isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
+    is_check = isinstance(error, (ValueError, OSError, RuntimeError, FloatingPointError))
+    return str(error) if is_check and (module == "__main__" or module.split(".")[0] == "hfllm") else None
 
 
 def _read_yaml(parser: argparse.ArgumentParser, path: str, known_names: list[str]) -> list[str]:
@@ -96,7 +222,7 @@ def _read_yaml(parser: argparse.ArgumentParser, path: str, known_names: list[str
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known_names or name == "config":
-            parser.error(f"unknown option {key!r} in {path}{_suggest(name, known_names)}. --help lists them all.")
+            parser.error(f"unknown option {key!r} in {path}{_suggest(name, known_names)} --help lists them all.")
         if isinstance(value, dict):
             parser.error(f"option {key!r} in {path} is a mapping; give a single value or a list.")
         if isinstance(value, list):
@@ -108,7 +234,7 @@ def _read_yaml(parser: argparse.ArgumentParser, path: str, known_names: list[str
 
 def _suggest(name: str, known_names: list[str]) -> str:
     matches = difflib.get_close_matches(name.replace("-", "_"), known_names, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    return f"; did you mean {matches[0]!r}?" if matches else "."
 
 
 def parse_overrides(pairs: list[str], known_names: Iterable[str]) -> dict[str, Any]:
@@ -117,7 +243,7 @@ def parse_overrides(pairs: list[str], known_names: Iterable[str]) -> dict[str, A
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or name not in known_names:
-            raise ValueError(f"{pair!r} is not `field=value` of a known field{_suggest(name, list(known_names))}.")
+            raise ValueError(f"{pair!r} is not `field=value` of a known field{_suggest(name, list(known_names))}")
         overrides[name] = yaml.load(value, Loader=_NumberLoader)
     return overrides
 

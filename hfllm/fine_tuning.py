@@ -5,14 +5,20 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
 from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import get_last_checkpoint
 
+from .arguments import read_arguments
 from .report import append_to_log
 
 
+# The courses of the learning rate that transformers draws from the number of steps alone.
+Course = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
 # What a run writes, and what --overwrite_output_dir deletes.
 FILES = (
     *("arguments.yaml", "metrics.json", "log.jsonl", "samples.txt", "confusion.png", "report.html"),
@@ -48,7 +54,11 @@ def prepare_folder(args: Any) -> bool:
                 "--output_dir, or overwrite it with --overwrite_output_dir."
             )
         return False
-    there = yaml.safe_load((folder / "arguments.yaml").read_text(encoding="utf-8"))
+    left = [*folder.glob("metrics.json"), *folder.glob("config.json"), *folder.glob("checkpoints/checkpoint-*")]
+    if not left:  # the run that began here ended before it had anything to go on from
+        (folder / "log.jsonl").unlink(missing_ok=True)
+        return False
+    there = read_arguments(folder / "arguments.yaml")
     here = json.loads(json.dumps(dataclasses.asdict(args)))
     changed = [
         f"{name} was {there.get(name)!r} and is {value!r}"
@@ -64,6 +74,40 @@ def prepare_folder(args: Any) -> bool:
         print(f"The run in {folder} is finished: nothing to do. --overwrite_output_dir starts it anew.")
         return True
     return False
+
+
+def newest_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest whole checkpoint of transformers' Trainer in a run's folder, or None; for the main process.
+
+    Trainer writes trainer_state.json last. A checkpoint without it was being written when the run was killed or the
+    disk full, and Trainer would stop on it for ever: it is set aside, and said.
+    """
+    checkpoints = Path(output_dir) / "checkpoints"
+    while checkpoints.is_dir() and (name := get_last_checkpoint(str(checkpoints))) is not None:
+        try:
+            json.loads((Path(name) / "trainer_state.json").read_text(encoding="utf-8"))
+            return name
+        except (OSError, ValueError):
+            aside = checkpoints / f"torn-{Path(name).name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            Path(name).rename(aside)
+            print(f"{name} was not written to its end, and is set aside as {aside.name}.", flush=True)
+    return None
+
+
+def trackers(report_to: list[str] | None) -> list[str] | str:
+    """`--report_to` for `TrainingArguments`; "none" alone, like nothing, is no tracker.
+
+    Raises:
+        ValueError: transformers has no such tracker, or its package is not installed.
+    """
+    names = [name for name in report_to or [] if name != "none"]
+    for name in names:
+        if name != "all" and name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"--report_to {name}: it is one of {', '.join(INTEGRATION_TO_CALLBACK)}, all or none.")
+        if name != "all" and name not in get_available_reporting_integrations():
+            raise ValueError(f"--report_to {name}: its package is not installed here. Install it, or leave it out.")
+    return "all" if "all" in names else names or "none"
 
 
 class LogFile(TrainerCallback):

@@ -100,6 +100,16 @@ _RESERVED_ROLES: dict[str, Any] = {
 PIECE_CHARACTERS = 10_000
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise a ValueError for fewer ids than the reserved tokens, the 256 bytes and one merge."""
+    smallest = len(RESERVED_TOKENS) + 256 + 1
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: {len(RESERVED_TOKENS)} reserved tokens, 256 bytes and at least one "
+            f"merge need {smallest}. Small models do well with 4,096 to 16,384."
+        )
+
+
 def train_bpe(
     texts: Iterable[str],
     vocab_size: int,
@@ -119,12 +129,7 @@ def train_bpe(
     `tokenizer(text)` puts the bos token in front, and nothing behind. It pads on the right, which suits training with
     any kind of positions; whoever generates for a padded batch sets `tokenizer.padding_side = "left"` there.
     """
-    smallest = len(RESERVED_TOKENS) + 256 + 1
-    if vocab_size < smallest:
-        raise ValueError(
-            f"vocab_size={vocab_size} is too small: {len(RESERVED_TOKENS)} reserved tokens, 256 bytes and at least one "
-            f"merge need {smallest}. Small models do well with 4,096 to 16,384."
-        )
+    check_vocab_size(vocab_size)
     if max_bytes < 1:
         raise ValueError(f"max_bytes={max_bytes} leaves nothing to train on; give the number of bytes to read.")
     if isinstance(texts, str):
@@ -447,7 +452,7 @@ def format_tokenizer_report(report: Mapping[str, Any], *, name: str = "this toke
         lines.append(
             f"{row_name:<{width}}  {row['vocab_size']:>10,}  {row['tokens']:>11,}  {row['bytes_per_token']:>11.3f}"
         )
-    lines.append(f"on {report['bytes']:,} bytes in {report['texts']:,} texts")
+    lines.append(f"on {report['bytes']:,} bytes in {report['texts']:,} text{'s' * (report['texts'] != 1)}")
     lines.append(f"never used there: {report['unused_ids']:,} ids, {report['unused_merges']:,} of them merges")
     lines.append("longest tokens: " + " ".join(map(repr, report["longest_tokens"])))
     return "\n".join(lines)

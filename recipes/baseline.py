@@ -22,7 +22,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from hfllm.arguments import run
+from hfllm.arguments import check_numbers, run
 from hfllm.data import load_corpus, split_documents
 
 
@@ -54,11 +54,18 @@ class RandomWindows(torch.utils.data.Dataset):
 
 
 def main(args: BaselineArguments) -> None:
+    check_numbers(args)
     # 1. Characters are the tokens.
     parts = split_documents(load_corpus(args.dataset), validation_fraction=args.validation_fraction)
     train_text, held_out = ("".join(documents["text"]) for documents in parts)
     characters = {character: number for number, character in enumerate(sorted(set(train_text + held_out)))}
     train_ids, held_out_ids = (torch.tensor([characters[each] for each in text]) for text in (train_text, held_out))
+
+    if min(len(train_ids), len(held_out_ids)) <= BLOCK_SIZE:
+        raise ValueError(
+            f"{len(train_ids):,} characters to train on and {len(held_out_ids):,} held back: both must be more than a "
+            f"row of {BLOCK_SIZE}. Give more text, or another --validation_fraction."
+        )
 
     # 2. GPT-2, and Trainer's own loop
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

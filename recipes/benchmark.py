@@ -41,7 +41,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-from hfllm.arguments import run
+from hfllm.arguments import check_numbers, run
 from hfllm.data import load_corpus, prepare_rows, rows_of_step, split_documents
 from hfllm.model import GPTConfig, GPTForCausalLM
 from hfllm.report.benchmark import benchmark_table, plot_benchmark, plot_scaling
@@ -81,12 +81,28 @@ class BenchmarkArguments:
     output_dir: str | None = HfArg(default=None, help="Write numbers, a table and pictures there.")
     config: str | None = HfArg(default=None, help="A YAML file of these options.")
 
+    def check(self) -> None:
+        """Stop at the door what cannot be measured, or would be left out without a word."""
+        check_numbers(self)
+        if self.torch_compile and self.measure not in ("all", "training"):
+            raise ValueError(
+                f"--torch_compile is for --measure training; {self.measure} is measured as it is. Leave it out."
+            )
+        if self.measure != "time_to_quality":
+            return
+        defaults = dataclasses.asdict(BenchmarkArguments())
+        own = ("measure", "dataset", "output_dir", "config")
+        if others := [name for name, value in defaults.items() if name not in own and getattr(self, name) != value]:
+            raise ValueError(
+                f"--{', --'.join(others)}: --measure time_to_quality runs the commands of "
+                "pretrain_time_to_quality.yaml as they stand there. Leave them out."
+            )
+        if self.dataset == "stdlib":
+            raise ValueError("--measure time_to_quality is for a text of about a megabyte: give it as --dataset.")
+
 
 def main(args: BenchmarkArguments) -> None:
-    if args.torch_compile and args.measure not in ("all", "training"):
-        raise ValueError(
-            f"--torch_compile is for --measure training; {args.measure} is measured as it is. Leave it out."
-        )
+    args.check()
     if args.measure == "time_to_quality":
         save(args, {"time_to_quality": measure_time_to_quality(args)})
         return

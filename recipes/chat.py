@@ -3,7 +3,7 @@
     python recipes/chat.py --model out/chat
     python recipes/chat.py --model out/demo --adapter out/chat/adapter
     printf "What does Python print for 7 + 15\\n" | python recipes/chat.py --model out/chat
-    python recipes/chat.py --model out/chat --web       # in the browser: pip install 'hfllm[chat]'
+    python recipes/chat.py --model out/chat --web       # in the browser: pip install -e '.[chat]'
     python recipes/chat.py --model out/chat --serve     # for programs that speak OpenAI's protocol: the same extra
 
 In the terminal each line is a turn. /reset forgets the conversation, /system TEXT sets the system message and begins
@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import tempfile
 import threading
@@ -33,7 +34,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -45,12 +45,12 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
-import hfllm  # noqa: F401  (registers the model with the Auto classes)
 from hfllm.adapters import load_adapter, merge_adapter, tokenizer_source
-from hfllm.arguments import run
+from hfllm.arguments import check_numbers, run
 from hfllm.data.conversations import Messages
 from hfllm.data.instruction import fit_messages
 from hfllm.data.templates import check_template
+from hfllm.model.opening import open_causal_lm
 from hfllm.tokenization import TURN_END_TOKEN, load_tokenizer
 
 
@@ -70,9 +70,10 @@ class ChatArguments:
     config: str | None = HfArg(default=None, help="A YAML file of these options.")
 
     def check(self) -> None:
+        check_numbers(self)
         problems = [
             (self.web and self.serve, "--web and --serve: give one of the two."),
-            (self.max_new_tokens < 1, f"--max_new_tokens {self.max_new_tokens}: it must be at least 1."),
+            (not 0 < self.port < 65536, f"--port {self.port}: give one from 1 to 65535."),
             (self.temperature < 0, f"--temperature {self.temperature}: it must be at least 0."),
             (not 0 < self.top_p <= 1, f"--top_p {self.top_p}: it is a probability, above 0 and at most 1."),
             (
@@ -82,7 +83,7 @@ class ChatArguments:
         ]
         needed = ["gradio"] if self.web else ["openai", "fastapi", "uvicorn"] if self.serve else []
         missing = [name for name in needed if importlib.util.find_spec(name) is None]
-        problems.append((missing, f"{', '.join(missing)} is not installed: pip install 'hfllm[chat]'."))
+        problems.append((missing, f"{', '.join(missing)} is not installed: pip install -e '.[chat]'."))
         if wrong := [problem for is_wrong, problem in problems if is_wrong]:
             raise ValueError(" ".join(wrong))
 
@@ -92,6 +93,8 @@ def main(args: ChatArguments) -> None:
     disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     set_seed(args.seed)
+    if args.web or args.serve:
+        check_address(args)
     tokenizer = load_tokenizer(tokenizer_source(args.model, args.adapter))
     check_template(tokenizer)
     model = load_model(args)
@@ -105,9 +108,21 @@ def main(args: ChatArguments) -> None:
         chat_in_terminal(args, model, tokenizer)
 
 
+def check_address(args: ChatArguments) -> None:
+    """Before the model is loaded: the servers would find it out only afterwards, and say it by a traceback."""
+    try:
+        family = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0][0]
+        with socket.create_server((args.host, args.port), family=family):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"Nobody can be served at {args.host}:{args.port}: {error.strerror}. Give another --port or --host."
+        ) from error
+
+
 def load_model(args: ChatArguments) -> PreTrainedModel:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(args.model)
+    model = open_causal_lm(args.model)
     if args.adapter is not None:
         model = merge_adapter(load_adapter(model, args.adapter))
     return model.to(device).eval()

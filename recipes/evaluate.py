@@ -23,9 +23,7 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
 
-import difflib
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +34,6 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -45,26 +41,24 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
-import hfllm  # noqa: F401  (registers the model with the Auto classes)
-from hfllm.arguments import run
+from hfllm.arguments import check_numbers, run
 from hfllm.data import load_corpus, split_documents
 from hfllm.data.answers import answer, exact_match, stop_at_turns
 from hfllm.data.classification import LabelledTexts, load_labelled_texts
 from hfllm.data.conversations import Conversation, load_conversations
 from hfllm.data.instruction import ConversationRows, encode_conversations, padding_token_id
-from hfllm.hub import write_card
-from hfllm.report import read_run, write_page
-from hfllm.report.page import PAGE_FILE
+from hfllm.hub import write_page_and_card
+from hfllm.model.opening import open_causal_lm, open_config
+from hfllm.report.metrics import add_metrics, metrics_table
 from hfllm.tokenization import document_encoder, load_classifier_tokenizer, load_tokenizer
 from hfllm.training.classification import predict_logits, score_predictions
 from hfllm.training.devices import start_accelerator
 from hfllm.training.evaluation import score_rows
+from hfllm.training.tasks import find_tasks, run_tasks
 from hfllm.training.windows import cut_windows, evaluate_windows
 
 
 DTYPES = ["float32", "bfloat16", "float16"]
-NAMES_KEY = "evaluated"  # in metrics.json: the names that this recipe wrote, and may write again
-OTHER_NAME = "evaluate_"  # in front of a name that something else wrote
 
 
 @dataclass
@@ -87,7 +81,7 @@ class EvaluateArguments:
     validation_fraction: float = HfArg(
         default=0.0, help="Score only what pretrain.py holds out with this fraction; 0: all documents."
     )
-    tasks: list[str] | None = HfArg(default=None, help="Tasks of lm-eval (pip install 'hfllm[interop]').")
+    tasks: list[str] | None = HfArg(default=None, help="Tasks of lm-eval (pip install -e '.[interop]').")
     include_path: str | None = HfArg(default=None, help="Folder with YAML tasks of your own.")
     limit: int | None = HfArg(default=None, help="Examples of each task, at most; for a first try.")
     block_size: int | None = HfArg(
@@ -103,21 +97,17 @@ class EvaluateArguments:
 
     def check(self) -> None:
         """Stop at the door what cannot be."""
+        check_numbers(self)
         names = [Path(name).name for name in self.model]
         problems = [
             (self.dataset is None and not self.tasks, "Measure on what? Give --dataset, --tasks or both."),
             (self.dtype not in DTYPES, f"--dtype {self.dtype}: it is one of {', '.join(DTYPES)}."),
-            (self.per_device_eval_batch_size < 1, "--per_device_eval_batch_size must be at least 1."),
             (
                 self.adapter is not None and len(self.model) > 1,
                 "An --adapter belongs to one --model; several are given.",
             ),
             (
-                self.stride is not None and self.stride < 1,
-                f"--stride {self.stride}: it must be at least 1.",
-            ),
-            (
-                self.block_size is not None and not 1 <= (self.stride or 1) <= self.block_size,
+                self.block_size is not None and (self.stride or 1) > self.block_size,
                 f"--stride {self.stride} is larger than --block_size {self.block_size}: tokens would be left out.",
             ),
             (
@@ -141,8 +131,18 @@ class EvaluateArguments:
                 self.conversations and (self.text_column, self.label_column) != ("text", "label"),
                 "--text_column and --label_column are not for conversations, whose columns --column_map renames.",
             ),
-            (self.max_new_tokens < 1, f"--max_new_tokens {self.max_new_tokens}: it must be at least 1."),
-            (self.limit is not None and self.limit < 1, f"--limit {self.limit}: it must be at least 1."),
+            (
+                not self.tasks and (self.limit is not None or self.include_path is not None),
+                "--limit and --include_path are for lm-eval's tasks: give --tasks as well.",
+            ),
+            (
+                not self.check_answers and self.max_new_tokens != EvaluateArguments.max_new_tokens,
+                "--max_new_tokens is the length of a reply: give --check_answers as well.",
+            ),
+            (
+                len(set(self.model)) < len(self.model),
+                f"--model {' '.join(self.model)}: one of them is there twice.",
+            ),
         ]
         if messages := [message for is_wrong, message in problems if is_wrong]:
             raise ValueError("\n".join(messages))
@@ -156,9 +156,9 @@ def main(args: EvaluateArguments) -> None:
         raise ValueError(
             "Here each process holds a whole model: launch with ddp.yaml or multi_cpu.yaml, which cut none."
         )
-    configs = {name: open_config(name, args) for name in args.model}
+    configs = {name: open_config(name, trust_remote_code=args.trust_remote_code) for name in args.model}
     is_classifier = check_kinds(configs, args)
-    task_manager = find_tasks(args) if args.tasks else None
+    task_manager = find_tasks(args.tasks, include_path=args.include_path) if args.tasks else None
 
     # 1. The data: the same for every model
     data = load_data(args, accelerator, is_classifier=is_classifier)
@@ -183,30 +183,15 @@ def main(args: EvaluateArguments) -> None:
 
         # 4. lm-eval's tasks, on the first process
         if task_manager is not None and accelerator.is_main_process:
-            results[name] |= run_tasks(model, tokenizer, task_manager, args)
+            options = {"names": args.tasks, "batch_size": args.per_device_eval_batch_size, "limit": args.limit}
+            results[name] |= run_tasks(model, tokenizer, task_manager, **options)
         accelerator.wait_for_everyone()
 
         # 5. Beside what training wrote
         if accelerator.is_main_process:
-            write_metrics(name, results[name], args)
+            keep_numbers(name, results[name], args)
     if accelerator.is_main_process:
-        print_table(results)
-
-
-def open_config(name: str, args: EvaluateArguments) -> PretrainedConfig:
-    """The model's config; what is no model is refused, in words, before anything is loaded."""
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").exists():
-        if (folder / "adapter_config.json").exists():
-            raise ValueError(f"--model {name} is an adapter. Give its base as --model, and it as --adapter.")
-        found = sorted(path.name for path in folder.iterdir())[:10]
-        raise ValueError(f"--model {name} is a folder without a config.json, so no model; it holds {found}.")
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--model {name!r} is neither a folder nor a model that the Hub gave us: {str(error).splitlines()[0]}"
-        ) from error
+        print(f"\n{metrics_table(results)}")
 
 
 def check_kinds(configs: dict[str, PretrainedConfig], args: EvaluateArguments) -> bool:
@@ -305,7 +290,7 @@ def load_model(name: str, config: PretrainedConfig, args: EvaluateArguments, *, 
     if is_classifier:
         model = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        model = open_causal_lm(name, **options)
     if args.adapter is None:
         return model
     from hfllm.adapters import load_adapter  # imports PEFT
@@ -457,51 +442,8 @@ def score_documents(
     }
 
 
-def find_tasks(args: EvaluateArguments) -> Any:
-    """lm-eval's list of tasks; one that it does not know is an error with the nearest name."""
-    # A script's own folder comes first in sys.path, where this file would pass for the library `evaluate` of lm-eval.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ValueError("--tasks needs lm-eval: pip install 'hfllm[interop]'.") from error
-    if args.include_path is not None and not Path(args.include_path).is_dir():
-        raise ValueError(f"--include_path {args.include_path} is not a folder.")
-    manager = TaskManager(include_path=args.include_path)
-    for name in args.tasks or []:
-        if not manager.match_tasks([name]):
-            nearest = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.4)
-            raise ValueError(
-                f"lm-eval knows no task {name!r}{f'; did you mean {nearest[0]!r}?' if nearest else '.'} "
-                "Tasks of your own come from a folder of YAML files: --include_path."
-            )
-    return manager
-
-
-def run_tasks(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, manager: Any, args: EvaluateArguments
-) -> dict[str, float]:
-    """`test_<task>_<metric>` of each task."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
-    # With add_bos_token lm-eval would count the start token as a prediction.
-    language_model = HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=args.per_device_eval_batch_size, add_bos_token=False
-    )
-    found = lm_eval.simple_evaluate(
-        language_model, tasks=args.tasks, task_manager=manager, limit=args.limit, bootstrap_iters=0, log_samples=False
-    )
-    return {
-        f"test_{task}_{metric.removesuffix(',none').replace(',', '_')}": float(value)
-        for task, numbers in found["results"].items()
-        for metric, value in numbers.items()
-        if isinstance(value, int | float) and "stderr" not in metric and metric != "sample_len"
-    }
-
-
-def write_metrics(name: str, numbers: dict[str, Any], args: EvaluateArguments) -> None:
-    """Add the numbers to metrics.json; what something else wrote there stays as it is."""
+def keep_numbers(name: str, numbers: dict[str, Any], args: EvaluateArguments) -> None:
+    """Into the metrics.json of --output_dir, of the adapter or of the model; into a run's card and page as well."""
     if args.output_dir is not None:
         folder = Path(args.output_dir) / (Path(name).name if len(args.model) > 1 else "")
     elif args.adapter is not None and Path(args.adapter).is_dir():
@@ -511,41 +453,9 @@ def write_metrics(name: str, numbers: dict[str, Any], args: EvaluateArguments) -
     else:
         print(f"{name} is no folder here, so its numbers are only printed. Give --output_dir to keep them.")
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.json"
-    metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    ours = metrics.get(NAMES_KEY, [])
-    renamed = {key: f"{OTHER_NAME}{key}" for key in numbers if key in metrics and key not in ours}
-    if renamed:
-        print(f"{path} has {', '.join(renamed)} already, from training: ours are named {OTHER_NAME}... there.")
-    numbers = {renamed.get(key, key): value for key, value in numbers.items()}
-    metrics |= {**numbers, NAMES_KEY: sorted({*ours, *numbers})}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    print(f"{path}: {len(numbers)} numbers written")
-    if (folder / "arguments.yaml").exists():  # a run's folder, whose card and page tell its numbers
-        write_page(read_run(folder), folder / PAGE_FILE)
-        write_card(folder)
-
-
-def print_table(results: dict[str, dict[str, Any]]) -> None:
-    """One column a model; what is no single number (a confusion matrix) is in metrics.json alone."""
-    names = list(
-        dict.fromkeys(
-            key for numbers in results.values() for key, cell in numbers.items() if not isinstance(cell, dict | list)
-        )
-    )
-    width = max(20, *(len(name) + 2 for name in results))
-    first = max(len(name) for name in names) + 2
-    print("\n" + " " * first + "".join(f"{name:>{width}}" for name in results))
-    for key in names:
-        cells = [numbers.get(key, "") for numbers in results.values()]
-        texts = [
-            f"{cell:.6g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else cell
-            for cell in cells
-        ]
-        print(f"{key:{first}}" + "".join(f"{text:>{width}}" for text in texts))
+    print(add_metrics(folder, numbers))
+    if (folder / "arguments.yaml").exists():  # a run's folder
+        write_page_and_card(folder)
 
 
 if __name__ == "__main__":

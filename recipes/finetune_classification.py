@@ -41,7 +41,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -52,11 +51,10 @@ from transformers import (
     set_seed,
 )
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
-from hfllm.arguments import run, save_arguments
+from hfllm.arguments import check_numbers, check_recipe, run, save_arguments
 from hfllm.data.classification import (
     LabelledTexts,
     balance_labels,
@@ -66,12 +64,12 @@ from hfllm.data.classification import (
     load_labelled_texts,
     split_by_text,
 )
-from hfllm.fine_tuning import LogFile, prepare_folder
-from hfllm.hub import write_card
+from hfllm.fine_tuning import Course, LogFile, newest_checkpoint, prepare_folder, trackers
+from hfllm.hub import write_page_and_card
 from hfllm.model import GPTConfig
-from hfllm.report import read_run, save_environment, write_page
+from hfllm.model.opening import check_fit, open_config
+from hfllm.report import save_environment
 from hfllm.report.confusion import plot_confusion
-from hfllm.report.page import PAGE_FILE
 from hfllm.tokenization import load_classifier_tokenizer
 from hfllm.training.classification import (
     ClassifierTrainer,
@@ -138,7 +136,7 @@ class ClassificationArguments:
 
     # Optimization
     num_train_epochs: float = HfArg(default=5.0, help="Passes over the training texts.")
-    max_steps: int = HfArg(default=-1, help="Optimizer steps, instead of num_train_epochs.")
+    max_steps: int | None = HfArg(default=None, help="Optimizer steps, instead of num_train_epochs.")
     per_device_train_batch_size: int = HfArg(default=8, help="Texts per device and forward pass.")
     per_device_eval_batch_size: int = HfArg(default=32, help="Texts per device in evaluation.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
@@ -151,7 +149,7 @@ class ClassificationArguments:
         default=None,
         help=f"Of the new head and, with --method full, of the token embeddings; default: {HEAD_BY_METHOD}.",
     )
-    lr_scheduler_type: str = HfArg(default="linear", help="transformers' name of the learning rate's course.")
+    lr_scheduler_type: Course = HfArg(default="linear", help="Course of the learning rate after warm-up.")
     warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
     weight_decay: float = HfArg(default=0.1, help="Decoupled decay of the matrices.")
     train_sampling_strategy: Literal["group_by_length", "random"] = HfArg(
@@ -165,13 +163,14 @@ class ClassificationArguments:
     overwrite_output_dir: bool = HfArg(default=False, help="Delete the run that stands there and start anew.")
     logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
     save_total_limit: int = HfArg(default=2, help="Checkpoints kept; one is written after every epoch.")
-    report_to: list[str] | None = HfArg(default=None, help="Trackers, by transformers' names: tensorboard wandb ...")
+    report_to: list[str] | None = HfArg(
+        default=None, help="Trackers, by transformers' names: tensorboard trackio wandb"
+    )
     config: str | None = HfArg(default=None, help="A YAML file of these options.")
 
     def check(self) -> None:
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: give at least 1.")
+        check_numbers(self)
+        check_recipe(self)
         if self.block_size is not None and self.block_size < 2:
             raise ValueError(f"--block_size {self.block_size}: a text needs at least two tokens.")
         for name, split in (("validation", self.validation_split), ("test", self.test_split)):
@@ -202,16 +201,13 @@ def main(args: ClassificationArguments) -> None:
     output_dir = Path(args.output_dir)
     is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # of loading and writing; training has its own
     keep_freed_memory()
     with run_lock(output_dir) if is_main else contextlib.nullcontext():
         # Whether the run is finished is the main process's answer, for all of them.
         [is_finished] = broadcast_object_list([is_main and prepare_folder(args)])
         if is_finished:
             return
-        if is_main:
-            save_arguments(args, output_dir / "arguments.yaml")
-            save_environment(output_dir, num_processes=PartialState().num_processes)
-
         # 1. The texts: read, checked and split before anything is trained.
         train, validation, test = load_parts(args)
         names = label_names(train.labels)
@@ -257,10 +253,12 @@ def main(args: ClassificationArguments) -> None:
             callbacks=[LogFile(output_dir / "log.jsonl", EVALUATION.format_map)],
         )
         trainer.remove_callback(PrinterCallback)
-        checkpoints = output_dir / "checkpoints"  # which the main process looks into for all
-        [last] = broadcast_object_list([is_main and checkpoints.exists() and get_last_checkpoint(str(checkpoints))])
+        if is_main:
+            save_arguments(args, output_dir / "arguments.yaml")
+            save_environment(output_dir, num_processes=PartialState().num_processes)
+        [last] = broadcast_object_list([newest_checkpoint(output_dir) if is_main else None])
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=last or None)
+        trainer.train(resume_from_checkpoint=last)
         seconds = time.perf_counter() - start
 
         # 5. What was trained is merged into the model, and that model is saved, and tested as it was saved.
@@ -298,7 +296,7 @@ def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
 
     A mean of a text's tokens is for models of ours; the Hub's other classes have the last token only.
     """
-    config = AutoConfig.from_pretrained(args.model)
+    config = open_config(args.model)
     is_ours = isinstance(config, GPTConfig)
     if args.pooling not in (None, "last") and not is_ours:
         raise ValueError(
@@ -306,7 +304,9 @@ def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
             "on the last token. Leave --pooling out, or make a model of ours of it first: recipes/export.py --to hfllm."
         )
     size = int(config.hidden_size >= SMALL)
-    head_learning_rate = args.head_learning_rate or HEAD_LEARNING_RATES[args.method][size]
+    head_learning_rate = args.head_learning_rate
+    if head_learning_rate is None:
+        head_learning_rate = HEAD_LEARNING_RATES[args.method][size]
     learning_rate = args.learning_rate
     if args.method == "head":
         learning_rate = head_learning_rate
@@ -347,7 +347,8 @@ def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTe
 
 def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> PreTrainedModel:
     """The pretrained model with a new head, in float32, whatever precision the checkpoint was exported in."""
-    config = AutoConfig.from_pretrained(args.model)
+    config = open_config(args.model)
+    check_fit(config, num_ids=len(tokenizer), block_size=args.block_size)
     model = AutoModelForSequenceClassification.from_pretrained(
         args.model,
         num_labels=len(names),
@@ -358,16 +359,6 @@ def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase
         **({"classifier_pooling": args.pooling} if isinstance(config, GPTConfig) else {}),
     )
     model.config.pad_token_id = tokenizer.pad_token_id
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer of {args.model} has {len(tokenizer):,} ids, but its model only {model.config.vocab_size:,} "
-            "embeddings. Give a model with its own tokenizer."
-        )
-    if args.block_size is not None and args.block_size > model.config.max_position_embeddings:
-        raise ValueError(
-            f"--block_size {args.block_size} is longer than the model's context of "
-            f"{model.config.max_position_embeddings:,} tokens."
-        )
     return model
 
 
@@ -404,7 +395,8 @@ def training_arguments(args: ClassificationArguments) -> TrainingArguments:
         **{
             **shared,
             "output_dir": str(Path(args.output_dir) / "checkpoints"),
-            "report_to": args.report_to or "none",
+            "max_steps": args.max_steps or -1,
+            "report_to": trackers(args.report_to),
             "activation_checkpointing": args.gradient_checkpointing,
             "activation_checkpointing_kwargs": {"use_reentrant": False},
             "eval_strategy": "epoch",
@@ -462,8 +454,7 @@ def finish(
     title = f"{output_dir.resolve().name}: {metrics['test_texts']:,} test texts"
     test = {name.removeprefix("test_"): value for name, value in metrics.items() if name.startswith("test_")}
     plot_confusion(test, names, output_dir / "confusion.png", title=title)
-    write_page(read_run(output_dir), output_dir / PAGE_FILE)
-    write_card(output_dir)
+    write_page_and_card(output_dir)
 
     print(f"\n{describe_scores(metrics)}")
     text = parts[2].texts[0].split("\n")[0][:60]
@@ -486,7 +477,7 @@ def finish(
 
 Next, in Python:
     import hfllm; from transformers import pipeline
-    pipeline("text-classification", "{output_dir}")({text!r}, truncation=True)""")
+    pipeline("text-classification", {str(output_dir)!r})({text!r}, truncation=True)""")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shlex
 import time
 from collections import Counter
 from pathlib import Path
@@ -43,7 +44,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -52,12 +52,10 @@ from transformers import (
     set_seed,
 )
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
-import hfllm  # noqa: F401  (registers the model with the Auto classes)
 from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
-from hfllm.arguments import run, save_arguments
+from hfllm.arguments import check_numbers, check_recipe, run, save_arguments
 from hfllm.data.answers import answer, exact_match, last_response, stop_at_turns
 from hfllm.data.conversations import Conversation, further_questions, load_conversations, split_conversations
 from hfllm.data.instruction import (
@@ -68,10 +66,10 @@ from hfllm.data.instruction import (
     padding_token_id,
 )
 from hfllm.data.templates import TEMPLATES, check_template, choose_template
-from hfllm.fine_tuning import LogFile, prepare_folder
-from hfllm.hub import write_card
-from hfllm.report import read_run, save_environment, write_page
-from hfllm.report.page import PAGE_FILE
+from hfllm.fine_tuning import Course, LogFile, newest_checkpoint, prepare_folder, trackers
+from hfllm.hub import write_page_and_card
+from hfllm.model.opening import check_fit, open_causal_lm
+from hfllm.report import save_environment
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
 from hfllm.training.evaluation import score_rows
@@ -129,7 +127,7 @@ class InstructionArguments:
     )
     learning_rate: float | None = HfArg(default=None, help=f"Highest learning rate; default: {LEARNING_RATES}.")
     adam_learning_rate: float | None = HfArg(default=None, help="Muon's: of what takes AdamW's steps; default: half.")
-    lr_scheduler_type: str = HfArg(default="cosine", help="Course of the learning rate after warm-up.")
+    lr_scheduler_type: Course = HfArg(default="cosine", help="Course of the learning rate after warm-up.")
     warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
     weight_decay: float = HfArg(default=0.0, help="Decoupled decay of the matrices.")
     max_grad_norm: float = HfArg(default=1.0, help="Longest gradient, by its global norm.")
@@ -146,20 +144,20 @@ class InstructionArguments:
     num_samples: int = HfArg(default=8, help="Test prompts that are answered before and after, side by side.")
     max_answers: int = HfArg(default=1000, help="Most test prompts that are answered to compare the replies.")
     max_new_tokens: int = HfArg(default=64, help="Most tokens of a reply.")
-    report_to: list[str] | None = HfArg(default=None, help="Trackers, by accelerate's names: tensorboard trackio wandb")
+    report_to: list[str] | None = HfArg(
+        default=None, help="Trackers, by transformers' names: tensorboard trackio wandb"
+    )
     config: str | None = HfArg(default=None, help="A YAML file of these options.")
 
     def check(self) -> None:
         """Stop at the door what is wrong whatever the conversations are."""
-        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in (*counts, "logging_steps", "eval_steps", "save_steps", "max_new_tokens", "max_answers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: give at least 1.")
+        check_numbers(self)
+        check_recipe(self)
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: it is more than 0 and less than 1.")
-        if self.num_further_questions < 0 or (self.num_further_questions and self.dataset != "stdlib"):
-            raise ValueError(f"--num_further_questions {self.num_further_questions}: at least 0, and only for stdlib.")
+        if self.num_further_questions and self.dataset != "stdlib":
+            raise ValueError("--num_further_questions: only --dataset stdlib can draw more of them.")
         if self.optimizer == "muon" and self.method != "full":
             raise ValueError("--optimizer muon: it is for whole weight matrices, so for --method full.")
         if self.adam_learning_rate is not None and self.optimizer != "muon":
@@ -188,6 +186,7 @@ def main(args: InstructionArguments) -> None:
     output_dir = Path(args.output_dir)
     is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # of loading and writing; training has its own
     keep_freed_memory()
     with run_lock(output_dir) if is_main else contextlib.nullcontext():
         # Whether the run is finished is the main process's answer, for all of them.
@@ -201,7 +200,7 @@ def main(args: InstructionArguments) -> None:
         check_template(tokenizer)
         set_seed(args.seed)
         # Training needs float32 weights, whatever precision the checkpoint was exported in.
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        model = open_causal_lm(args.model, dtype=torch.float32)
         block_size = choose_block_size(args, model, tokenizer)
         pad_token_id = padding_token_id(tokenizer)
 
@@ -258,7 +257,8 @@ def main(args: InstructionArguments) -> None:
         # 5. Training: transformers' Trainer, which divides the summed loss by the count of learned tokens, whatever
         # the accumulation and the number of processes
         started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir / "checkpoints"))
+        [last] = broadcast_object_list([newest_checkpoint(output_dir) if is_main else None])
+        trainer.train(resume_from_checkpoint=last)
         metrics["train_seconds"] = round(time.perf_counter() - started, 1)
 
         # 6. What it says after
@@ -275,21 +275,16 @@ def main(args: InstructionArguments) -> None:
         if is_main:
             write_samples(output_dir / "samples.txt", samples, before, after)
             (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-            write_page(read_run(output_dir), output_dir / PAGE_FILE)
-            write_card(output_dir)
+            write_page_and_card(output_dir)
             report(args, metrics, output_dir)
         trainer.accelerator.end_training()
 
 
 def choose_block_size(args: InstructionArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     context = getattr(model.config, "max_position_embeddings", 1024)
-    if args.block_size is not None and not 2 <= args.block_size <= context:
-        raise ValueError(f"--block_size {args.block_size}: choose 2 to {context:,}, the model's context.")
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer):,} ids, but the model's vocab_size is {model.config.vocab_size:,}: "
-            "they do not belong together."
-        )
+    check_fit(model.config, num_ids=len(tokenizer), block_size=args.block_size)
+    if args.block_size == 1:
+        raise ValueError(f"--block_size 1: choose 2 to {context:,}, the model's context.")
     return args.block_size or min(context, 1024)
 
 
@@ -346,7 +341,7 @@ def make_trainer(
         logging_steps=args.logging_steps,
         save_steps=args.save_steps,
         save_total_limit=args.save_total_limit,
-        report_to=args.report_to or "none",
+        report_to=trackers(args.report_to),
         bf16=args.bf16,
         seed=args.seed,
         use_cpu=not torch.accelerator.is_available(),
@@ -369,7 +364,9 @@ def make_trainer(
 
 
 def learning_rate_of(args: InstructionArguments) -> float:
-    return args.learning_rate or LEARNING_RATES["muon" if args.optimizer == "muon" else args.method]
+    if args.learning_rate is not None:
+        return args.learning_rate
+    return LEARNING_RATES["muon" if args.optimizer == "muon" else args.method]
 
 
 def muon(args: InstructionArguments, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -377,7 +374,7 @@ def muon(args: InstructionArguments, model: torch.nn.Module) -> torch.optim.Opti
     return build_muon(
         model,
         learning_rate=learning_rate,
-        adam_learning_rate=args.adam_learning_rate or learning_rate / 2,
+        adam_learning_rate=learning_rate / 2 if args.adam_learning_rate is None else args.adam_learning_rate,
         weight_decay=args.weight_decay,
         momentum=0.95,
         betas=(0.9, 0.95),
@@ -498,7 +495,7 @@ def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path
         f"{output_dir}/model.safetensors   the model, with its tokenizer and code beside it\n{adapter}"
         f"{output_dir}/samples.txt         replies before and after; metrics.json has the numbers\n"
         f"{output_dir}/report.html         the run's page, to open in a browser\n\n"
-        f"Next, talk to it:\n    python recipes/chat.py --model {output_dir}"
+        f"Next, talk to it:\n    python recipes/chat.py --model {shlex.quote(str(output_dir))}"
     )
 
 

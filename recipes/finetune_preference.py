@@ -4,7 +4,7 @@
     python recipes/chat.py --model out/preferred
 
 A row has the columns prompt, chosen and rejected: texts, or lists of messages. TRL does the work (`pip install
-'hfllm[preference]'`): the policy's LoRA is trained so that, compared with the model it started from, the chosen reply
+-e '.[preference]'`): the policy's LoRA is trained so that, compared with the model it started from, the chosen reply
 becomes likelier than the rejected one. The reference needs no second copy of the model: it is the same one with the
 adapter switched off.
 """
@@ -21,6 +21,7 @@ import importlib.util
 import json
 import logging
 import math
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,16 +29,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
-import hfllm  # noqa: F401  (registers the model with the Auto classes)
 from hfllm.adapters import count_parameters, describe_trained, lora_config, merge_adapter, save_adapter
-from hfllm.arguments import run, save_arguments
+from hfllm.arguments import check_numbers, check_recipe, run, save_arguments
 from hfllm.data.conversations import load_preferences
 from hfllm.data.templates import check_template, without_control_tokens
-from hfllm.fine_tuning import LogFile, prepare_folder
+from hfllm.fine_tuning import LogFile, newest_checkpoint, prepare_folder
+from hfllm.hub import write_page_and_card
+from hfllm.model.opening import check_fit, open_causal_lm
+from hfllm.report import save_environment
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
 from hfllm.training.lock import run_lock
@@ -79,14 +82,14 @@ class PreferenceArguments:
     config: str | None = HfArg(default=None, help="A YAML file of these options.")
 
     def check(self) -> None:
+        check_numbers(self)
+        check_recipe(self)
         if importlib.util.find_spec("trl") is None:
-            raise ValueError("TRL is not installed: pip install 'hfllm[preference]'.")
+            raise ValueError("TRL is not installed: pip install -e '.[preference]'.")
         if self.dataset is None:
             raise ValueError("--dataset: give a Hub id or files whose rows have prompt, chosen and rejected.")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction {self.validation_fraction}: it is more than 0 and less than 1.")
-        if self.beta <= 0:
-            raise ValueError(f"--beta {self.beta}: it must be above 0.")
 
 
 def main(args: PreferenceArguments) -> None:
@@ -96,6 +99,7 @@ def main(args: PreferenceArguments) -> None:
     output_dir = Path(args.output_dir)
     is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
     keep_freed_memory()
+    disable_progress_bar()
     with run_lock(output_dir) if is_main else contextlib.nullcontext():
         # Whether the run is finished is the main process's answer, for all of them.
         [is_finished] = broadcast_object_list([is_main and prepare_folder(args)])
@@ -106,7 +110,8 @@ def main(args: PreferenceArguments) -> None:
         tokenizer = load_tokenizer(args.model)
         check_template(tokenizer)
         set_seed(args.seed)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        model = open_causal_lm(args.model, dtype=torch.float32)
+        check_fit(model.config, num_ids=len(tokenizer), block_size=args.block_size)
         stop_ids = model.generation_config.eos_token_id
 
         # 2. Pairs of replies to one prompt, rendered by the model's own chat template
@@ -119,13 +124,12 @@ def main(args: PreferenceArguments) -> None:
             )
 
         # 3. DPO: TRL's trainer, with LoRA as the only difference between the policy and the reference
-        context = getattr(model.config, "max_position_embeddings", 1024)
         trainer = DPOTrainer(
             model,
             args=DPOConfig(
                 output_dir=str(output_dir / "checkpoints"),
                 beta=args.beta,
-                max_length=args.block_size or min(context, 1024),
+                max_length=args.block_size or min(getattr(model.config, "max_position_embeddings", 1024), 1024),
                 num_train_epochs=args.num_train_epochs,
                 max_steps=args.max_steps or -1,
                 per_device_train_batch_size=args.per_device_train_batch_size,
@@ -147,12 +151,15 @@ def main(args: PreferenceArguments) -> None:
             peft_config=lora_config(model, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout),
             callbacks=[LogFile(output_dir / "log.jsonl")],
         )
+        trainer.remove_callback(PrinterCallback)  # log.jsonl has it all
         if is_main:
+            save_environment(output_dir, num_processes=trainer.args.world_size)
             print(describe_trained(trainer.model))
 
         # 4. Before, training, after. Before the first update the policy is the reference: margins of 0, a loss of ln 2.
         before = trainer.evaluate()
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir / "checkpoints"))
+        [last] = broadcast_object_list([newest_checkpoint(output_dir) if is_main else None])
+        trainer.train(resume_from_checkpoint=last)
         after = trainer.evaluate()
 
         # 5. The adapter merged into the model, and beside it alone
@@ -169,6 +176,7 @@ def main(args: PreferenceArguments) -> None:
             metrics |= {"train_steps": trainer.state.global_step, "seed": args.seed}
             metrics |= {"num_parameters": total, "num_trained_parameters": trained}
             (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            write_page_and_card(output_dir)
             report(metrics, output_dir)
         trainer.accelerator.end_training()
 
@@ -207,7 +215,7 @@ def report(metrics: dict[str, Any], output_dir: Path) -> None:
         f"{metrics['eval_reward_margin_before']:.4f}.\n"
         f"After: loss {metrics['eval_loss']:.4f}, margin {metrics['eval_reward_margin']:.4f}; the chosen reply gained "
         f"more than the rejected one in {metrics['eval_reward_accuracy']:.1%} of the pairs.\n\n"
-        f"Next, talk to it:\n    python recipes/chat.py --model {output_dir}"
+        f"Next, talk to it:\n    python recipes/chat.py --model {shlex.quote(str(output_dir))}"
     )
 
 

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TextStreamer, set_seed
+from transformers import PreTrainedModel, TextStreamer, set_seed
 from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
-import hfllm  # registers the model with the Auto classes
-from hfllm.arguments import run
+import hfllm
+from hfllm.arguments import check_numbers, run
+from hfllm.model.opening import open_causal_lm
 from hfllm.tokenization import load_tokenizer
 
 
@@ -57,21 +57,21 @@ class GenerateArguments:
 
     def check(self) -> None:
         """Stop at the door what cannot be, all of it at once."""
+        check_numbers(self)
         defaults = GenerateArguments()
         drawing = [name for name in ("temperature", "top_k", "top_p") if getattr(self, name) != getattr(defaults, name)]
         greedy = not self.do_sample
         last_seed = self.seed + self.num_samples - 1
         problems = [
-            (self.max_new_tokens < 1, f"--max_new_tokens {self.max_new_tokens}: it must be at least 1."),
             (self.num_samples < 1, f"--num_samples {self.num_samples}: it must be at least 1."),
             (
-                not self.temperature > 0,
-                f"--temperature {self.temperature}: it must be above 0; --do_sample false is greedy.",
+                self.temperature < 1e-4,
+                f"--temperature {self.temperature}: it must be at least 0.0001; --do_sample false is greedy.",
             ),
             (self.top_k < 0, f"--top_k {self.top_k}: it counts tokens; 0 is all of them."),
             (not 0 < self.top_p <= 1, f"--top_p {self.top_p}: it is a probability, above 0 and at most 1."),
             (not self.repetition_penalty > 0, f"--repetition_penalty {self.repetition_penalty}: it must be above 0."),
-            (self.seed < 0 or last_seed >= 2**32, f"--seed {self.seed}: seeds are 0 to 4,294,967,295."),
+            (last_seed >= 2**32, f"--seed {self.seed}: that of the last sample would be above 4,294,967,295."),
             (greedy and drawing, f"--do_sample false draws nothing: leave out --{', --'.join(drawing)}."),
             (
                 greedy and self.num_samples > 1,
@@ -90,7 +90,9 @@ def main(args: GenerateArguments) -> None:
     prompts = read_prompts(args)
 
     # 1. The model and its tokenizer
-    model = load_model(args.model)
+    disable_progress_bar()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model = open_causal_lm(args.model).to(device).eval()
     tokenizer = load_tokenizer(args.model)
 
     # 2. Text to token ids: the tokenizer puts its start token first, as each document in training had it. Prompts of
@@ -192,33 +194,6 @@ def end_at(stops: list[str] | None, text: str) -> str:
     """The text up to the first stop; a row that stopped goes on as long as another one of its batch does."""
     ends = [text.index(stop) + len(stop) for stop in stops or [] if stop in text]
     return text[: min(ends)] if ends else text
-
-
-def load_model(model: str) -> PreTrainedModel:
-    """The model, on the best device there is; what is no model says so."""
-    disable_progress_bar()
-    if Path(model).is_dir() and not (Path(model) / "config.json").exists():
-        found = sorted(path.name for path in Path(model).iterdir())[:10]
-        raise ValueError(
-            f"--model {model} is a folder without a config.json, so there is no model in it yet; it holds {found}. "
-            "A pretraining run writes its model when it ends: start it again with the same command, and it goes on."
-        )
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        if Path(model).is_dir():
-            raise ValueError(f"--model {model} cannot be opened: {error}") from error
-        raise ValueError(
-            f"--model {model!r} is neither a folder nor a model that the Hub gave us: {str(error).splitlines()[0]} "
-            "A private one needs `hf auth login`. Train one with recipes/pretrain.py, or give its output_dir's path."
-        ) from error
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    try:
-        return AutoModelForCausalLM.from_pretrained(model, config=config).to(device).eval()
-    except SafetensorError as error:
-        raise ValueError(
-            f"--model {model}: its weights cannot be read, save or download them again: {error}"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -23,19 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
-import hfllm  # noqa: F401  (registers the model with the Auto classes)
 from hfllm.arguments import run
+from hfllm.model.opening import open_causal_lm
 from hfllm.report import plot_attention, plot_probabilities
 from hfllm.tokenization import load_tokenizer
 
 
 PROMPT = "def read(self, size):\n    data = self.file.read(size)\n    return data\n"
 MOST_LAYERS, MOST_HEADS = 12, 16  # in one picture
+MOST_CANDIDATES = 100  # at each place: more of them can be neither read nor drawn
 
 
 @dataclass
@@ -51,8 +52,11 @@ class InspectArguments:
 
 
 def main(args: InspectArguments) -> None:
-    if args.top_k < 1 or args.max_tokens < 1:
-        raise ValueError(f"--top_k {args.top_k}, --max_tokens {args.max_tokens}: both must be at least 1.")
+    if not 1 <= args.top_k <= MOST_CANDIDATES or args.max_tokens < 1:
+        raise ValueError(
+            f"--top_k {args.top_k}, --max_tokens {args.max_tokens}: both must be at least 1, and --top_k at most "
+            f"{MOST_CANDIDATES}."
+        )
     if args.head is not None and args.layer is None:
         raise ValueError(f"--head {args.head} of which layer? Give --layer too; both are counted from 0.")
 
@@ -93,26 +97,13 @@ def main(args: InspectArguments) -> None:
 
 
 def load_model(name: str) -> PreTrainedModel:
-    """The model in float32, with the attention that keeps its weights; what is no model says so."""
+    """The model in float32, with the attention that keeps its weights."""
     disable_progress_bar()
-    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-        found = sorted(path.name for path in Path(name).iterdir())[:10]
-        raise ValueError(
-            f"--model {name} is a folder without a config.json, so there is no model in it yet; it holds {found}. "
-            "Give the output_dir of a pretraining run that has ended."
-        )
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--model {name!r} is neither a folder nor a model that the Hub gave us: {str(error).splitlines()[0]} "
-            "A private one needs `hf auth login`. Train one with recipes/pretrain.py, or give its output_dir's path."
-        ) from error
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch.float32, attn_implementation="eager"
-        )
+        model = open_causal_lm(name, dtype=torch.float32, attn_implementation="eager")
     except ValueError as error:
+        if "--model" in str(error):
+            raise
         raise ValueError(f"--model {name!r} is no causal language model with attention to look at: {error}") from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval()

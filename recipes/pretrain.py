@@ -41,42 +41,32 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
+from transformers.utils.logging import disable_progress_bar
 
-from hfllm.arguments import parse_overrides, run, save_arguments
+from hfllm.arguments import check_numbers, check_recipe, parse_overrides, run, save_arguments
 from hfllm.data.inspection import describe_row
 from hfllm.data.packing import Rows
 from hfllm.data.training_text import TrainingText, prepare_text
-from hfllm.hub import TrainingPush, write_card
+from hfllm.hub import TrainingPush, write_page_and_card
 from hfllm.model import GPTConfig, GPTForCausalLM
+from hfllm.model.opening import check_fit, open_causal_lm, open_config
 from hfllm.progress import RunLog
-from hfllm.report import plot_curves, read_log, read_run, save_environment, write_page
-from hfllm.report.page import PAGE_FILE
+from hfllm.report import plot_curves, read_log, save_environment
 from hfllm.tokenization import document_encoder, load_tokenizer, tokenizer_fingerprint
 from hfllm.training.checkpoint import save_checkpoint, save_model
 from hfllm.training.devices import clip_gradient, leaving_at_once, on_main_process, start_accelerator
-from hfllm.training.evaluation import evaluate_rows, score_rows
+from hfllm.training.evaluation import evaluate_rows, score_rows, time_evaluation
 from hfllm.training.interruption import EXIT_CODE, StopRequest
 from hfllm.training.optimization import build_adamw, build_muon, learning_rate_at, scale_learning_rates
-from hfllm.training.rehearsal import describe_rehearsal, rehearse
-from hfllm.training.run_folder import claim_folder, find_state, identify
+from hfllm.training.rehearsal import Rehearsal, describe_rehearsal, rehearse
+from hfllm.training.run_folder import claim_folder, describe_start, find_state, identify
 from hfllm.training.sampling import draw_sample
-from hfllm.training.sizing import (
-    DIALS,
-    SIZED,
-    Budget,
-    Speed,
-    Task,
-    check_dials,
-    describe_sizes,
-    size_run,
-    sizes_of_run,
-)
+from hfllm.training.sizing import DIALS, Speed, check_dials, choose_sizes, slowest
 from hfllm.training.spikes import SpikeDetector, stop_if_hopeless
 from hfllm.training.summary import describe_result, describe_run, final_metrics
-from hfllm.training.throughput import ThroughputMeter, flops_per_token, loss_options
+from hfllm.training.throughput import ThroughputMeter, compile_blocks, flops_per_token, loss_options
 
 
 @dataclasses.dataclass
@@ -89,35 +79,25 @@ class PretrainArguments:
     validation_fraction: float = HfArg(default=0.05, help="Share of the bytes held back, by whole documents.")
     text_column: str = HfArg(default="text", help="Column or JSON key of the text.")
     on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with a record that is broken.")
-    tokenizer: str | None = HfArg(
-        default=None, help="Folder or Hub id of the tokenizer; default: that of --model, or out/tokenizer."
-    )
+    tokenizer: str | None = HfArg(default=None, help="Folder or Hub id; default: that of --model, or out/tokenizer.")
     block_size: int = HfArg(default=256, help="Tokens per training row; also the longest context the model learns.")
-    stride: int | None = HfArg(
-        default=None, help="Cut windows of block_size every so many tokens (chapter 2), instead of packing documents."
-    )
+    stride: int | None = HfArg(default=None, help="Cut windows every so many tokens (chapter 2), instead of packing.")
     cache_dir: str | None = HfArg(default=None, help="Where prepared documents and rows are kept.")
     streaming: bool = HfArg(default=False, help="Read and encode while training, for text larger than the disk.")
 
     # Model
     model: str | None = HfArg(default=None, help="Folder or Hub id of a model to go on from; default: random weights.")
     preset: Literal["modern", "book"] = HfArg(default="modern", help="'modern' is a Qwen3, 'book' is a GPT-2.")
-    depth: int | None = HfArg(
-        default=None, help="One dial: so many blocks, and all sizes, rates and steps that follow from them."
-    )
+    depth: int | None = HfArg(default=None, help="One dial: so many blocks; sizes, rates and steps follow from it.")
     num_hidden_layers: int | None = HfArg(default=None, help="Blocks. Default: 6.")
     hidden_size: int | None = HfArg(default=None, help="Width of the model. Default: 384.")
     num_attention_heads: int | None = HfArg(default=None, help="Query heads. Default: 6.")
     num_key_value_heads: int | None = HfArg(default=None, help="Key and value heads; default: as many.")
-    config_overrides: list[str] | None = HfArg(
-        default=None, help="Further fields of GPTConfig, e.g. attention_bias=false residual_dropout=0.1"
-    )
+    config_overrides: list[str] | None = HfArg(default=None, help="Fields of GPTConfig, e.g. attention_bias=false")
 
     # Optimization
     max_steps: int | None = HfArg(default=None, help="Optimizer steps; default: num_train_epochs.")
-    num_train_epochs: float | None = HfArg(
-        default=None, help="Passes over the rows, if max_steps is not given. Default: 1."
-    )
+    num_train_epochs: float | None = HfArg(default=None, help="Passes over the rows, without max_steps. Default: 1.")
     max_train_tokens: int | None = HfArg(
         default=None, help="Size the run for so many tokens; its depth too, if that is not given."
     )
@@ -142,7 +122,7 @@ class PretrainArguments:
     warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
     decay_steps: int | None = HfArg(default=None, help="Steps of warmup_stable_decay's final fall; default: a fifth.")
     min_lr_ratio: float | None = HfArg(
-        default=None, help="The lowest learning rate, as a share of the highest. Default: 0.1."
+        default=None, help="Lowest learning rate, as a share of the highest. Default: 0.1."
     )
     weight_decay: float = HfArg(default=0.1, help="Decoupled decay of matrices and embeddings.")
     adam_beta1: float = HfArg(default=0.9, help="Decay of AdamW's mean.")
@@ -189,31 +169,25 @@ class PretrainArguments:
         if self.optimizer == "adamw":
             if self.adam_learning_rate is not None:
                 raise ValueError("--adam_learning_rate belongs to --optimizer muon; with adamw, give --learning_rate.")
+            if self.muon_momentum != PretrainArguments.muon_momentum:
+                raise ValueError("--muon_momentum belongs to --optimizer muon; adamw's are --adam_beta1, --adam_beta2.")
         elif self.adam_learning_rate is None:
             self.adam_learning_rate = self.learning_rate
 
     def check(self) -> None:
         """Stop at the door what is wrong whatever the text and the tokenizer are."""
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
-        for name in (*counts, "block_size", "logging_steps", "eval_steps", "save_steps", "depth", "max_train_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name} {value}: give at least 1.")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"--max_steps {self.max_steps}: give at least 1, or leave it out for whole epochs.")
+        check_numbers(self)
+        check_recipe(self)
         if self.is_sized:
             check_dials(vars(self))
         elif self.streaming and self.max_steps is None:
             raise ValueError("A stream has no end that is known beforehand: with --streaming give --max_steps.")
         if self.streaming and self.eval_train_rows:
             raise ValueError("--eval_train_rows reads rows again, and a stream is read once. Leave one of them out.")
-        if self.skip_spikes is not None:
-            SpikeDetector(self.skip_spikes)
         if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo or self.hub_strategy == "end"):
             raise ValueError(
                 "--hub_model_id, --hub_private_repo, --hub_strategy are for --push_to_hub: give it as well."
             )
-        if not 0 <= self.muon_momentum < 1:
-            raise ValueError(f"--muon_momentum {self.muon_momentum}: give a number of at least 0 and less than 1.")
         if self.max_steps is not None and not self.is_sized:
             self.height_at(0, self.max_steps)
 
@@ -252,6 +226,7 @@ TEXT_ARGUMENTS += ("on_bad_record", "block_size", "stride", "cache_dir", "stream
 def main(args: PretrainArguments) -> None:
     args.resolve()
     args.check()
+    disable_progress_bar()  # of loading and writing a model; training has its own
 
     # 1. Devices: how many processes there are, and what they share, is what `accelerate launch` was told.
     accelerator = start_accelerator(
@@ -294,7 +269,10 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
     # 2. The tokenizer and the model's shape: what cannot work together stops here, before the work starts.
     tokenizer = load_tokenizer(args.tokenizer or args.model or "out/tokenizer")
     config = None if args.is_sized else build_config(args, tokenizer)
-    hub = open_hub(args, accelerator)
+    hub = None
+    if args.push_to_hub and not args.dry_run:  # a token that may not write there stops the run before it starts
+        place = {"repo_id": args.hub_model_id, "private": args.hub_private_repo}
+        hub = on_main_process(accelerator, lambda: TrainingPush(args.output_dir, **place))
 
     # 3. Text to rows; with a dial, sizes follow from it and from how much text there is
     text = load_text(args, tokenizer, accelerator)
@@ -305,6 +283,8 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
     num_rows = len(text.train) if isinstance(text.train, Rows) else None  # a stream has no end
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * num_rows / rows_per_step(args, accelerator))
     args.height_at(0, max_steps)  # a schedule that does not fit stops here
+    if args.max_steps and args.num_train_epochs not in (None, DEFAULTS["num_train_epochs"]):
+        accelerator.print(f"--max_steps {max_steps:,} ends the run; not used: --num_train_epochs.")
 
     # 4. Random weights, or those of --model
     torch.manual_seed(args.seed)
@@ -404,27 +384,16 @@ def train(args: PretrainArguments, setup: Setup, state: dict, stop_request: Stop
 
 def size_model_and_run(args: PretrainArguments, accelerator: Accelerator, text: TrainingText) -> None:
     """Set every option of SIZED that was not given: from --depth or a budget, or as the run that goes on has it."""
-    dials = {name: getattr(args, name) for name in DIALS}
-    given = {name: getattr(args, name) for name in (*SIZED, "num_train_epochs") if getattr(args, name) is not None}
-    task = Task(
+    sizes, told = choose_sizes(
+        vars(args),
         vocab_size=len(text.tokenizer),
-        block_size=args.block_size,
         text_tokens=len(text.train) * args.block_size if isinstance(text.train, Rows) else None,
         num_processes=accelerator.num_processes,
-        eval_on_start=args.eval_on_start,
-        given=given,
+        measure=lambda sizes: measure_speed(dataclasses.replace(args, **sizes), accelerator, text),
     )
-    sizes = None if args.overwrite_output_dir else sizes_of_run(args.output_dir, task, dials=dials)
-    if sizes is None:
-        budget = Budget(
-            tokens=args.max_train_tokens,
-            minutes=args.max_train_minutes,
-            measure=lambda sizes: measure_speed(dataclasses.replace(args, **sizes), accelerator, text),
-        )
-        sizes = size_run(task, depth=args.depth, budget=budget)
-    accelerator.print(describe_sizes(sizes, dials=dials))
-    for name, choice in sizes.items():
-        setattr(args, name, choice.value)
+    accelerator.print(told)
+    for name, value in sizes.items():
+        setattr(args, name, value)
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
 
 
@@ -437,20 +406,11 @@ def measure_speed(args: PretrainArguments, accelerator: Accelerator, text: Train
     max_steps = args.warmup_steps + (args.decay_steps or 0) + 10  # more than are taken; the rate does not matter here
     setup = Setup(accelerator, model, optimizer, text, max_steps, options, sizes={}, hub=None)
 
-    def step(index: int) -> None:
-        take_step(args, setup, *text.read_step(index, **cut_of_step(args, accelerator)), index)
-
-    model.train()
-    seconds_per_step = rehearse(model, optimizer, step, num_steps=5).seconds_per_step
-    batch_size = args.per_device_eval_batch_size
-    rows = np.arange(min(len(text.validation), 2 * batch_size * accelerator.num_processes))
-    for _ in range(2):  # the first time warms up
-        start = time.perf_counter()
-        score_rows(model, text.validation, rows, batch_size=batch_size, accelerator=accelerator)
-        seconds = time.perf_counter() - start
-    measured = (seconds_per_step, seconds / len(rows) * len(text.validation))
+    seconds_per_step = try_steps(args, setup, num_steps=5).seconds_per_step
+    scoring = {"batch_size": args.per_device_eval_batch_size, "accelerator": accelerator}
+    seconds_per_evaluation = time_evaluation(model, text.validation, **scoring)
     accelerator.free_memory(model, optimizer)
-    return Speed(*map(max, zip(*gather_object([measured]), strict=True)))  # the slowest process's, in all of them
+    return slowest(Speed(seconds_per_step, seconds_per_evaluation))
 
 
 def rows_per_step(args: PretrainArguments, accelerator: Accelerator) -> int:
@@ -549,19 +509,22 @@ def save(args: PretrainArguments, setup: Setup, state: dict, detector: SpikeDete
     state["save_seconds"] += time.perf_counter() - start
 
 
+def try_steps(args: PretrainArguments, setup: Setup, **options: int) -> Rehearsal:
+    """What the run's first steps take, in memory and in time; they change the weights."""
+
+    def step(index: int) -> None:
+        take_step(args, setup, *setup.text.read_step(index, **cut_of_step(args, setup.accelerator)), index)
+
+    setup.model.train()
+    return rehearse(setup.model, setup.optimizer, step, **options)
+
+
 def rehearse_run(args: PretrainArguments, setup: Setup) -> None:
     """What the run would need and do: memory by part, time, the learning rate's course, and a row as text."""
     accelerator, text, max_steps = setup.accelerator, setup.text, setup.max_steps
-    first: list[dict[str, torch.Tensor]] = []
-
-    def step(index: int) -> None:
-        batches, num_targets = text.read_step(index, **cut_of_step(args, accelerator))
-        first.extend(batches[: not first])
-        take_step(args, setup, batches, num_targets, index)
-
-    setup.model.train()
+    [first, *_], _ = text.read_step(0, **cut_of_step(args, accelerator))
     needed = describe_rehearsal(
-        rehearse(setup.model, setup.optimizer, step),
+        try_steps(args, setup),
         max_steps=max_steps,
         tokens_per_step=rows_per_step(args, accelerator) * args.block_size,
         flops_per_token=setup.sizes["flops_per_token"],
@@ -569,17 +532,14 @@ def rehearse_run(args: PretrainArguments, setup: Setup) -> None:
         warmup_steps=args.warmup_steps,
     )
     accelerator.print(f"\n{needed}\n\nThe first row of the first step, of {args.block_size} tokens:")
-    accelerator.print(describe_row(first[0], 0, text.tokenizer.decode))
-    if checkpoints := sorted(path.name for path in (Path(args.output_dir) / "checkpoints").glob("step-*")):
-        accelerator.print(f"\n{args.output_dir} holds a run, which would go on from {checkpoints[-1]}.")
-    accelerator.print("\nThis was a dry run: nothing was written. Without --dry_run, it starts.")
+    accelerator.print(describe_row(first, 0, text.tokenizer.decode))
+    accelerator.print(f"{describe_start(args.output_dir)}\nThis was a dry run: nothing was written.")
 
 
 def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> GPTConfig:
     if args.model is not None:
-        config = AutoConfig.from_pretrained(args.model)
-        defaults = PretrainArguments()
-        ignored = [name for name in SHAPE_ARGUMENTS if getattr(args, name) != getattr(defaults, name)]
+        config = open_config(args.model)
+        ignored = [name for name in SHAPE_ARGUMENTS if getattr(args, name) != getattr(PretrainArguments, name)]
         if ignored:
             print(f"--model {args.model} brings its own shape; not used: {', '.join(ignored)}.")
     else:
@@ -588,49 +548,25 @@ def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) ->
         shape = {name: getattr(args, name) for name in SHAPE_ARGUMENTS if name not in ("preset", "config_overrides")}
         sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": args.block_size}
         config = GPTConfig.from_preset(args.preset, **{**shape, **sizes, **special_ids, **overrides})
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer):,} ids, but the model's vocab_size is {config.vocab_size:,}: it has no "
-            "embedding for the last ones. Use the model's own tokenizer, or leave vocab_size out."
-        )
-    if args.block_size > config.max_position_embeddings:
-        raise ValueError(
-            f"block_size={args.block_size:,} is longer than the model's {config.max_position_embeddings:,} positions. "
-            f"Choose a block_size of at most {config.max_position_embeddings:,}."
-        )
+    check_fit(config, num_ids=len(tokenizer), block_size=args.block_size)
     return config
 
 
 def load_text(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> TrainingText:
-    return prepare_text(
-        args.dataset,
-        tokenizer,
-        encode=document_encoder(tokenizer),
-        tokenizer_sha256=tokenizer_fingerprint(tokenizer),
-        accelerator=accelerator,
-        **{name: getattr(args, name) for name in TEXT_ARGUMENTS},
-    )
+    reading = {name: getattr(args, name) for name in TEXT_ARGUMENTS}
+    encoding = {"encode": document_encoder(tokenizer), "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
+    return prepare_text(args.dataset, tokenizer, accelerator=accelerator, **encoding, **reading)
 
 
 def build_model(args: PretrainArguments, config: GPTConfig) -> PreTrainedModel:
     if args.model is not None:
         # Training needs float32 weights, whatever precision the checkpoint was exported in.
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        model = open_causal_lm(args.model, dtype=torch.float32)
     else:
         model = GPTForCausalLM(config)
     if args.torch_compile:
-        blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or [])]
-        for module in blocks or [model]:  # one graph serves all blocks, so it is compiled once
-            module.compile()
+        compile_blocks(model)
     return model
-
-
-def open_hub(args: PretrainArguments, accelerator: Accelerator) -> TrainingPush | None:
-    """The repository that the run is pushed to; a token that may not write there stops the run before it starts."""
-    if not args.push_to_hub or args.dry_run:
-        return None
-    place = {"repo_id": args.hub_model_id, "private": args.hub_private_repo}
-    return on_main_process(accelerator, lambda: TrainingPush(args.output_dir, **place))
 
 
 def build_optimizer(args: PretrainArguments, model: PreTrainedModel, accelerator: Accelerator) -> torch.optim.Optimizer:
@@ -654,9 +590,9 @@ def finish(args: PretrainArguments, setup: Setup, state: dict, tokens_per_second
     metrics |= {"tokenizer_sha256": text.tokenizer_sha256, "seed": args.seed}
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=output_dir.resolve().name)
-    write_page(read_run(output_dir), output_dir / PAGE_FILE)
-    write_card(output_dir)
-    print(describe_result(output_dir, metrics, prompt=args.sample_prompt or "import "))
+    write_page_and_card(output_dir)
+    prompt = args.sample_prompt or ("import " if args.dataset == "stdlib" else "The ")
+    print(describe_result(output_dir, metrics, prompt=prompt))
     if setup.hub is not None and (address := setup.hub.push_result()):
         print(f"\nOn the Hub: {address}")
 

@@ -40,12 +40,13 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from hfllm.arguments import run, save_arguments
-from hfllm.data.corpus import load_corpus, split_documents
+from hfllm.arguments import check_numbers, run, save_arguments
+from hfllm.data.corpus import count_documents, load_corpus, split_documents
 from hfllm.tokenization import (
     CHAT_TEMPLATE,
     RESERVED_TOKENS,
     SPLIT_PATTERN,
+    check_vocab_size,
     format_tokenizer_report,
     load_tokenizer,
     tokenizer_fingerprint,
@@ -90,6 +91,8 @@ MEASURED_BYTES = 20_000_000  # of held-out text: enough for three digits, and se
 
 
 def main(args: TokenizerArguments) -> None:
+    check_vocab_size(args.vocab_size)
+    check_numbers(args)
     logging.basicConfig(format="%(message)s")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("A tokenizer is trained by one process: start this recipe with python, not accelerate launch.")
@@ -108,7 +111,7 @@ def main(args: TokenizerArguments) -> None:
     )
     training, held_out = split_documents(corpus, validation_fraction=args.validation_fraction)
     print(
-        f"{args.dataset}: {corpus.account['documents']:,} documents, {corpus.account['bytes']:,} bytes, "
+        f"{args.dataset}: {count_documents(corpus.account['documents'])}, {corpus.account['bytes']:,} bytes, "
         f"sha256 {corpus.fingerprint[:16]}",
         flush=True,
     )

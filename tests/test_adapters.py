@@ -152,6 +152,11 @@ def test_a_classifiers_pooling_goes_with_its_adapter(folder, tmp_path):
         load_adapter(both, tmp_path / "last", adapter_name="second")
 
 
+def test_a_model_without_an_adapter_has_nothing_to_merge(base):
+    with pytest.raises(ValueError, match="a model with an adapter on it, not a GPTForCausalLM"):
+        merge_adapter(base)
+
+
 def test_merging_into_bfloat16_rounds_once(folder, tmp_path):
     """Rounding the adapter's part and the sum, as a merge in bfloat16 does, is further away from the float32 merge."""
     adapted = train(add_lora(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), r=4))

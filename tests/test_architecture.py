@@ -16,7 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"report"},
     "hub": {"adapters", "conversion", "hub", "model", "report", "tokenization"},
     "progress": {"report"},
-    "fine_tuning": {"report"},
+    "fine_tuning": {"arguments", "report"},
     "model": {"model"},
     "data": {"data"},
     "training": {"training"},

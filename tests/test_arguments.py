@@ -1,8 +1,13 @@
+import errno
 import gc
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 from transformers.hf_argparser import HfArg
 
 from hfllm.arguments import parse_arguments, parse_overrides, run, save_arguments
@@ -127,3 +132,61 @@ def test_the_garbage_collector_of_a_program_that_has_it_on_is_left_alone(monkeyp
     kept = gc.get_freeze_count()
     run(lambda arguments: None, Arguments)
     assert gc.isenabled() and gc.get_freeze_count() == kept
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        (lambda folder: (folder / "file" / "below").mkdir(), "file/below: Not a directory."),
+        (
+            lambda folder: fail(OSError(errno.ENOSPC, "No space left on device")),
+            "No space left on device. Make room, and start",
+        ),
+        (
+            lambda folder: fail(SafetensorError("Error while serializing: I/O error: ... (os error 28)")),
+            "No space left on device. Make room, and start",
+        ),
+    ],
+    ids=["a folder that cannot be made", "a full disk", "a full disk for safetensors"],
+)
+def test_what_the_system_says_of_a_file_is_told_without_a_traceback(tmp_path, monkeypatch, capsys, fails, message):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["recipe"])
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda arguments: fails(tmp_path), Arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_ends_the_program_without_a_word():
+    program = (
+        "import dataclasses, sys; from hfllm.arguments import run\n"
+        "@dataclasses.dataclass\nclass Arguments:\n    config: str | None = None\n"
+        "run(lambda arguments: [print('x' * 1000, flush=True) for _ in range(1000)], Arguments)"
+    )
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    process.stdout.readline()
+    process.stdout.close()
+    assert "Error" not in process.stderr.read().decode()
+    assert process.wait() == 141
+
+
+def test_a_wrong_option_is_not_hidden_behind_a_list_of_all(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(Arguments, ["--learnin_rate", "1"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "?. " not in lines[1]
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["recipe"])
+
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda arguments: fail(KeyboardInterrupt()), Arguments)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.startswith("\nInterrupted. The same command begins again")

@@ -551,7 +551,7 @@ def test_the_report_prints_as_a_table():
     assert lines[0].split() == ["tokenizer", "vocabulary", "tokens", "bytes/token"]
     assert lines[1].split() == ["this", "tokenizer", "262", "2", "2.000"]
     assert lines[2].split() == ["itself", "262", "2", "2.000"]
-    assert lines[3] == "on 4 bytes in 1 texts"
+    assert lines[3] == "on 4 bytes in 1 text"
 
 
 def test_a_report_on_nothing_is_an_error(tokenizer):

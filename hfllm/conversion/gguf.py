@@ -89,7 +89,7 @@ def import_gguf() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("GGUF files need the gguf package: pip install 'hfllm[export]'") from error
+        raise ImportError("GGUF files need the gguf package: pip install -e '.[export]'") from error
     return gguf
 
 

@@ -266,7 +266,7 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise RuntimeError(
-            f"ONNX needs the package {name!r}, which is not here: pip install 'hfllm[export]'."
+            f"ONNX needs the package {name!r}, which is not here: pip install -e '.[export]'."
         ) from error
 
 

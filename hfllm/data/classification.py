@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .records import repeated
 from .sources import hub_errors_explained, python_file, stdlib_files
 
 
@@ -297,6 +298,8 @@ def _separated_rows(path: Path, delimiter: str) -> Iterator[Row]:
                 raise ValueError(f"{place}: {error}. Is it separated by {delimiter!r}?") from error
             if fields and not header:
                 header = fields
+                if problem := repeated(header):
+                    raise ValueError(f"{place}: {problem}.")
             elif fields and len(fields) != len(header):
                 raise ValueError(f"{place}: {len(fields)} fields where the header has {len(header)}.")
             elif fields:

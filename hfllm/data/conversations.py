@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .python_questions import describe_questions, further_expressions, python_questions
+from .records import repeated
 from .sources import files_below, hub_errors_explained, local_paths
 
 
@@ -154,6 +155,8 @@ def read_objects(path: Path) -> Iterator[tuple[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")
         if suffix == ".csv":
             reader = csv.DictReader(text.splitlines(keepends=True))
+            if problem := repeated(reader.fieldnames or []):
+                raise ValueError(f"{path}, line 1: {problem}.")
             for value in reader:
                 yield f"{path}, line {reader.line_num:,}", {name: cell for name, cell in value.items() if name}
         elif text.lstrip().startswith("["):

@@ -88,6 +88,11 @@ def load_corpus(
     return Corpus(documents, account.pop("fingerprint"), account)
 
 
+def count_documents(number: int) -> str:
+    """ "1 document", "2,000 documents"."""
+    return f"{number:,} document{'s' * (number != 1)}"
+
+
 def cut_into_parts(pieces: Iterable[str]) -> Iterator[str]:
     """A document's text in parts of at most PART_CHARACTERS, cut where a tokenizer does not notice (see CUTS).
 
@@ -174,7 +179,7 @@ def _nothing_left(dataset: str, account: dict[str, Any]) -> str:
     """What to say when no document is left."""
     num_bad, num_empty = account["bad_records"], account["empty_documents"]
     if not num_bad:
-        return f"{dataset!r} has no text: {num_empty:,} documents, all of them empty."
+        return f"{dataset!r} has no text: {count_documents(num_empty)}, and nothing in any of them."
     first = account["bad_record_examples"][0]
     if num_bad == account["records_without_column"] and not num_empty:
         return f"No record of {dataset!r} has the column asked for. The first: {first}."

@@ -22,6 +22,7 @@ from datasets.utils import tqdm
 from numpy.lib.stride_tricks import sliding_window_view
 
 from .cache import cached_dataset
+from .corpus import count_documents
 
 
 FORMAT_VERSION = 1  # part of the cache's address: raise it when the same documents would give other rows
@@ -73,7 +74,8 @@ class Rows:
         """What became of the documents, for people; nothing vanishes."""
         account = self.account
         return (
-            f"{account['documents']:,} documents, {account['text_bytes']:,} bytes -> {account['text_tokens']:,} tokens "
+            f"{count_documents(account['documents'])}, {account['text_bytes']:,} bytes -> "
+            f"{account['text_tokens']:,} tokens "
             f"({account['text_bytes'] / max(1, account['text_tokens']):.2f} bytes each) and "
             f"{account['special_tokens']:,} separators -> {account['rows']:,} rows of {self.block_size} + 1, "
             f"{account['padding_tokens']:,} padding, {account['cropped_tokens']:,} cropped"

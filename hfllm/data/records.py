@@ -5,6 +5,7 @@ import csv
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,13 @@ def lacking(column: str, columns: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(column, columns, n=1)
     hint = f"; did you mean text_column={nearest[0]!r}?" if nearest else ""
     return f"there is no column {column!r} but {columns}{hint}"
+
+
+def repeated(header: Iterable[str]) -> str:
+    """What to say of a table whose header has a name twice, so that a row's cells have two meanings; "" if none is."""
+    counts = Counter(name for name in header if name)  # columns without a name mean nothing
+    names = [repr(name) for name, count in counts.items() if count > 1]
+    return f"the header has {', '.join(names)} more than once; give each column a name of its own" if names else ""
 
 
 def _record(place: str, value: Any, text_column: str) -> Record:
@@ -220,6 +228,9 @@ def _read_csv(path: Path, text_column: str) -> Iterator[Record]:
                     continue
                 if not header:
                     header = row
+                    if problem := repeated(header):
+                        yield Record(place, problem=problem)
+                        return
                     if text_column not in header:
                         yield Record(place, problem=lacking(text_column, header), lacks_column=True)
                         return

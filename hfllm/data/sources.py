@@ -110,8 +110,8 @@ def files_below(paths: list[Path]) -> tuple[list[Path], dict[str, int]]:
         there = ", ".join(f"{count:,} {suffix}" for suffix, count in ignored.most_common()) or "nothing"
         names = ", ".join(map(str, paths))
         raise ValueError(f"There is no {', '.join(SUFFIXES)} file below {names}; what is there: {there}.")
-    if ignored:
-        logger.info("Not read: %s", ", ".join(f"{count:,} {suffix}" for suffix, count in ignored.most_common()))
+    if others := ", ".join(f"{count:,} {suffix}" for suffix, count in ignored.most_common() if suffix != "hidden"):
+        logger.warning("Not read of %s: %s; read are %s.", ", ".join(map(str, paths)), others, ", ".join(SUFFIXES))
     return files, dict(ignored)
 
 

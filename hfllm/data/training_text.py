@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
-from .corpus import Corpus, load_corpus, split_documents
+from .corpus import Corpus, count_documents, load_corpus, split_documents
 from .packing import Encoder, Rows, prepare_rows
 from .sampler import rows_of_step
 from .shards import find_shards, hold_out
@@ -154,7 +154,7 @@ def prepare_text(
             tokenizer=tokenizer,
             tokenizer_sha256=tokenizer_sha256,
             identity={"corpus_sha256": corpus.fingerprint, "tokenizer_sha256": tokenizer_sha256, "rows": len(rows)},
-            summary=f"{account['name']}: {account['documents']:,} documents, {account['bytes']:,} bytes, sha256 "
+            summary=f"{account['name']}: {count_documents(account['documents'])}, {account['bytes']:,} bytes, sha256 "
             f"{corpus.fingerprint[:16]}\n  train: {rows.summary()}\n  validation: {validation.summary()}",
         )
 

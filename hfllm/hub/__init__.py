@@ -1,9 +1,9 @@
 """Sharing: a model's folder on the Hugging Face Hub, with a card that tells where it comes from."""
 
-from .card import write_card
+from .card import write_card, write_page_and_card
 from .errors import PushError
 from .push import check_repo_id, push_to_hub
 from .training import TrainingPush
 
 
-__all__ = ["PushError", "TrainingPush", "check_repo_id", "push_to_hub", "write_card"]
+__all__ = ["PushError", "TrainingPush", "check_repo_id", "push_to_hub", "write_card", "write_page_and_card"]

@@ -12,6 +12,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..report import write_page
+from ..report.page import PAGE_FILE
 from ..report.run import Run, is_hub_id, is_place, read_run, without_places
 from ..report.words import format_value, kind_of, label_of, plain_value, sentence_about
 
@@ -49,6 +51,13 @@ def write_card(folder: str | Path, *, repo_id: str | None = None, base_model: st
         return False
     path.write_text(merged, encoding="utf-8")
     return True
+
+
+def write_page_and_card(folder: str | Path) -> None:
+    """What a run's files tell of it: `report.html` for the browser, `README.md` for the Hub."""
+    folder = Path(folder).expanduser()
+    write_page(read_run(folder), folder / PAGE_FILE)
+    write_card(folder)
 
 
 def make_card(
@@ -155,7 +164,7 @@ def _usage(run: Run, name: str, base: str | None) -> str:
     """Commands that run as they stand, in a process without hfllm."""
     is_classifier = kind_of(run) == "text classifier" or run.adapter.get("task_type") == "SEQ_CLS"
     trust = ", trust_remote_code=True" if run.config.get("model_type", "hfllm_gpt") == "hfllm_gpt" else ""
-    prompt = run.arguments.get("sample_prompt") or "import "
+    prompt = run.arguments.get("sample_prompt") or ("import " if run.arguments.get("dataset") == "stdlib" else "The ")
     quoted = json.dumps(name)
     if run.adapter:
         auto = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from . import zero
@@ -59,6 +60,7 @@ def start_accelerator(
         on_cpu = False  # with cpu=True accelerate would forget DeepSpeed; it finds the CPU by itself
     elif sharding == "FSDP" and on_cpu:
         _allow_sharding_on_cpu(group)
+    arguments["log_with"] = _trackers(arguments.get("log_with"))
     accelerator = Accelerator(
         cpu=on_cpu,
         gradient_accumulation_steps=gradient_accumulation_steps,
@@ -98,6 +100,18 @@ def start_accelerator(
             )
         zero.configure(accelerator, rows_per_device=per_device_train_batch_size, max_grad_norm=max_grad_norm)
     return accelerator
+
+
+def _trackers(log_with: list[str] | None) -> list[str] | None:
+    """The trackers asked for; accelerate itself would leave one that is not installed out without a word."""
+    names = [name for name in log_with or [] if name != "none"]
+    known = {str(name) for name in LoggerType}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--report_to {name}: it is one of {', '.join(sorted(known))} or none.")
+        if name != "all" and name not in map(str, get_available_trackers()):
+            raise ValueError(f"--report_to {name}: its package is not installed here. Install it, or leave it out.")
+    return names or None
 
 
 def _is_set(name: str) -> bool:
@@ -214,7 +228,8 @@ def leaving_at_once(accelerator: Accelerator) -> Iterator[None]:
         yield
     except BaseException as error:
         if accelerator.num_processes > 1:
-            is_check = isinstance(error, (ValueError, OSError, RuntimeError))  # what hfllm.arguments.run ends on with 2
+            # what hfllm.arguments.run ends on with 2
+            is_check = isinstance(error, (ValueError, OSError, RuntimeError, FloatingPointError))
             atexit.register(_leave, 2 if is_check else 1)
         raise
 

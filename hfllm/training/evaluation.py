@@ -57,6 +57,16 @@ def evaluate_rows(model: nn.Module, rows: Rows, *, batch_size: int, accelerator:
     return Evaluation(loss, num_tokens, rows.num_bytes, seconds=time.perf_counter() - start)
 
 
+def time_evaluation(model: nn.Module, rows: Rows, *, batch_size: int, accelerator: Accelerator) -> float:
+    """The seconds that this process would take to evaluate all rows, by two batches of them."""
+    some = np.arange(min(len(rows), 2 * batch_size * accelerator.num_processes))
+    for _ in range(2):  # the first time warms up
+        start = time.perf_counter()
+        score_rows(model, rows, some, batch_size=batch_size, accelerator=accelerator)
+        seconds = time.perf_counter() - start
+    return seconds / len(some) * len(rows)
+
+
 @torch.no_grad()
 def score_rows(
     model: nn.Module, rows: Rows, indices: np.ndarray, *, batch_size: int, accelerator: Accelerator
@@ -101,6 +111,6 @@ def score_rows(
     if not math.isfinite(loss_sum):
         raise FloatingPointError(
             f"The evaluation loss is {loss_sum}: the model's logits are not finite on some of the {len(indices):,} "
-            "rows. Resume from a checkpoint before that, with a lower learning rate."
+            "rows. Start anew with a lower --learning_rate."
         )
     return loss_sum / num_tokens, int(num_tokens)

@@ -106,7 +106,8 @@ def describe_rehearsal(
     warmup_steps: int,
 ) -> str:
     """What a run of `max_steps` such steps takes: memory, disk, time, arithmetic, and its learning rates."""
-    hours = max_steps * need.seconds_per_step / 3600
+    minutes = max_steps * need.seconds_per_step / 60
+    time = f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:,.1f} hours"
     warm = min(warmup_steps, max_steps - 1)
     steps = sorted({0, warm, *(max_steps * quarter // 4 for quarter in (1, 2, 3)), max_steps - 1})
     return (
@@ -114,7 +115,7 @@ def describe_rehearsal(
         f"A checkpoint: {(need.parameters + need.optimizer_state) / 2**20:,.1f} MiB, times the processes if they share "
         "the model out.\n"
         f"Time: {need.seconds_per_step:.3f} s a step, {tokens_per_step / need.seconds_per_step:,.0f} tokens/s; "
-        f"{max_steps:,} steps take {hours:.2f} hours without evaluations, and "
+        f"{max_steps:,} steps take {time} without evaluations, and "
         f"{max_steps * tokens_per_step * flops_per_token:.2e} floating-point operations.\nLearning rate: "
         + ", ".join(f"{learning_rate_at(step):.2e} at step {step:,}" for step in steps)
         + "."

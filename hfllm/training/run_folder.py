@@ -77,6 +77,12 @@ def find_state(
     return {**counts, "identity": identity}
 
 
+def describe_start(output_dir: str | Path) -> str:
+    """Where the run in this folder would go on; "" if it would begin."""
+    checkpoints = sorted(path.name for path in (Path(output_dir) / "checkpoints").glob("step-*"))
+    return f"\n{output_dir} holds a run, which would go on from {checkpoints[-1]}.\n" if checkpoints else ""
+
+
 def identify(config: PreTrainedConfig, **others: Any) -> dict[str, Any]:
     """What makes a run this run and no other, as JSON holds it: the model's config and what else the recipe names."""
     identity = {f"model.{name}": value for name, value in config.to_dict().items()}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from accelerate.utils import gather_object
 
 
 DIALS = ("depth", "max_train_tokens", "max_train_minutes")
@@ -30,7 +31,10 @@ HEAD_DIM = 64  # channels of a head; each block adds as many to the width
 # above, as many as the root of their millions, which meets what is known of large models: about 10 at a hundred
 # million, and 20, which is the most, from 400 million on (Hoffmann et al. 2022, arXiv 2203.15556).
 MOST_TOKENS_PER_PARAMETER = 20.0
-MOST_PASSES = 4  # over the text: more of them bring little (Muennighoff et al. 2023, arXiv 2305.16264)
+# Over the text. With Muon and no dropout depths 1 and 2 were best at four passes over 80 and 300 kB of prose, of 1
+# to 16 tried, each with a fall to zero of its own (CONTRIBUTING has the table); with large models more bring
+# little as well (Muennighoff et al. 2023, arXiv 2305.16264).
+MOST_PASSES = 4
 BATCH_TOKENS, BATCH_FROM = 1024, 1_000_000
 BATCH_EXPONENT = 0.4  # the best batch grows about so with the tokens (Bergsma et al. 2025, arXiv 2505.13738)
 LEARNING_RATE, ADAM_LEARNING_RATE = 0.02, 0.02
@@ -50,6 +54,11 @@ class Speed(NamedTuple):
 
     seconds_per_step: float
     seconds_per_evaluation: float
+
+
+def slowest(speed: Speed) -> Speed:
+    """The slowest process's speed, in all of them: they have to agree on the steps."""
+    return Speed(*map(max, zip(*gather_object([tuple(speed)]), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,8 @@ def steps_in_time(speed: Speed, minutes: float, task: Task) -> int:
 def size_run(task: Task, *, depth: int | None = None, budget: Budget | None = None) -> dict[str, Choice]:
     """A choice for every option of SIZED, from a depth, a budget or both.
 
-    Without a budget a model gets the tokens that its depth is worth, but no more than MOST_PASSES over the text.
+    Without a budget a model gets the tokens that its depth is worth. Neither then nor in a budget of time does it pass
+    more than MOST_PASSES times over the text; a number of tokens that was asked for is spent.
     Without a depth it is the deepest one to which the budget can give these tokens.
 
     Raises:
@@ -166,6 +176,10 @@ def _size(depth: int, task: Task, budget: Budget, *, because: str) -> dict[str, 
                 num_tokens = in_time
                 why = f"{budget.minutes:g} minutes at {speed.seconds_per_step:.3f} s each"
                 why += f" and {speed.seconds_per_evaluation:.1f} s an evaluation, both measured"
+                if task.text_tokens is not None and in_time > MOST_PASSES * task.text_tokens:
+                    num_tokens = MOST_PASSES * task.text_tokens
+                    why = f"{MOST_PASSES} passes over the text, beyond which it is learned by heart; there is time for "
+                    why += f"{in_time / task.text_tokens:,.0f}. Give more text, or --max_steps"
             if batch == (batch := _batch(num_tokens, task)):
                 break
     fewest = 1 if budget.tokens is None and budget.minutes is None else 0
@@ -240,6 +254,33 @@ def describe_sizes(sizes: Mapping[str, Choice], *, dials: Mapping[str, Any]) -> 
     return "\n".join([f"Sized by {asked}; each of these is an option:", *lines])
 
 
+def choose_sizes(
+    options: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    text_tokens: int | None,
+    num_processes: int,
+    measure: Callable[[dict[str, Any]], Speed],
+) -> tuple[dict[str, Any], str]:
+    """A value for every option of SIZED, and in words what decided it; `options` are all those of recipes/pretrain.py.
+
+    A run that stands in the output folder and goes on keeps its sizes; else they follow from the dials. `measure` is a
+    `Budget`'s, the others are a `Task`'s.
+
+    Raises:
+        ValueError: as `sizes_of_run` and `size_run`.
+    """
+    dials = {name: options[name] for name in DIALS}
+    given = {name: options[name] for name in (*SIZED, "num_train_epochs") if options[name] is not None}
+    rest = {name: options[name] for name in ("block_size", "eval_on_start")}
+    task = Task(vocab_size=vocab_size, text_tokens=text_tokens, num_processes=num_processes, given=given, **rest)
+    sizes = None if options["overwrite_output_dir"] else sizes_of_run(options["output_dir"], task, dials=dials)
+    if sizes is None:
+        budget = Budget(tokens=dials["max_train_tokens"], minutes=dials["max_train_minutes"], measure=measure)
+        sizes = size_run(task, depth=dials["depth"], budget=budget)
+    return {name: choice.value for name, choice in sizes.items()}, describe_sizes(sizes, dials=dials)
+
+
 def sizes_of_run(output_dir: str | Path, task: Task, *, dials: Mapping[str, Any]) -> dict[str, Choice] | None:
     """The sizes with which the run in this folder began, for it to go on; None if there is no run.
 
@@ -271,8 +312,6 @@ def check_dials(options: Mapping[str, Any]) -> None:
     """
     dial = " ".join(f"--{name}" for name in DIALS if options[name] is not None)
     minutes, epochs = options["max_train_minutes"], options["num_train_epochs"]
-    if minutes is not None and minutes <= 0:
-        raise ValueError(f"--max_train_minutes {minutes:g}: give more than 0.")
     if options["model"] is not None:
         raise ValueError(f"{dial} is for random weights, and --model has its size. Give --max_steps instead.")
     if options["preset"] != "modern" or options["optimizer"] != "muon":

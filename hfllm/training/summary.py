@@ -1,5 +1,6 @@
 """A run in words and numbers: what it is before it starts, and what came of it."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ Validation: {metrics["eval_loss"]:.4f} nats per token, {metrics["eval_bits_per_b
 {output_dir}/checkpoints         to go on from, with a larger --max_steps
 
 Next, let it write:
-    python recipes/generate.py --model {output_dir} --prompt "{prompt}"
+    python recipes/generate.py --model {shlex.quote(str(output_dir))} --prompt {shlex.quote(prompt)}
 or open it in Python:
     import hfllm; from transformers import pipeline
-    pipeline("text-generation", "{output_dir}")("{prompt}")"""
+    pipeline("text-generation", {str(output_dir)!r})({prompt!r})"""

@@ -59,6 +59,17 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype = torch.float32) -
     return 2 * size**3 / best
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block of the model, or the whole of one that does not name its blocks, in place."""
+    blocks = [
+        module
+        for module in model.modules()
+        if type(module).__name__ in (getattr(model, "_no_split_modules", None) or [])
+    ]
+    for module in blocks or [model]:  # one graph serves all blocks, so it is compiled once
+        module.compile()
+
+
 def loss_options(model: nn.Module) -> dict[str, bool]:
     """What a bare model's forward is given to return the loss alone: ours then never has all logits at once."""
     return {"skip_logits": True} if "skip_logits" in inspect.signature(model.forward).parameters else {}

@@ -12,6 +12,8 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from hfllm.data import load_corpus, sources
+from hfllm.data.classification import load_labelled_texts
+from hfllm.data.conversations import load_conversations
 from hfllm.data.corpus import CUTS, PART_CHARACTERS, cut_into_parts
 
 
@@ -183,7 +185,7 @@ def test_empty_documents_and_files_are_dropped_and_counted(tmp_path, load):
 
 @pytest.mark.fault(16)
 def test_a_corpus_with_nothing_in_it_says_so(tmp_path, load):
-    with pytest.raises(ValueError, match="has no text: 1 documents, all of them empty"):
+    with pytest.raises(ValueError, match="has no text: 1 document, and nothing in any of them"):
         load(write(tmp_path / "a.txt", ""))
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="what is there: nothing"):
@@ -315,3 +317,21 @@ def test_pre_tokenizers_do_not_notice_the_cuts(name):
         for end in ends:
             assert words(text[:end]) + words(text[end:]) == words(text), (text, end)
     assert num_cuts > 800
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    """A reader of dictionaries would take the last one, without a word."""
+    (tmp_path / "twice.csv").write_text("text,label,text\na b,1,c d\n")
+    with pytest.raises(ValueError, match=r"twice.csv, line 1: the header has 'text' more than once"):
+        load_corpus(str(tmp_path / "twice.csv"), cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"twice.csv, line 1: the header has 'text' more than once"):
+        load_labelled_texts(str(tmp_path / "twice.csv"))
+    with pytest.raises(ValueError, match=r"twice.csv, line 1: the header has 'text' more than once"):
+        load_conversations(str(tmp_path / "twice.csv"))
+
+
+def test_the_files_of_a_folder_that_are_not_read_are_told(tmp_path, caplog):
+    for name in ("a.txt", "b.md", "c.md", "d.bin", ".hidden"):
+        (tmp_path / name).write_text("a text")
+    load_corpus(str(tmp_path), cache_dir=tmp_path / "cache")
+    assert f"Not read of {tmp_path}: 2 .md, 1 .bin; read are .txt" in caplog.text

@@ -89,7 +89,9 @@ def test_time_to_quality_runs_the_commands_that_a_user_would(run_benchmark, tmp_
         return 30.0 if "baseline" in folder else 5.0
 
     monkeypatch.setattr(run_benchmark.recipe, "run_timed", run_timed)
-    results = run_benchmark(measure="time_to_quality", dataset="text.txt")["time_to_quality"]
+    argv = ["--measure", "time_to_quality", "--dataset", "text.txt", "--output_dir", str(tmp_path / "out")]
+    run_benchmark.recipe.main(parse_arguments(run_benchmark.recipe.BenchmarkArguments, argv))
+    results = json.loads((tmp_path / "out" / "benchmark.json").read_text())["time_to_quality"]
     assert results["eval_bits_per_byte"] == {"ours": 2.5, "baseline": 3.5}
     assert "hfllm: 10.0 s" in (told := capsys.readouterr().out) and "3.0 times as long" in told
     scripts = [next(word for word in command if word.endswith(".py")).split("/")[-1] for command in commands]

@@ -309,7 +309,7 @@ def browser(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio: pip install 'hfllm[chat]'")
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio: pip install -e '.[chat]'")
 def test_people_talk_to_it_in_a_real_browser_that_asks_nobody_else(way, port, browser, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
@@ -336,7 +336,7 @@ def test_people_talk_to_it_in_a_real_browser_that_asks_nobody_else(way, port, br
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio: pip install 'hfllm[chat]'")
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio: pip install -e '.[chat]'")
 def test_the_pages_stop_button_ends_the_reply_and_the_work_for_it(port, browser, tmp_path):
     """The model would babble for 30,000 tokens; what it said by then stays, and the next message is answered."""
     from selenium.webdriver.common.by import By

@@ -295,7 +295,7 @@ def test_weights_that_a_dtype_cannot_hold_or_that_are_no_numbers_are_named(expor
 @pytest.mark.parametrize(("to", "package"), [("gguf", "gguf"), ("onnx", "onnx")])
 def test_a_missing_package_is_named_with_what_brings_it(export, make_model, to, package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(RuntimeError, match=r"pip install 'hfllm\[export\]'"):
+    with pytest.raises(RuntimeError, match=r"pip install -e '.\[export\]'"):
         export(model=make_model(), to=to, output_dir=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -124,6 +124,8 @@ def test_the_model_comes_to_prefer_what_it_is_shown(options, preferences, tmp_pa
     assert metrics["eval_reward_margin_before"] == pytest.approx(0, abs=1e-4)
     assert metrics["eval_reward_margin"] > 0.5 and metrics["eval_loss"] < 0.5
     assert metrics["eval_reward_accuracy"] == 1
+    assert "reward" in (tmp_path / "out" / "report.html").read_text()
+    assert "validation reward accuracy | 100.0%" in (tmp_path / "out" / "README.md").read_text()
 
     # By hand, on the saved folders: the margin is beta times the difference of the log-ratios.
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()

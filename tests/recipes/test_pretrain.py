@@ -293,7 +293,7 @@ BAD_INPUT = {
     "a vocabulary too small": ({"config_overrides": ["vocab_size=100"]}, "300 ids.*vocab_size is 100"),
     "a block longer than the positions": (
         {"config_overrides": ["max_position_embeddings=16"]},
-        "block_size=32.*16 positions",
+        "--block_size 32 is longer than the model.s context of 16 tokens",
     ),
     "no rows": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size 0"),
     "more warm-up than steps": ({"warmup_steps": 100}, "warmup_steps=100"),
@@ -426,7 +426,7 @@ def test_a_dry_run_tells_what_the_run_would_need_and_writes_nothing(run_pretrain
     assert "kept for the backward pass" in told
     assert "1.00e-02 at step 0" in told  # half of it, in two steps of warm-up
     assert "tokens 0 to" in told and "targets" in told
-    assert "Without --dry_run, it starts" in told
+    assert "This was a dry run: nothing was written" in told
 
 
 def test_a_dry_run_leaves_a_run_that_stands_there_alone(run_pretrain, small, tmp_path, capsys):

@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -5,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 
+from hfllm.training import devices
 from hfllm.training.devices import clip_gradient, start_accelerator
+from tests.recipes.conftest import load_recipe
 
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +72,59 @@ def test_a_launch_that_would_not_be_what_was_asked_for_is_refused(monkeypatch, e
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=re.escape(message)):
         start_accelerator(gradient_accumulation_steps=2)
+
+
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+
+
+@pytest.fixture
+def deepspeed(monkeypatch):
+    """What accelerate is after a launch with a DeepSpeed file, where DeepSpeed need not be installed."""
+
+    class Launched:
+        def __init__(self, **arguments):
+            self.distributed_type = DistributedType.DEEPSPEED
+            self.gradient_accumulation_steps = arguments["gradient_accumulation_steps"]
+            self.num_processes, self.device, self.is_fsdp2 = 1, torch.device("cpu"), False
+
+    configured = []
+    for name, value in ZERO.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(devices, "Accelerator", Launched)
+    monkeypatch.setattr(devices.zero, "configure", lambda accelerator, **numbers: configured.append(numbers))
+    yield configured
+    os.environ.pop("DS_ACCELERATOR", None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"needs_whole_matrices": True}, "Muon makes whole matrices orthogonal.*fsdp2.yaml, or give --optimizer adamw"),
+        ({"skips_updates": True}, "--skip_spikes decides between the gradient and the update.*fsdp2.yaml"),
+    ],
+)
+def test_deepspeed_is_refused_for_what_it_cannot_do(deepspeed, asked, message):
+    with pytest.raises(ValueError, match=message):
+        start_accelerator(**asked)
+    assert deepspeed == []
+
+
+def test_deepspeed_is_told_the_loops_numbers(deepspeed):
+    start_accelerator(per_device_train_batch_size=3, max_grad_norm=0.5)
+    assert deepspeed == [{"rows_per_device": 3, "max_grad_norm": 0.5}]
+
+
+def test_pretraining_with_muon_is_refused_under_deepspeed_and_with_adamw_goes_on(deepspeed, monkeypatch, tmp_path):
+    """Muon is the recipe's default for random weights: whoever launches a DeepSpeed file meets this first."""
+    recipe = load_recipe("pretrain")
+    options = {"output_dir": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match="give --optimizer adamw"):
+        recipe.main(recipe.PretrainArguments(**options))
+    monkeypatch.setattr(recipe, "claim_folder", lambda *_, **__: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):  # the next thing that the recipe does
+        recipe.main(recipe.PretrainArguments(**options, optimizer="adamw"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_more_processes_than_accelerators_are_refused(monkeypatch):

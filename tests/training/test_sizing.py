@@ -135,6 +135,32 @@ def test_steps_and_evaluations_fill_the_time():
     assert steps_in_time(speed, 0.1, TASK) == 0
 
 
+@pytest.mark.parametrize("depth", [None, 2])
+def test_time_beyond_the_passes_that_help_is_not_spent(depth):
+    """Half an hour at a thousandth of a second a step is 1.8 million steps, of a text that 40 steps pass over."""
+    short = dataclasses.replace(TASK, text_tokens=40 * 1024)
+    measured = []
+
+    def measure(sizes: dict) -> Speed:
+        measured.append(sizes["per_device_train_batch_size"])
+        return Speed(0.001, 0.0)
+
+    sizes = size_run(short, depth=depth, budget=Budget(minutes=30, measure=measure))
+    assert sizes["max_steps"].value == MOST_PASSES * 40
+    assert sizes["eval_steps"].value == sizes["save_steps"].value == MOST_PASSES * 10
+    assert f"{MOST_PASSES} passes over the text, beyond which" in sizes["max_steps"].because
+    assert "there is time for 45,000. Give more text, or --max_steps" in sizes["max_steps"].because
+    assert set(measured) == {4}  # the batch is that of the tokens that are read, not of those there is time for
+    # Less time than that is spent, and so is a number of tokens that was asked for.
+    sizes = size_run(short, depth=depth, budget=Budget(minutes=0.001, measure=measure))
+    assert sizes["max_steps"].value == 60
+    assert size_run(short, depth=2, budget=Budget(tokens=400 * 1024))["max_steps"].value == 400
+    assert (
+        size_run(short, depth=2, budget=Budget(tokens=400 * 1024, minutes=30, measure=measure))["max_steps"].value
+        == 400
+    )
+
+
 def test_a_budget_of_less_than_a_step_is_an_error_but_no_obstacle_to_a_smaller_model():
     def measure(sizes: dict) -> Speed:
         return Speed(0.5, 0.1 if sizes["num_hidden_layers"] == 1 else 1000.0)

@@ -1,0 +1,53 @@
+"""Numbers of several models side by side, and beside what training wrote of one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+NAMES_KEY = "evaluated"  # in metrics.json: the names that were added, and may be written again
+OTHER_NAME = "evaluate_"  # in front of a name that something else wrote
+
+
+def add_metrics(folder: str | Path, numbers: dict[str, Any]) -> str:
+    """Add the numbers to a folder's metrics.json, in one stroke; returns what was done, in words.
+
+    What something else wrote there stays as it is: a number of the same name gets another one.
+
+    Raises:
+        ValueError: the metrics.json that stands there is no JSON object.
+    """
+    path = Path(folder) / "metrics.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        ours = metrics.get(NAMES_KEY, [])
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no JSON object, so nothing was added to it. Mend or delete it.") from error
+    renamed = {key: f"{OTHER_NAME}{key}" for key in numbers if key in metrics and key not in ours}
+    numbers = {renamed.get(key, key): value for key, value in numbers.items()}
+    metrics |= {**numbers, NAMES_KEY: sorted({*ours, *numbers})}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    said = f"{path}: {len(numbers)} numbers written"
+    if renamed:
+        return f"{path} has {', '.join(renamed)} already, from training: ours are named {OTHER_NAME}... there.\n{said}"
+    return said
+
+
+def metrics_table(results: dict[str, dict[str, Any]]) -> str:
+    """A line for each number and a column for each model; what is no single number (a confusion matrix) is left out."""
+    cells = [(key, cell) for numbers in results.values() for key, cell in numbers.items()]
+    names = list(dict.fromkeys(key for key, cell in cells if not isinstance(cell, dict | list)))
+    width = max(20, *(len(name) + 2 for name in results))
+    first = max(len(name) for name in names) + 2
+    lines = [" " * first + "".join(f"{name:>{width}}" for name in results)]
+    for key in names:
+        texts = [_in_words(numbers.get(key, "")) for numbers in results.values()]
+        lines.append(f"{key:{first}}" + "".join(f"{text:>{width}}" for text in texts))
+    return "\n".join(lines)
+
+
+def _in_words(cell: Any) -> str:
+    return f"{cell:.6g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)
