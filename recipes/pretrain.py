@@ -115,7 +115,7 @@ class PretrainArguments:
     adam_learning_rate: float | None = HfArg(
         default=None, help="With muon: that of embeddings, head, norms and biases. Default: learning_rate."
     )
-    muon_momentum: float = HfArg(default=0.95, help="Decay of Muon's mean.")
+    muon_momentum: float = HfArg(default=0.85, help="Decay of Muon's mean.")
     lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] | None = HfArg(
         default=None, help="Course of the learning rate after warm-up. Default: cosine."
     )
