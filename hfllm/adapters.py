@@ -203,7 +203,7 @@ def save_adapter(
 ) -> None:
     """Write one adapter as PEFT does, straight into the folder, and beside it what its base is known by.
 
-    A classifier's `classifier_pooling` stands there too, because its head was trained on it.
+    What a classifier's head was trained for stands there too: its labels, and the base's `classifier_pooling`.
     `base_model_name_or_path` is what other programs open the base by: `base_model_id` if given, else the name that the
     base was opened by. A base that came from the Hub's cache is written by its id; a folder's path holds on this
     machine only, which is logged.
@@ -226,8 +226,10 @@ def save_adapter(
         for file in [path for path in Path(there).rglob("*") if path.is_file()]:
             file.replace(folder / file.name)
     known_by = {"base_model_name_or_path": name or None, "weights_sha256": base_fingerprint(model)}
-    if config.task_type == "SEQ_CLS" and hasattr(base.config, "classifier_pooling"):
-        known_by["classifier_pooling"] = base.config.classifier_pooling
+    if config.task_type == "SEQ_CLS":
+        known_by["id2label"] = base.config.id2label
+        if hasattr(base.config, "classifier_pooling"):
+            known_by["classifier_pooling"] = base.config.classifier_pooling
     (folder / BASE_FILE).write_text(json.dumps(known_by, indent=2) + "\n", encoding="utf-8")
 
 

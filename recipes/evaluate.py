@@ -255,9 +255,9 @@ def adapter_config(adapter: str) -> Any:
 
 
 def adapter_labels(adapter: str) -> dict[int, str]:
-    """A classifier's labels, from the config.json beside its adapter or, as its recipe leaves it, one folder above."""
+    """A classifier's labels, as its adapter says them, or the config.json beside it or one folder above."""
     folder = Path(adapter).expanduser()
-    for path in (folder / "config.json", folder.absolute().parent / "config.json"):
+    for path in (folder / "base_model.json", folder / "config.json", folder.absolute().parent / "config.json"):
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if "id2label" in config:
             return {int(index): label for index, label in config["id2label"].items()}

@@ -56,7 +56,7 @@ from transformers.utils import logging as transformers_logging
 
 from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
 from hfllm.arguments import check_numbers, check_recipe, run, save_arguments
-from hfllm.data.answers import answer, exact_match, last_response, stop_at_turns
+from hfllm.data.answers import Reply, answer, exact_match, last_response, stop_at_turns
 from hfllm.data.conversations import Conversation, further_questions, load_conversations, split_conversations
 from hfllm.data.instruction import (
     ConversationRows,
@@ -266,7 +266,7 @@ def main(args: InstructionArguments) -> None:
         metrics["test_loss"] = response_loss(trainer, rows["test"])
         if args.check_answers if args.check_answers is not None else args.dataset == "stdlib":
             checked = questions[: args.max_answers]
-            metrics |= exact_match(checked, replies_to(checked))
+            metrics |= {"test_questions": len(questions), **exact_match(checked, replies_to(checked))}
         after = replies_to(samples)
 
         # 7. The model as everybody's tools open it: LoRA merged into the weights, and beside it the adapter alone
@@ -461,13 +461,13 @@ def save_model(
         tokenizer.save_pretrained(output_dir)
 
 
-def write_samples(path: Path, samples: list[Conversation], before: list[str], after: list[str]) -> None:
+def write_samples(path: Path, samples: list[Conversation], before: list[Reply], after: list[Reply]) -> None:
     parts = []
     for question, old, new in zip(samples, before, after):
         last = last_response(question)
         parts.append(
             f"--- {question.messages[last - 1]['content']}\n"
-            f"expected: {question.messages[last]['content']}\nbefore:   {old!r:.200}\nafter:    {new}\n"
+            f"expected: {question.messages[last]['content']}\nbefore:   {old.text!r:.200}\nafter:    {new.text}\n"
         )
     path.write_text("\n".join(parts), encoding="utf-8")
     print("\n" + "\n".join(parts))
@@ -482,8 +482,10 @@ def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path
             if name.startswith("test_exact_match_")
         )
         exact = (
-            f"Exact match on {metrics['test_answers']:,} test questions, none of which was in training: "
-            f"{metrics['test_exact_match']:.1%}{f' ({kinds})' if kinds else ''}.\n"
+            f"Exact match on {metrics['test_answers']:,} of {metrics['test_questions']:,} test questions, none of "
+            f"which was in training: {metrics['test_exact_match']:.1%}{f' ({kinds})' if kinds else ''}. "
+            f"{metrics['test_answers_unfinished']:,} replies had no end after --max_new_tokens {args.max_new_tokens}, "
+            f"{metrics['test_answers_empty']:,} were empty.\n"
         )
     adapter = f"{output_dir}/adapter             LoRA's matrices alone\n" if args.method == "lora" else ""
     print(

@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"report"},
     "fine_tuning": {"arguments", "report"},
     "model": {"model"},
-    "data": {"data"},
+    "data": {"data", "tokenization"},
     "training": {"training"},
     "adapters": {"model"},
     "metrics": set(),

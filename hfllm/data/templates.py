@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ..tokenization import CHAT_TEMPLATE, TURN_END_TOKEN, TURN_START_TOKEN
 from .conversations import Messages
 
 
@@ -39,28 +40,11 @@ ALPACA = """\
 {%- endif -%}
 """
 
-# OpenAI's ChatML, for tokenizers that have its two tokens: without them each turn would begin with a dozen tokens.
-CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-CHATML = """\
-{{- BOS -}}
-{%- for message in messages -%}
-    {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
-        {{- raise_exception('A role is system, user or assistant, not ' ~ message['role']) -}}
-    {%- endif -%}
-    {{- '<|im_start|>' + message['role'] + '\\n' -}}
-    {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}
-            {{- TEXT(message) + '<|im_end|>' -}}
-        {%- endgeneration -%}
-    {%- else -%}
-        {{- TEXT(message) + '<|im_end|>' -}}
-    {%- endif -%}
-    {{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
+# OpenAI's ChatML, for tokenizers that have its two tokens: without them each turn would begin with a dozen tokens. This
+# is the template of our own tokenizers, with another one's bos and control tokens.
+CHATML_TOKENS = (TURN_START_TOKEN, TURN_END_TOKEN)
+CHATML = re.sub(r"message\['content'\]\.strip\(\)(\s*\.replace\([^)]*\))+", "TEXT(message)", CHAT_TEMPLATE)
+CHATML = CHATML.replace("{{- bos_token -}}", "{{- BOS -}}")
 
 TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML}
 

@@ -167,24 +167,7 @@ def _usage(run: Run, name: str, base: str | None) -> str:
     prompt = run.arguments.get("sample_prompt") or ("import " if run.arguments.get("dataset") == "stdlib" else "The ")
     quoted = json.dumps(name)
     if run.adapter:
-        auto = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
-        where = json.dumps(base) if base else "..."
-        pooling = run.arguments.get("pooling") or "last"
-        pooling = "" if pooling == "last" else f", classifier_pooling={json.dumps(pooling)}"
-        note = (
-            ""
-            if base and is_hub_id(base)
-            else "\nIts base is not on the Hub: put the base's folder in place of `...`.\n"
-        )
-        return f"""```python
-from peft import PeftModel
-from transformers import {auto}, AutoTokenizer
-
-base = {auto}.from_pretrained({where}{pooling}, trust_remote_code=True)
-model = PeftModel.from_pretrained(base, {quoted})
-tokenizer = AutoTokenizer.from_pretrained({where}, trust_remote_code=True)
-```
-{note}"""
+        return _adapter_usage(run, quoted, base, is_classifier)
     if is_classifier:
         return f"""```python
 from transformers import pipeline
@@ -210,6 +193,38 @@ python recipes/generate.py --model {shlex.quote(name)} --prompt {shlex.quote(pro
 ```
 """
     return text
+
+
+def _adapter_usage(run: Run, quoted: str, base: str | None, is_classifier: bool) -> str:
+    where = json.dumps(base) if base else "..."
+    notes = [] if base and is_hub_id(base) else ["Its base is not on the Hub: put the base's folder in place of `...`."]
+    auto, options, example = "AutoModelForCausalLM", "", ""
+    if is_classifier:
+        auto = "AutoModelForSequenceClassification"
+        labels = run.adapter_base.get("id2label") or run.config.get("id2label")
+        names = ", ".join(
+            f"{int(index)}: {json.dumps(name, ensure_ascii=False)}" for index, name in (labels or {}).items()
+        )
+        options = f", id2label={{{names}}}" if labels else ", num_labels=..."
+        if not labels:
+            notes.append("It does not say its labels: put their number in place of `num_labels=...`.")
+        pooling = run.adapter_base.get("classifier_pooling") or run.arguments.get("pooling") or "last"
+        if pooling != "last":
+            options += f", classifier_pooling={json.dumps(pooling)}"
+        example = """
+logits = model(**tokenizer("A text to sort.", return_tensors="pt")).logits
+print(model.config.id2label[logits.argmax().item()])
+"""
+    return f"""```python
+from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+
+base = {auto}.from_pretrained({where}{options}, trust_remote_code=True)
+model = PeftModel.from_pretrained(base, {quoted})
+tokenizer = AutoTokenizer.from_pretrained({where}, trust_remote_code=True)
+{example}```
+
+{chr(10).join(notes)}"""
 
 
 def _results(run: Run) -> str:

@@ -29,12 +29,13 @@ def save_merged(folder: str | Path, target: str | Path) -> None:
     base = adapter.get("base_model_name_or_path")
     is_classifier = adapter.get("task_type") == "SEQ_CLS"
     auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    # A classifier's labels are the adapter's; where its recipe wrote them, they stand in the config beside it.
+    # A classifier's labels are the adapter's, which says them, or else the config beside it.
     labels = {}
-    if is_classifier and (folder / "config.json").exists():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        labels = {"id2label": {int(key): label for key, label in config["id2label"].items()}}
-        labels["label2id"] = {label: key for key, label in labels["id2label"].items()}
+    for name in ("config.json", "base_model.json") if is_classifier else ():
+        config = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
+        if "id2label" in config:
+            labels = {"id2label": {int(key): label for key, label in config["id2label"].items()}}
+            labels["label2id"] = {label: key for key, label in labels["id2label"].items()}
     try:
         model: PreTrainedModel = auto_class.from_pretrained(base, dtype="float32", **labels)
         dtype = getattr(model.config, "dtype", None) or model.dtype

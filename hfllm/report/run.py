@@ -41,6 +41,7 @@ class Run:
     environment: dict[str, Any]
     config: dict[str, Any]
     adapter: dict[str, Any]
+    adapter_base: dict[str, Any]  # what an adapter knows of its base, as `hfllm.adapters.save_adapter` wrote it
     tokenizer_report: dict[str, Any]
     samples: list[tuple[int | str, str]]  # what the model wrote, under its step or under what it was asked
 
@@ -97,6 +98,7 @@ def read_run(folder: str | Path) -> Run:
         environment=_read_json(folder / ENVIRONMENT_FILE),
         config=_read_json(folder / "config.json"),
         adapter=_read_json(folder / "adapter_config.json"),
+        adapter_base=_read_json(folder / "base_model.json"),
         tokenizer_report=_read_tokenizer_report(folder, arguments),
         samples=_read_samples(folder / "samples.txt"),
     )

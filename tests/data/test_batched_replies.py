@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hfllm
-from hfllm.data.answers import answer, exact_match, stop_at_turns
+from hfllm.data.answers import Reply, answer, exact_match, stop_at_turns
 from hfllm.data.conversations import Conversation, pair
 from tests.conftest import make_tiny_config
 
@@ -38,7 +38,8 @@ def test_a_reply_in_a_padded_batch_is_the_reply_alone(name, pad_token, tokenizer
     assert len(set(alone)) > 1
     prompt = tokenizer.apply_chat_template(questions[1].messages[:1], add_generation_prompt=True, return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    assert alone[1] == tokenizer.decode(written, skip_special_tokens=True).strip()
+    has_end = bool({1, 4} & set(written.tolist()))
+    assert alone[1] == Reply(tokenizer.decode(written, skip_special_tokens=True).strip(), has_end)
 
 
 def test_generating_stops_at_the_end_of_a_turn_and_of_a_document(tokenizer):
@@ -50,12 +51,34 @@ def test_generating_stops_at_the_end_of_a_turn_and_of_a_document(tokenizer):
 def test_exact_match_counts_every_reply_once_and_each_kind_by_itself():
     kinds = ["sum", "sum", "list", None]
     questions = [Conversation(pair("Q", " 7 "), "here", kind) for kind in kinds]
-    assert exact_match(questions, ["7", "8", "7", "7."]) == {
+    assert exact_match(questions, [Reply(text, True) for text in ("7", "8", "7", "7.")]) == {
         "test_answers": 4,
+        "test_answers_unfinished": 0,
+        "test_answers_empty": 0,
         "test_exact_match": 0.5,
         "test_exact_match_list": 1,
         "test_exact_match_sum": 0.5,
     }
+
+
+def test_replies_without_an_end_and_empty_ones_are_counted():
+    questions = [Conversation(pair("Q", "7"), "here")] * 4
+    numbers = exact_match(questions, [Reply("7", False), Reply("", False), Reply("", True), Reply("7", True)])
+    assert numbers["test_answers_unfinished"] == 2 and numbers["test_answers_empty"] == 1
+    assert numbers["test_exact_match"] == 0.5
+
+
+def test_a_reply_without_an_end_within_its_tokens_says_so(tokenizer):
+    model = MODELS["modern"]().eval()
+    stop_at_turns(model, tokenizer, stop_token_id=4)
+    question = [Conversation(pair("why", "?"), "here")]
+    [cut] = answer(model, tokenizer, question, batch_size=1, max_new_tokens=3)
+    assert not cut.is_finished
+    prompt = tokenizer.apply_chat_template(question[0].messages[:1], add_generation_prompt=True, return_tensors="pt")
+    third = model.generate(**prompt, max_new_tokens=3, do_sample=False)[0, -1].item()
+    model.generation_config.eos_token_id = [1, third]
+    [ended] = answer(model, tokenizer, question, batch_size=1, max_new_tokens=3)
+    assert ended.is_finished
 
 
 def test_training_and_evaluation_leave_the_mode_as_it_was(tokenizer):

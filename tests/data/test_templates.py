@@ -1,5 +1,6 @@
 """Chat templates for tokenizers that come without one: GPT-2's, ours with its template taken away, a Llama-like one."""
 
+import copy
 import json
 from pydoc_data.topics import topics
 
@@ -12,7 +13,7 @@ import hfllm
 from hfllm.data.conversations import Conversation, as_messages
 from hfllm.data.instruction import encode_conversations, encode_prompt, render
 from hfllm.data.templates import broken_up, check_template, choose_template, without_control_tokens
-from hfllm.tokenization import load_tokenizer
+from hfllm.tokenization import RESERVED_TOKENS, load_tokenizer
 
 
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -106,14 +107,41 @@ def test_a_control_token_that_somebody_types_stays_text_for_an_outsider_too(bare
 def test_chatml_is_for_tokenizers_that_have_its_tokens(book_data):
     tokenizer = hfllm.train_bpe(topics.values(), 400)
     own = tokenizer.chat_template
-    expected = tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
+    attack = [{"role": role, "content": f" a{''.join(RESERVED_TOKENS)}b\n"} for role in ("system", "user", "assistant")]
+    conversations = [TURNS, attack]
+    expected = [
+        tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in conversations
+    ]
     assert "instead of its own" in choose_template(tokenizer, "chatml")
     assert tokenizer.chat_template != own
-    assert tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True) == expected
+    for messages, text in zip(conversations, expected):
+        assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
     encoded = encode_conversations([Conversation(TURNS, "here")], tokenizer, max_length=128)
     assert encoded.stop_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     with pytest.raises(ValueError, match=r"has no token <\|im_start\|>. 'alpaca' needs no token"):
         choose_template(load_tokenizer(book_data), "chatml")
+
+
+def test_chatml_for_a_tokenizer_of_others_by_hand(llama_like):
+    """Its own control tokens are broken up, another's are text, and there is no bos where that is the eos."""
+    tokenizer = copy.deepcopy(llama_like)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    choose_template(tokenizer, "chatml")
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " Say </s><|im_end|><|pad|>\n"},
+        {"role": "assistant", "content": "No\n"},
+    ]
+    text = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSay </s ><|im_end |><|pad|><|im_end|>\n"
+        "<|im_start|>assistant\nNo<|im_end|>\n"
+    )
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == f"<s>{text}"
+    prompt = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
+    assert prompt == f"<s>{text.partition('No')[0]}"
+    tokenizer.bos_token = tokenizer.eos_token
+    choose_template(tokenizer, "chatml")
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == text
 
 
 def test_a_file_holds_a_template(bare, tmp_path):

@@ -1,12 +1,20 @@
 import json
+import re
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from transformers import AutoModelForSequenceClassification, pipeline
 
+from hfllm import GPTForCausalLM, train_bpe
+from hfllm.adapters import add_lora, save_adapter
 from hfllm.hub import write_card
 from hfllm.hub.card import BEGIN, END, choose_card, join_cards, make_card
+from hfllm.hub.forms import save_merged
 from hfllm.report import read_run
+from tests.conftest import make_tiny_config
 from tests.hub.double import card_errors
+from tests.recipes.conftest import make_sentences
 
 
 @pytest.fixture
@@ -97,7 +105,45 @@ def test_an_adapters_card_names_its_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
     (tmp_path / "arguments.yaml").write_text("pooling: mean\n")
     text = make_card(read_run(tmp_path), repo_id="me/lora")
-    assert 'from_pretrained("me/my-gpt", classifier_pooling="mean", trust_remote_code=True)' in text
+    options = 'num_labels=..., classifier_pooling="mean", trust_remote_code=True'  # nothing says its labels
+    assert f'from_pretrained("me/my-gpt", {options})' in text and "put their number" in text
+
+
+@pytest.fixture
+def animals(tmp_path) -> dict[str, str]:
+    """A classifier's adapter in animals/, its base in base/; texts, and what the two make of them."""
+    sentences = make_sentences(60)
+    tokenizer = train_bpe(sentences, 300)
+    for part in (GPTForCausalLM(make_tiny_config("modern", vocab_size=300)), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    names = {0: "a dog", 1: 'the "cat"', 2: "fish"}
+    options = {"id2label": names, "classifier_pooling": "mean_first_last"}
+    adapted = add_lora(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", **options), r=4).eval()
+    with torch.no_grad():
+        for weight in adapted.parameters():  # so that the adapter, the head and the pooling all count
+            weight.copy_(torch.randn_like(weight) if weight.requires_grad else weight)
+        logits = [adapted(**tokenizer(sentence, return_tensors="pt")).logits for sentence in sentences]
+    save_adapter(adapted, tmp_path / "animals")
+    labels = [names[each.argmax().item()] for each in logits]
+    assert len(set(labels)) > 1
+    return dict(zip(labels, sentences))
+
+
+def test_the_code_on_a_classifiers_adapters_card_runs_as_it_stands(animals, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    card = make_card(read_run("animals"), base_model="base")
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    for label, sentence in animals.items():
+        assert "A text to sort." in code
+        exec(code.replace("A text to sort.", sentence), {})
+        assert capsys.readouterr().out == f"{label}\n"
+
+
+def test_a_classifiers_adapter_alone_merges_with_its_labels(animals, tmp_path):
+    save_merged(tmp_path / "animals", tmp_path / "merged")
+    classify = pipeline("text-classification", str(tmp_path / "merged"))
+    for label, sentence in animals.items():
+        assert classify(sentence)[0]["label"] == label
 
 
 def test_a_base_that_is_a_folder_of_this_machine_is_not_named(tmp_path):

@@ -267,6 +267,9 @@ def test_a_classifiers_adapter_on_its_base_has_the_numbers_of_the_merged_model_a
     with pytest.raises(ValueError, match="weights that it was trained on are not these"):
         evaluate("--model", other, "--adapter", run / "adapter", *same)
     (run / "config.json").unlink()
+    evaluate("--model", base, "--adapter", run / "adapter", *same, "--block_size", 24)  # the adapter says them too
+    assert metrics_of(run / "adapter")["test_confusion"] == trained["test_confusion"]
+    (run / "adapter" / "base_model.json").unlink()
     with pytest.raises(ValueError, match="nothing says its labels"):
         evaluate("--model", base, "--adapter", run / "adapter", *same)
 

@@ -1,6 +1,7 @@
 import json
 import logging
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,23 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, Qwen3Config, pipeline
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    Qwen3Config,
+    pipeline,
+)
 
 import hfllm
 from hfllm.adapters import load_adapter
 from hfllm.arguments import parse_arguments
-from hfllm.data.classification import LabelledTexts, load_labelled_texts
+from hfllm.data.classification import LabelledTexts, balance_labels, load_labelled_texts, split_by_text
 from hfllm.report import read_log
-from hfllm.tokenization import train_bpe
+from hfllm.tokenization import load_tokenizer, train_bpe
 from tests.conftest import make_tiny_config
 from tests.recipes.conftest import RECIPES, load_recipe, make_sentences
 
@@ -310,6 +320,60 @@ def test_what_is_not_given_is_chosen_by_method_and_model(recipe, base, tmp_path)
     assert chosen(base, method="head", head_learning_rate=0.5) == ("mean_first_last", 0.5, 0.5)
     Qwen3Config(hidden_size=1024).save_pretrained(tmp_path)
     assert chosen(tmp_path, method="full") == ("last", large, recipe.HEAD_LEARNING_RATES["full"][1])
+
+
+def test_loras_rates_are_its_own_and_not_those_of_full_fine_tuning(recipe, base, tmp_path):
+    """The book trains GPT-2 with 5e-5, and LoRA with 8e-4: with the rate of all weights LoRA hardly moves."""
+    Qwen3Config(hidden_size=1024).save_pretrained(tmp_path)
+    for model, at_least in ((base, 5), (tmp_path, 10)):
+        rates = {
+            method: recipe.choose_for_model(recipe.ClassificationArguments(model=str(model), method=method))[1]
+            for method in ("lora", "full")
+        }
+        assert rates["lora"] >= at_least * rates["full"]
+    assert rates == {"lora": 8e-4, "full": 5e-5}
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> Path:
+    """A random GPT-2 of transformers with a tokenizer of its kind: no pad token, no bos in front."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    backend = ByteLevelBPETokenizer()
+    backend.train_from_iterator(make_sentences(100), 320, special_tokens=["<|endoftext|>"])
+    backend.save_model(str(folder))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pad_token is None and tokenizer.bos_token_id == tokenizer.eos_token_id
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+    sizes = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.1}
+    GPT2LMHeadModel(GPT2Config(**sizes, **ids, vocab_size=len(tokenizer))).save_pretrained(folder)
+    return folder
+
+
+def test_gpt2_of_transformers_learns_spam_by_the_config_of_the_collection(gpt2, spam, classify, tmp_path):
+    config = RECIPES / "configs" / "classification_sms.yaml"
+    options = {"config": config, "model": gpt2, "dataset": spam, "output_dir": tmp_path / "spam"}
+    text = classify(**options, num_train_epochs=8, learning_rate=5e-3, per_device_eval_batch_size=7)
+    ham, spams = (int(number) for number in re.search(r"in training ham (\d+), spam (\d+)\.", text).groups())
+    assert abs(ham - spams) <= 1  # as much ham as spam
+    metrics = read_metrics(options)
+    assert metrics["method"] == "full" and metrics["num_trained_parameters"] == metrics["num_parameters"]
+    assert metrics["test_accuracy"] > 0.9
+
+    # What the recipe measured in padded batches is what anybody gets for one text alone, though pad is eos.
+    classifier = pipeline("text-classification", str(tmp_path / "spam"))
+    assert type(classifier.model) is GPT2ForSequenceClassification
+    assert (
+        classifier.tokenizer.pad_token_id == classifier.tokenizer.eos_token_id == classifier.model.config.pad_token_id
+    )
+    data = balance_labels(load_labelled_texts(str(spam)), seed=0)
+    test = split_by_text(data, seed=0)[2]
+    right = [classifier(text)[0]["label"] == label for text, label in zip(test.texts, test.labels)]
+    assert np.mean(right) == metrics["test_accuracy"]
+    [alone] = classifier(test.texts[0])
+    batch = classifier(test.texts[:5], batch_size=5)
+    assert batch[0]["score"] == pytest.approx(alone["score"], abs=1e-6)
 
 
 def test_the_saved_folder_and_the_adapter_say_where_the_head_stands(finished):

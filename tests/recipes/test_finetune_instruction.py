@@ -132,7 +132,9 @@ def test_before_training_it_shows_what_is_learned_and_afterwards_what_changed(tu
     output_dir, metrics, printed = tuned
     assert "<|im_start|>assistant\n>>Good " in printed
     assert "are learned (" in printed and "0.0% empty" not in printed
-    assert "Exact match on 5 test questions, none of which was in training: 100.0%" in printed
+    assert "Exact match on 5 of 5 test questions, none of which was in training: 100.0%. " in printed
+    assert f"{metrics['test_answers_unfinished']} replies had no end after --max_new_tokens 8, 0 were empty" in printed
+    assert metrics["test_answers_unfinished"] == 4  # "Good night" is as many tokens of this tokenizer, without its end
     assert "response token (prompts do not count)" in printed
     samples = (output_dir / "samples.txt").read_text()
     assert samples.count("before:") == samples.count("after:    Good") == 4
@@ -230,6 +232,15 @@ def test_all_weights_can_be_trained(options):
     assert metrics["num_trained_parameters"] == metrics["num_parameters"]
     assert not (options["output_dir"] / "adapter").exists()
     assert metrics["eval_loss"] < metrics["eval_loss_before"]
+
+
+def test_loras_rate_is_its_own_and_not_that_of_full_fine_tuning(options):
+    """The book trains all weights with 5e-5, and LoRA with up to 8e-4: with the rate of all weights it hardly moves."""
+    del options["learning_rate"]
+    for method, rate in (("lora", 5e-4), ("full", 5e-5)):
+        folder = options["output_dir"] / method
+        run(**{**options, "output_dir": folder, "method": method, "max_steps": 1, "lr_scheduler_type": "constant"})
+        assert [line["learning_rate"] for line in log_of(folder) if "learning_rate" in line] == [rate]
 
 
 def test_gradient_checkpointing_learns_through_frozen_embeddings(options):
