@@ -27,7 +27,7 @@ AT_LEAST_ONE = {
     *("max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_new_tokens", "max_answers"),
     *("depth", "max_train_tokens", "lora_r", "stride", "limit", "num_steps", "num_prompt_tokens", "num_new_tokens"),
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_bytes"),
-    *("scaling_depths", "scaling_contexts"),
+    *("scaling_depths", "scaling_contexts", "max_turns"),
 }
 ABOVE_ZERO = {
     *("num_train_epochs", "max_train_minutes", "adam_epsilon", "lora_alpha", "beta", "skip_spikes"),

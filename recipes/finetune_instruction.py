@@ -57,7 +57,13 @@ from transformers.utils import logging as transformers_logging
 from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
 from hfllm.arguments import check_numbers, check_recipe, run, save_arguments
 from hfllm.data.answers import Reply, answer, exact_match, last_response, stop_at_turns
-from hfllm.data.conversations import Conversation, further_questions, load_conversations, split_conversations
+from hfllm.data.conversations import (
+    Conversation,
+    further_questions,
+    join_turns,
+    load_conversations,
+    split_conversations,
+)
 from hfllm.data.instruction import (
     ConversationRows,
     check_packing,
@@ -90,6 +96,11 @@ class InstructionArguments:
     split: str = HfArg(default="train", help="Split of the Hub dataset.")
     num_further_questions: int = HfArg(
         default=0, help="Expressions of stdlib to train on beside its 12,000; none that is held back."
+    )
+    max_turns: int = HfArg(
+        default=1,
+        help="Join the training questions at random into conversations of 1 to so many turns, each question once, so "
+        "that the model is not lost in the second turn of a chat.",
     )
     column_map: list[str] | None = HfArg(default=None, help="Columns to rename, e.g. question=prompt answer=response")
     on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with rows that are none.")
@@ -267,6 +278,11 @@ def main(args: InstructionArguments) -> None:
         if args.check_answers if args.check_answers is not None else args.dataset == "stdlib":
             checked = questions[: args.max_answers]
             metrics |= {"test_questions": len(questions), **exact_match(checked, replies_to(checked))}
+            if args.max_turns > 1 and args.dataset == "stdlib":
+                # The same questions in a chat that goes on: each after another one and its right answer.
+                later = [follow_up(before, question) for before, question in zip([checked[-1], *checked], checked)]
+                in_chat = exact_match(later, replies_to(later))
+                metrics["test_exact_match_second_turn"] = in_chat["test_exact_match"]
         after = replies_to(samples)
 
         # 7. The model as everybody's tools open it: LoRA merged into the weights, and beside it the adapter alone
@@ -276,7 +292,7 @@ def main(args: InstructionArguments) -> None:
             write_samples(output_dir / "samples.txt", samples, before, after)
             (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
             write_page_and_card(output_dir)
-            report(args, metrics, output_dir)
+            report(args, metrics, output_dir, pick_example(samples, after))
         trainer.accelerator.end_training()
 
 
@@ -317,6 +333,8 @@ def load_data(
         further = further_questions(args.num_further_questions, seed=args.seed, held_back=known)
         sides = (sides[0] + further, *sides[1:])
         description += f"; {len(further):,} further expressions to train on"
+    if args.max_turns > 1:
+        sides = (join_turns(sides[0], max_turns=args.max_turns, seed=args.seed), *sides[1:])
     return sides, description
 
 
@@ -402,6 +420,10 @@ def pick_samples(questions: list[Conversation], number: int) -> list[Conversatio
     return [questions[position] for _, position in sorted(order)[:number]]
 
 
+def follow_up(before: Conversation, question: Conversation) -> Conversation:
+    return dataclasses.replace(question, messages=[*before.messages, *question.messages])
+
+
 def describe(
     args: InstructionArguments,
     description: str,
@@ -473,14 +495,24 @@ def write_samples(path: Path, samples: list[Conversation], before: list[Reply], 
     print("\n" + "\n".join(parts))
 
 
-def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path) -> None:
+def pick_example(samples: list[Conversation], replies: list[Reply]) -> str | None:
+    """The first line of a question that was answered as it should be, or else of any."""
+    right, wrong = [], []
+    for question, reply in zip(samples, replies):
+        last = last_response(question)
+        is_right = reply.text == question.messages[last]["content"].strip()
+        (right if is_right else wrong).append(question.messages[last - 1]["content"].split("\n")[0][:200])
+    return next(iter(right + wrong), None)
+
+
+def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path, example: str | None) -> None:
     exact = ""
     if "test_exact_match" in metrics:
         kinds = ", ".join(
             f"{name.removeprefix('test_exact_match_')} {value:.1%}"
             for name, value in metrics.items()
             if name.startswith("test_exact_match_")
-        )
+        ).replace("second_turn", "all kinds as the second turn of a chat")
         exact = (
             f"Exact match on {metrics['test_answers']:,} of {metrics['test_questions']:,} test questions, none of "
             f"which was in training: {metrics['test_exact_match']:.1%}{f' ({kinds})' if kinds else ''}. "
@@ -499,6 +531,8 @@ def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path
         f"{output_dir}/report.html         the run's page, to open in a browser\n\n"
         f"Next, talk to it:\n    python recipes/chat.py --model {shlex.quote(str(output_dir))}"
     )
+    if example:
+        print(f"It knows the kind of question that it was taught, for example:\n    {example}")
 
 
 if __name__ == "__main__":

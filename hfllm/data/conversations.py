@@ -1,11 +1,12 @@
 """Dataset name -> conversations: rows of several published forms, recognised by their columns, checked, and split."""
 
 import csv
+import itertools
 import json
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,26 @@ def further_questions(number: int, *, seed: int, held_back: Iterable[Conversatio
         Conversation(pair(each.question, each.answer), f"further question {number:,}", each.kind)
         for number, each in enumerate(questions, start=1)
     ]
+
+
+def join_turns(rows: list[Conversation], *, max_turns: int, seed: int) -> list[Conversation]:
+    """Each row once, one of 1 to `max_turns` in a conversation, all these lengths alike often, in a random order.
+
+    A model that has only seen conversations of one turn is lost in the second turn of a chat. Rows with a system
+    message or with turns of their own stay as they are.
+    """
+    if max_turns < 1:
+        raise ValueError(f"max_turns={max_turns}: a conversation has at least one turn.")
+    draw = random.Random(f"turns {seed}")
+    is_single = {id(row): [message["role"] for message in row.messages] == ["user", "assistant"] for row in rows}
+    single = [row for row in rows if is_single[id(row)]]
+    joined = [row for row in rows if not is_single[id(row)]]
+    draw.shuffle(single)
+    remaining = iter(single)
+    while turns := list(itertools.islice(remaining, draw.randint(1, max_turns))):
+        joined.append(replace(turns[0], messages=[message for turn in turns for message in turn.messages]))
+    draw.shuffle(joined)
+    return joined
 
 
 def read_records_of(

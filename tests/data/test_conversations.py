@@ -2,12 +2,20 @@
 
 import json
 import re
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hfllm.data.conversations import as_messages, load_conversations, pair, split_conversations
+from hfllm.data.conversations import (
+    Conversation,
+    as_messages,
+    join_turns,
+    load_conversations,
+    pair,
+    split_conversations,
+)
 
 
 ONE_TURN = pair("Add 1 and 2", "3")
@@ -123,3 +131,26 @@ def test_too_few_prompts_to_split_is_an_error():
     row = load_conversations("stdlib").rows[0]
     with pytest.raises(ValueError, match="1 different prompts are too few"):
         split_conversations([row] * 10, validation_fraction=0.1, test_fraction=0.1, seed=0)
+
+
+def test_joined_turns_have_each_question_once_with_its_answer():
+    rows = [Conversation(pair(f"q{number}", f"a{number}"), "here", "sum") for number in range(400)]
+    system = Conversation([{"role": "system", "content": "S"}, *pair("q", "a")], "here")
+    long = Conversation([*pair("1", "2"), *pair("3", "4")], "here")
+    joined = join_turns([*rows, system, long], max_turns=4, seed=1)
+    assert system in joined and long in joined
+    turns = [row.messages for row in joined if row not in (system, long)]
+    for messages in turns:
+        for at in range(0, len(messages), 2):
+            number = messages[at]["content"].removeprefix("q")
+            assert messages[at : at + 2] == pair(f"q{number}", f"a{number}")
+    asked = [message["content"] for each in turns for message in each[::2]]
+    assert sorted(asked) == sorted(row.messages[0]["content"] for row in rows) and asked != sorted(asked)
+    counts = Counter(len(each) // 2 for each in turns)
+    assert set(counts) == {1, 2, 3, 4} and min(counts.values()) > 20
+    assert (
+        join_turns(rows, max_turns=4, seed=1)
+        == join_turns(rows, max_turns=4, seed=1)
+        != join_turns(rows, max_turns=4, seed=2)
+    )
+    assert sorted(join_turns(rows, max_turns=1, seed=1), key=str) == sorted(rows, key=str)

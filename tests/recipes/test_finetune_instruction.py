@@ -136,6 +136,7 @@ def test_before_training_it_shows_what_is_learned_and_afterwards_what_changed(tu
     assert f"{metrics['test_answers_unfinished']} replies had no end after --max_new_tokens 8, 0 were empty" in printed
     assert metrics["test_answers_unfinished"] == 4  # "Good night" is as many tokens of this tokenizer, without its end
     assert "response token (prompts do not count)" in printed
+    assert "It knows the kind of question that it was taught, for example:\n    Greet " in printed
     samples = (output_dir / "samples.txt").read_text()
     assert samples.count("before:") == samples.count("after:    Good") == 4
     assert metrics["train_padding_share"] < 0.1
@@ -222,6 +223,10 @@ def test_further_questions_change_neither_validation_nor_test_and_are_none_of_th
     words.append("--num_further_questions=3000")
     (many, *still_held_back), description = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
     assert held_back == still_held_back and many[: len(few)] == few
+    words.append("--max_turns=4")
+    (joined, *held_back_still), _ = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
+    assert held_back == held_back_still and len(joined) < len(many) / 2
+    assert sum(len(row.messages) for row in joined) == sum(len(row.messages) for row in many)
     assert len(many) == len(few) + 3000 and "3,000 further expressions" in description
     keys = [{prompt_key(conversation) for conversation in side} for side in (many, *held_back)]
     assert len(keys[0]) == len(many) and not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
@@ -332,6 +337,8 @@ def test_what_cannot_be_is_said_at_the_door(options, base_model, tmp_path):
         run(**options, optimizer="muon")
     with pytest.raises(ValueError, match="--num_further_questions: only --dataset stdlib"):
         run(**options, num_further_questions=9)
+    with pytest.raises(ValueError, match="--max_turns 0: give at least 1"):
+        run(**options, max_turns=0)
 
 
 @pytest.mark.parametrize("config", sorted((RECIPES / "configs").glob("instruction_*.yaml")), ids=lambda path: path.stem)
