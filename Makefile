@@ -81,7 +81,7 @@ demo: install  ## Train a tokenizer and a small model on Python's own library, t
 	@echo "or train one on your own text:"
 	@echo "    python recipes/train_tokenizer.py --dataset my.txt --output_dir out/my-tokenizer"
 	@echo "    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\"
-	@echo "        --config recipes/configs/pretrain_demo.yaml --dataset my.txt --tokenizer out/my-tokenizer --output_dir out/mine"
+	@echo "        --max_train_minutes 5 --dataset my.txt --tokenizer out/my-tokenizer --output_dir out/mine"
 	@echo "or talk to it:"
 	@echo "    python recipes/chat.py --model out/chat"
 

@@ -170,7 +170,10 @@ class InstructionArguments:
         if self.num_further_questions and self.dataset != "stdlib":
             raise ValueError("--num_further_questions: only --dataset stdlib can draw more of them.")
         if self.optimizer == "muon" and self.method != "full":
-            raise ValueError("--optimizer muon: it is for whole weight matrices, so for --method full.")
+            raise ValueError(
+                "--optimizer muon is for whole weight matrices, so for --method full. With --method lora, give "
+                "--optimizer adamw."
+            )
         if self.adam_learning_rate is not None and self.optimizer != "muon":
             raise ValueError("--adam_learning_rate: only --optimizer muon has a second learning rate.")
 

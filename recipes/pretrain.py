@@ -13,12 +13,12 @@ On your own text, with a model and a run sized for half an hour on this machine 
 On your own text, on one GPU:
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/pretrain.py \\
-        --config recipes/configs/pretrain_demo.yaml --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
+        --max_train_minutes 60 --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
 
 On the GPUs of one machine, each with the whole model (`ddp.yaml`) or each with a part of it (`fsdp2.yaml`):
 
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 recipes/pretrain.py \\
-        --config recipes/configs/pretrain_demo.yaml --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
+        --max_train_minutes 60 --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
 
 The same command again goes on where the run was interrupted. `--help` explains every option; how many devices, how they
 share the work and in which precision is the accelerate file's business alone.

@@ -84,9 +84,9 @@ TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "arguments.yaml", REPORT_FILE),
 }
-# What pretrain_demo.yaml says already, so that the command printed at the end need not.
-PRETRAIN_DEMO = {"dataset": "stdlib", "dataset_config": None, "split": "train", "text_column": "text"}
-PRETRAIN_DEMO |= {"on_bad_record": "error", "validation_fraction": 0.02}
+# What the command printed at the end names of the text; pretrain.py has the same options with the same defaults.
+TEXT_ARGUMENTS = ("dataset", "dataset_config", "split", "text_column", "on_bad_record", "validation_fraction")
+PRETRAIN_DEMO = {"dataset": "stdlib", "validation_fraction": 0.02}  # as pretrain_demo.yaml says already
 MEASURED_BYTES = 20_000_000  # of held-out text: enough for three digits, and seconds rather than minutes
 
 
@@ -160,8 +160,8 @@ def main(args: TokenizerArguments) -> None:
 
 Next, pretrain a model on it:
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
-        --config recipes/configs/pretrain_demo.yaml {describe_dataset(args)}--tokenizer {shlex.quote(args.output_dir)} \
---output_dir out/demo"""
+        {pretrain_options(args)} --tokenizer {shlex.quote(args.output_dir)} \
+--output_dir {"out/demo" if args.dataset == "stdlib" else "out/mine"}"""
     )
 
 
@@ -248,10 +248,13 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     beside.replace(folder / REPORT_FILE)
 
 
-def describe_dataset(args: TokenizerArguments) -> str:
-    """The options that name the text and what is held back of it, where pretrain_demo.yaml says something else."""
-    given = [name for name, value in PRETRAIN_DEMO.items() if getattr(args, name) != value]
-    return "".join(f"--{name} {shlex.quote(str(getattr(args, name)))} " for name in given)
+def pretrain_options(args: TokenizerArguments) -> str:
+    """The demo's configuration or, for another text, minutes to size a run for; and what does not follow from that."""
+    known, size = vars(TokenizerArguments()), "--max_train_minutes 5"
+    if args.dataset == "stdlib":
+        known, size = known | PRETRAIN_DEMO, "--config recipes/configs/pretrain_demo.yaml"
+    given = [name for name in TEXT_ARGUMENTS if getattr(args, name) != known[name]]
+    return " ".join([size, *(f"--{name} {shlex.quote(str(getattr(args, name)))}" for name in given)])
 
 
 if __name__ == "__main__":

@@ -333,7 +333,7 @@ def test_what_cannot_be_is_said_at_the_door(options, base_model, tmp_path):
         run(**{**options, "column_map": "question"})
     with pytest.raises(ValueError, match="test_fraction"):
         run(**{**options, "test_fraction": 0})
-    with pytest.raises(ValueError, match="--optimizer muon: it is for whole weight matrices"):
+    with pytest.raises(ValueError, match="--optimizer muon is for whole weight matrices"):
         run(**options, optimizer="muon")
     with pytest.raises(ValueError, match="--num_further_questions: only --dataset stdlib"):
         run(**options, num_further_questions=9)

@@ -153,7 +153,22 @@ def test_the_demo_configuration_fits_the_recipe_and_the_next_chapter():
     next_chapter = yaml.safe_load((RECIPES / "configs/pretrain_demo.yaml").read_text())
     for name in ("dataset", "validation_fraction"):
         assert getattr(arguments, name) == next_chapter[name] == recipe.PRETRAIN_DEMO[name]
-    assert recipe.describe_dataset(arguments) == ""
+    assert recipe.pretrain_options(arguments) == "--config recipes/configs/pretrain_demo.yaml"
+
+
+def test_the_command_at_the_end_sizes_a_run_on_another_text_by_time_and_names_what_pretraining_would_not_assume():
+    arguments = recipe.TokenizerArguments(dataset="my text.txt", text_column="body")
+    assert recipe.pretrain_options(arguments) == "--max_train_minutes 5 --dataset 'my text.txt' --text_column body"
+    arguments = recipe.TokenizerArguments(validation_fraction=0.1)
+    demo = "--config recipes/configs/pretrain_demo.yaml"
+    assert recipe.pretrain_options(arguments) == f"{demo} --validation_fraction 0.1"
+
+    specification = importlib.util.spec_from_file_location("pretrain", RECIPES / "pretrain.py")
+    pretrain = importlib.util.module_from_spec(specification)
+    sys.modules["pretrain"] = pretrain
+    specification.loader.exec_module(pretrain)
+    for name in recipe.TEXT_ARGUMENTS:
+        assert getattr(recipe.TokenizerArguments, name) == getattr(pretrain.PretrainArguments, name)
 
 
 def test_a_mistake_on_the_command_line_is_answered_without_a_traceback(tmp_path):
