@@ -37,7 +37,7 @@ AT_LEAST_ZERO = {
     *("warmup_steps", "decay_steps", "weight_decay", "max_grad_norm", "eval_train_rows", "sample_tokens"),
     *("num_samples", "num_further_questions"),
 }
-BELOW_ONE = {"adam_beta1", "adam_beta2", "muon_momentum", "lora_dropout"}
+BELOW_ONE = {"adam_beta1", "adam_beta2", "muon_momentum", "lora_dropout", "label_smoothing_factor"}
 SEEDS = {"seed", "split_seed"}  # numpy takes 32 bits
 
 # What the system says of a file that was asked for, or of the disk: the user's matter, whoever opened the file.

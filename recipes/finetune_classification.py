@@ -152,6 +152,7 @@ class ClassificationArguments:
     lr_scheduler_type: Course = HfArg(default="linear", help="Course of the learning rate after warm-up.")
     warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
     weight_decay: float = HfArg(default=0.1, help="Decoupled decay of the matrices.")
+    label_smoothing_factor: float = HfArg(default=0.0, help="Share of the target that all labels have, in training.")
     train_sampling_strategy: Literal["group_by_length", "random"] = HfArg(
         default="group_by_length", help="Batches of about equal lengths, or as chance has it."
     )

@@ -189,8 +189,15 @@ def make_trainer(model, tmp_path, **options) -> ClassifierTrainer:
     return ClassifierTrainer(model, arguments, collate, dataset, dataset, head_learning_rate=1e-2)
 
 
-@pytest.mark.parametrize("model_class", [hfllm.GPTForSequenceClassification, GPT2ForSequenceClassification])
-def test_a_step_is_the_same_in_one_forward_pass_as_in_several(model_class, tmp_path):
+@pytest.mark.parametrize(
+    "model_class, smoothing",
+    [
+        (hfllm.GPTForSequenceClassification, 0.0),
+        (hfllm.GPTForSequenceClassification, 0.1),
+        (GPT2ForSequenceClassification, 0.0),
+    ],
+)
+def test_a_step_is_the_same_in_one_forward_pass_as_in_several(model_class, smoothing, tmp_path):
     """Trainer alone would take the model's **kwargs for a promise to divide by the accumulation, and add up means."""
     weights, losses = [], []
     for rows, accumulation in ((8, 1), (2, 4)):
@@ -202,6 +209,7 @@ def test_a_step_is_the_same_in_one_forward_pass_as_in_several(model_class, tmp_p
         else:
             config = make_tiny_config("modern", num_labels=3, classifier_pooling="mean")
         options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+        options["label_smoothing_factor"] = smoothing
         trainer = make_trainer(model_class(config), tmp_path, **options, logging_steps=1)
         trainer.train()
         weights.append({name: weight.clone() for name, weight in trainer.model.named_parameters()})
@@ -211,14 +219,20 @@ def test_a_step_is_the_same_in_one_forward_pass_as_in_several(model_class, tmp_p
         torch.testing.assert_close(weight, weights[1][name], atol=2e-5, rtol=1e-3)
 
 
-def test_the_evaluations_loss_is_the_mean_over_the_texts_whatever_the_batches(tmp_path):
+def test_the_evaluations_loss_is_the_mean_over_the_texts_whatever_the_batches_and_smoothing(tmp_path):
     model = hfllm.GPTForSequenceClassification(make_tiny_config("book", num_labels=3)).eval()
     losses = []
-    for rows in (1, 16):
-        trainer = make_trainer(model, tmp_path, per_device_eval_batch_size=rows)
+    for rows, smoothing in ((1, 0.0), (16, 0.0), (16, 0.1)):
+        options = {"per_device_eval_batch_size": rows, "label_smoothing_factor": smoothing}
+        trainer = make_trainer(model, tmp_path, **options)
+        trainer.compute_metrics = lambda prediction: {}  # so that it keeps the logits, as in the recipe
         losses.append(trainer.evaluate()["eval_loss"])
     batch = trainer.data_collator([trainer.eval_dataset[row] for row in range(35)])
-    assert losses == pytest.approx([model(**batch).loss.item()] * 2, rel=1e-5)
+    assert losses == pytest.approx([model(**batch).loss.item()] * 3, rel=1e-5)
+
+    smoothed = trainer.compute_loss(model, dict(batch)).item()
+    expected = torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"], label_smoothing=0.1)
+    assert smoothed == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_head_and_trained_embeddings_take_steps_of_their_own(tmp_path):
