@@ -143,6 +143,22 @@ def is_plain_float32(*tensors: torch.Tensor) -> bool:
     )
 
 
+def is_half_product(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether autocast on a CPU has put out the states, in bfloat16, of a layer whose weight is float32: it trains."""
+    return hidden_states.dtype == torch.bfloat16 and torch.is_grad_enabled() and is_plain_float32(weight)
+
+
+def round_once(hidden_states: torch.Tensor) -> torch.Tensor:
+    """The states in autocast's dtype, for the several products that take them.
+
+    Each product would cast them again, and its gradient back: three passes over memory each way instead of one.
+    """
+    device_type = hidden_states.device.type
+    if hidden_states.dtype != torch.float32 or not torch.is_autocast_enabled(device_type):
+        return hidden_states
+    return hidden_states.to(torch.get_autocast_dtype(device_type))
+
+
 def is_decoding(hidden_states: torch.Tensor) -> bool:
     """Whether few values go forward only, as when a token is generated: what counts then is the number of calls.
 
@@ -209,6 +225,8 @@ class GPTRMSNorm(nn.Module):
             if is_decoding(hidden_states):
                 return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
             return RMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)
+        if is_half_product(hidden_states, self.weight):
+            return RMSNormFunction.apply(hidden_states.float(), self.weight, self.variance_epsilon)
         input_dtype = hidden_states.dtype
         hidden_states = hidden_states.to(torch.float32)
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
@@ -238,6 +256,7 @@ class GPTMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.gated:
+            hidden_states = round_once(hidden_states)
             hidden_states = self.act_fn(project(self.gate_proj, hidden_states)) * project(self.up_proj, hidden_states)
         else:
             hidden_states = self.act_fn(project(self.up_proj, hidden_states))
@@ -362,7 +381,8 @@ def whole_scores_attention(
         attention_mask = torch.zeros_like(attention_mask, dtype=dtype).masked_fill_(~attention_mask, lowest)
     bias = attention_mask.to(dtype).expand(batch_size, num_heads, length, length).flatten(0, 1)
     query, key, value = (
-        states.to(dtype).flatten(0, 1) for states in (query, repeat_kv(key, num_groups), repeat_kv(value, num_groups))
+        states.to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+        for states in (query, repeat_kv(key, num_groups), repeat_kv(value, num_groups))
     )
     with torch.autocast("cpu", enabled=False):
         scores = torch.baddbmm(bias, query, key.mT, alpha=scaling)
@@ -404,6 +424,7 @@ class GPTAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
+        hidden_states = round_once(hidden_states)
 
         # (B, T, C) -> (B, H, T, D) and (B, K, T, D)
         query = self.q_norm(project(self.q_proj, hidden_states).view(head_shape)).transpose(1, 2)

@@ -299,3 +299,42 @@ def test_short_rows_in_bfloat16_get_float32s_loss_and_gradients_up_to_rounding(k
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         model(**inputs)
     assert len(calls) == model.config.num_hidden_layers  # nor without gradients, nor in the rows of a generation
+
+
+def test_the_norm_of_what_autocast_put_out_has_the_formulas_values_and_gradients():
+    norm = modeling_gpt.GPTRMSNorm(16, eps=1e-6)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+    states, grad = torch.randn(2, 5, 16, dtype=torch.bfloat16, requires_grad=True), torch.randn(2, 5, 16)
+    found = norm(states)
+    assert found.dtype == torch.float32
+    found.backward(grad)
+
+    x = states.detach().double().requires_grad_()
+    weight = norm.weight.detach().double().requires_grad_()
+    expected = weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected.backward(grad.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.weight.grad.double(), weight.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states.grad, x.grad.bfloat16(), rtol=1e-2, atol=1e-3)  # the last rounding apart
+
+
+@pytest.mark.parametrize("preset", ["modern", "book"])
+def test_autocast_rounds_what_several_products_take_once(preset):
+    model = hfllm.GPTForCausalLM(make_tiny_config(preset))
+    taken: dict[str, torch.Tensor] = {}
+    layer = model.model.layers[0]
+    for module, names in ((layer.self_attn, ("q_proj", "k_proj", "v_proj")), (layer.mlp, ("gate_proj", "up_proj"))):
+        for name in names:
+            if hasattr(module, name):
+                getattr(module, name).register_forward_pre_hook(
+                    lambda _, inputs, name=name: taken.__setitem__(name, inputs[0])
+                )
+    ids = torch.randint(3, 64, (2, 24))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, use_cache=False)
+    assert taken["q_proj"].dtype == torch.bfloat16 and taken["q_proj"] is taken["k_proj"] is taken["v_proj"]
+    if preset == "modern":
+        assert taken["gate_proj"].dtype == torch.bfloat16 and taken["gate_proj"] is taken["up_proj"]
+    model(ids, use_cache=False)
+    assert taken["q_proj"].dtype == torch.float32
