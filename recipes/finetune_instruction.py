@@ -62,6 +62,7 @@ from hfllm.data.conversations import (
     further_questions,
     join_turns,
     load_conversations,
+    reword_questions,
     split_conversations,
 )
 from hfllm.data.instruction import (
@@ -96,6 +97,9 @@ class InstructionArguments:
     split: str = HfArg(default="train", help="Split of the Hub dataset.")
     num_further_questions: int = HfArg(
         default=0, help="Expressions of stdlib to train on beside its 12,000; none that is held back."
+    )
+    reword_questions: bool = HfArg(
+        default=False, help="Ask half of stdlib's expressions to train on in other words: 3 + 4, What is 3 + 4?"
     )
     max_turns: int = HfArg(
         default=1,
@@ -169,6 +173,8 @@ class InstructionArguments:
                 raise ValueError(f"--{name} {getattr(self, name)}: it is more than 0 and less than 1.")
         if self.num_further_questions and self.dataset != "stdlib":
             raise ValueError("--num_further_questions: only --dataset stdlib can draw more of them.")
+        if self.reword_questions and self.dataset != "stdlib":
+            raise ValueError("--reword_questions: only those of --dataset stdlib are known in other words.")
         if self.optimizer == "muon" and self.method != "full":
             raise ValueError(
                 "--optimizer muon is for whole weight matrices, so for --method full. With --method lora, give "
@@ -281,11 +287,15 @@ def main(args: InstructionArguments) -> None:
         if args.check_answers if args.check_answers is not None else args.dataset == "stdlib":
             checked = questions[: args.max_answers]
             metrics |= {"test_questions": len(questions), **exact_match(checked, replies_to(checked))}
+            # The same questions as people may put them: in other words, or in a chat, each after another question and
+            # its right answer.
+            others = {}
+            if args.reword_questions:
+                others["reworded"] = reword_questions(checked, seed=args.seed)
             if args.max_turns > 1 and args.dataset == "stdlib":
-                # The same questions in a chat that goes on: each after another one and its right answer.
-                later = [follow_up(before, question) for before, question in zip([checked[-1], *checked], checked)]
-                in_chat = exact_match(later, replies_to(later))
-                metrics["test_exact_match_second_turn"] = in_chat["test_exact_match"]
+                others["second_turn"] = list(map(follow_up, [checked[-1], *checked], checked))
+            for name, asked in others.items():
+                metrics[f"test_exact_match_{name}"] = exact_match(asked, replies_to(asked))["test_exact_match"]
         after = replies_to(samples)
 
         # 7. The model as everybody's tools open it: LoRA merged into the weights, and beside it the adapter alone
@@ -336,6 +346,9 @@ def load_data(
         further = further_questions(args.num_further_questions, seed=args.seed, held_back=known)
         sides = (sides[0] + further, *sides[1:])
         description += f"; {len(further):,} further expressions to train on"
+    if args.reword_questions:
+        sides = (reword_questions(sides[0], seed=args.seed), *sides[1:])
+        description += "; expressions to train on are put in several wordings"
     if args.max_turns > 1:
         sides = (join_turns(sides[0], max_turns=args.max_turns, seed=args.seed), *sides[1:])
     return sides, description
@@ -515,7 +528,9 @@ def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path
             f"{name.removeprefix('test_exact_match_')} {value:.1%}"
             for name, value in metrics.items()
             if name.startswith("test_exact_match_")
-        ).replace("second_turn", "all kinds as the second turn of a chat")
+        )
+        kinds = kinds.replace("reworded", "all kinds in other words")
+        kinds = kinds.replace("second_turn", "all kinds as the second turn of a chat")
         exact = (
             f"Exact match on {metrics['test_answers']:,} of {metrics['test_questions']:,} test questions, none of "
             f"which was in training: {metrics['test_exact_match']:.1%}{f' ({kinds})' if kinds else ''}. "

@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .python_questions import describe_questions, further_expressions, python_questions
+from .python_questions import describe_questions, further_expressions, python_questions, reword
 from .records import repeated
 from .sources import files_below, hub_errors_explained, local_paths
 
@@ -100,6 +100,19 @@ def further_questions(number: int, *, seed: int, held_back: Iterable[Conversatio
     return [
         Conversation(pair(each.question, each.answer), f"further question {number:,}", each.kind)
         for number, each in enumerate(questions, start=1)
+    ]
+
+
+def reword_questions(rows: list[Conversation], *, seed: int) -> list[Conversation]:
+    """`stdlib`'s conversations with their questions in other words, as people ask them (`python_questions.reword`).
+
+    A model that has only seen one wording understands no other.
+    """
+    draw = random.Random(f"wordings {seed}")
+    return [
+        replace(row, messages=[{**question, "content": reword(question["content"], draw)}, *others])
+        for row in rows
+        for question, *others in [row.messages]
     ]
 
 

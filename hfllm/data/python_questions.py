@@ -61,6 +61,9 @@ NODES = (
 )
 LARGEST_NUMBER = 10_000
 ASKING = "What does Python print for "
+# How people ask it. The first is that of the questions as they are drawn, half of all.
+WORDINGS = {f"{ASKING}{{}}": 0.5, "{}": 0.2, "What is {}?": 0.2, ">>> {}": 0.1}
+DOUBLE_QUOTED = 0.25  # of the expressions with texts
 # Of further questions. There are some 7,000 different expressions with strings in all, so they are soon used up.
 FURTHER_SHARES = {"arithmetic": 0.25, "string": 0.2, "list": 0.35, "comparison": 0.2}
 MISSES_IN_A_ROW = 1000  # expressions drawn that were drawn before, after which there are no others
@@ -128,6 +131,20 @@ def further_expressions(number: int, *, seed: int, is_known: Callable[[str], boo
                 questions.append(Question(kind, question, evaluate_expression(question.removeprefix(ASKING))))
     draw.shuffle(questions)
     return questions
+
+
+def reword(question: str, draw: random.Random) -> str:
+    """The question of an expression in one of WORDINGS, its texts perhaps in double quotes; any other as it is.
+
+    The answer stays the same: Python prints a text in single quotes, in whichever it was written.
+    """
+    if not question.startswith(ASKING):
+        return question
+    expression = question.removeprefix(ASKING)
+    if draw.random() < DOUBLE_QUOTED:
+        expression = expression.replace("'", '"')
+    [wording] = draw.choices(list(WORDINGS), weights=list(WORDINGS.values()))
+    return wording.format(expression)
 
 
 def _expression_questions(num_expressions: int, draw: random.Random) -> Iterator[Question]:

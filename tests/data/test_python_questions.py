@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -10,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from hfllm.data import python_questions as module
-from hfllm.data.python_questions import evaluate_expression, first_line, further_expressions, python_questions
+from hfllm.data.python_questions import (
+    ASKING,
+    WORDINGS,
+    evaluate_expression,
+    first_line,
+    further_expressions,
+    python_questions,
+    reword,
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +119,21 @@ def test_of_a_kind_that_is_used_up_there_are_no_further_ones(monkeypatch):
     further = further_expressions(100, seed=0, is_known=lambda question: "'a'" in question)
     assert sorted(question.answer for question in further if question.kind == "string") == ["'bb'", "'cc'"]
     assert len(further) == 80 + 2
+
+
+def test_in_other_words_an_expression_has_the_same_answer_and_other_questions_are_as_they_were(questions):
+    draw, wordings, num_quoted = random.Random(0), Counter(), 0
+    for question in questions:
+        reworded = reword(question.question, draw)
+        if not question.question.startswith(ASKING):
+            assert reworded == question.question
+            continue
+        frames = [wording.split("{}") for wording in WORDINGS if wording != "{}"]
+        fitting = [frame for frame in frames if reworded.startswith(frame[0]) and reworded.endswith(frame[1])]
+        [(before, after)] = fitting or [("", "")]
+        expression = reworded.removeprefix(before).removesuffix(after)
+        assert evaluate_expression(expression) == question.answer
+        wordings[f"{before}{{}}{after}"] += 1
+        num_quoted += '"' in expression
+    assert wordings.keys() == WORDINGS.keys() and num_quoted > 20
+    assert wordings.most_common(1)[0][0] == f"{ASKING}{{}}"

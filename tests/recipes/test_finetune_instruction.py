@@ -223,6 +223,10 @@ def test_further_questions_change_neither_validation_nor_test_and_are_none_of_th
     words.append("--num_further_questions=3000")
     (many, *still_held_back), description = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
     assert held_back == still_held_back and many[: len(few)] == few
+    words.append("--reword_questions=true")
+    (reworded, *held_back_too), _ = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
+    assert held_back == held_back_too and reworded != many
+    assert [row.messages[1:] for row in reworded] == [row.messages[1:] for row in many]
     words.append("--max_turns=4")
     (joined, *held_back_still), _ = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
     assert held_back == held_back_still and len(joined) < len(many) / 2
@@ -337,6 +341,8 @@ def test_what_cannot_be_is_said_at_the_door(options, base_model, tmp_path):
         run(**options, optimizer="muon")
     with pytest.raises(ValueError, match="--num_further_questions: only --dataset stdlib"):
         run(**options, num_further_questions=9)
+    with pytest.raises(ValueError, match="--reword_questions: only those of --dataset stdlib"):
+        run(**options, reword_questions=True)
     with pytest.raises(ValueError, match="--max_turns 0: give at least 1"):
         run(**options, max_turns=0)
 
