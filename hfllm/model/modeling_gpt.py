@@ -170,6 +170,7 @@ def is_decoding(hidden_states: torch.Tensor) -> bool:
 
 HAS_MKL = torch.backends.mkl.is_available()
 NUM_WEIGHT_BLOCKS = 8
+SMALLEST_WEIGHT = 2**15  # numbers; of fewer, the reading takes less time than the call, which F.linear does with less
 
 
 def is_one_plain_row(x: torch.Tensor) -> bool:
@@ -193,7 +194,9 @@ def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with the weight cut into blocks of rows (AMD EPYC, AVX2, one thread). The weight is neither copied nor kept, and
     whatever is not a plain nn.Linear (LoRA, quantized, sharded, hooked) is called as it is.
     """
-    if not HAS_MKL or type(linear) is not nn.Linear or not is_one_plain_row(x):
+    if not HAS_MKL or type(linear) is not nn.Linear or linear.weight.numel() < SMALLEST_WEIGHT:
+        return linear(x)
+    if not is_one_plain_row(x):
         return linear(x)
     weight, num_blocks = linear.weight, NUM_WEIGHT_BLOCKS
     is_hooked = linear._forward_pre_hooks or linear._forward_hooks or "forward" in linear.__dict__

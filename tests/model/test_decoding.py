@@ -8,8 +8,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hfllm
-from hfllm.model.modeling_gpt import HAS_MKL, project
+from hfllm.model import modeling_gpt
+from hfllm.model.modeling_gpt import HAS_MKL, SMALLEST_WEIGHT, project
 from tests.conftest import make_tiny_config
+
+
+@pytest.fixture(autouse=True)
+def even_for_small_weights(monkeypatch):
+    monkeypatch.setattr(modeling_gpt, "SMALLEST_WEIGHT", 0)
 
 
 @pytest.fixture(params=[True, False], ids=["bias", "no bias"])
@@ -35,6 +41,15 @@ def test_a_row_is_multiplied_as_by_the_linear_layer_in_the_other_routine(linear,
             project(linear, x), x @ linear.weight.T + (0 if linear.bias is None else linear.bias)
         )
     assert len(num_batched) == (3 if HAS_MKL else 0)
+
+
+@torch.no_grad()
+def test_small_weights_are_left_to_the_linear_layer(num_batched, monkeypatch):
+    monkeypatch.setattr(modeling_gpt, "SMALLEST_WEIGHT", SMALLEST_WEIGHT)
+    project(nn.Linear(128, 128), torch.randn(1, 128))
+    assert not num_batched
+    project(nn.Linear(128, 384), torch.randn(1, 128))
+    assert len(num_batched) == (1 if HAS_MKL else 0)
 
 
 def test_what_is_no_plain_row_or_no_plain_layer_is_called_as_it_is(linear, num_batched):
