@@ -24,7 +24,9 @@ from transformers import (
 
 import hfllm
 from hfllm.arguments import parse_arguments
+from hfllm.data.answers import Reply
 from hfllm.data.conversations import prompt_key
+from hfllm.data.python_questions import python_questions
 from tests.conftest import make_tiny_config
 from tests.recipes.conftest import RECIPES, load_recipe
 
@@ -234,6 +236,27 @@ def test_further_questions_change_neither_validation_nor_test_and_are_none_of_th
     assert len(many) == len(few) + 3000 and "3,000 further expressions" in description
     keys = [{prompt_key(conversation) for conversation in side} for side in (many, *held_back)]
     assert len(keys[0]) == len(many) and not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
+
+
+def test_on_stdlib_questions_are_also_asked_in_other_words_and_as_a_second_turn(options, monkeypatch):
+    questions = [each for each in python_questions(120) if each.kind not in ("docstring", "name")]
+    monkeypatch.setattr("hfllm.data.conversations.python_questions", lambda seed: questions)
+    asked = []
+
+    def reply_rightly_in_other_words(model, tokenizer, prompts, **_):
+        asked.append(prompts)
+        known = [prompt.messages[-2]["content"].startswith("What does Python") for prompt in prompts]
+        return [Reply("?" if each else prompt.messages[-1]["content"], True) for each, prompt in zip(known, prompts)]
+
+    monkeypatch.setattr(recipe, "answer", reply_rightly_in_other_words)
+    few = {"dataset": "stdlib", "test_fraction": 0.3, "max_steps": 1, "num_samples": 1}
+    metrics = run(**{**options, **few}, reword_questions=True, max_turns=2)
+    _, plain, reworded, second, _ = asked
+    assert 0 < len(reworded) < len(plain) == len(second) == metrics["test_answers"]
+    first_words = {prompt.messages[0]["content"] for prompt in plain}
+    assert not first_words & {prompt.messages[0]["content"] for prompt in reworded}
+    assert metrics["test_exact_match_reworded"] > 0.5 and metrics["test_exact_match"] < 0.5
+    assert all(len(prompt.messages) == 4 and prompt.messages[2]["content"] in first_words for prompt in second)
 
 
 def test_all_weights_can_be_trained(options):
