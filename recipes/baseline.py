@@ -22,7 +22,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from hfllm.arguments import check_numbers, run
+from hfllm.cli.arguments import check_numbers, run
 from hfllm.data import load_corpus, split_documents
 
 

@@ -41,7 +41,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-from hfllm.arguments import check_numbers, run
+from hfllm.cli.arguments import check_numbers, run
 from hfllm.data import load_corpus, prepare_rows, rows_of_step, split_documents
 from hfllm.model import GPTConfig, GPTForCausalLM
 from hfllm.report.benchmark import benchmark_table, plot_benchmark, plot_scaling

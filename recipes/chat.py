@@ -46,11 +46,11 @@ from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
 from hfllm.adapters import load_adapter, merge_adapter, tokenizer_source
-from hfllm.arguments import check_numbers, run
+from hfllm.cli.arguments import check_numbers, run
+from hfllm.cli.opening import open_causal_lm
 from hfllm.data.conversations import Messages
 from hfllm.data.instruction import fit_messages
 from hfllm.data.templates import check_template
-from hfllm.model.opening import open_causal_lm
 from hfllm.tokenization import TURN_END_TOKEN, load_tokenizer
 
 

@@ -32,7 +32,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
 from hfllm import GPTForCausalLM, from_native, to_native
-from hfllm.arguments import run
+from hfllm.cli.arguments import run
 from hfllm.conversion import comparison
 from hfllm.conversion.folder import new_folder, save_model, save_tokenizer
 from hfllm.conversion.loading import NATIVE_TYPES, load_causal_lm

@@ -54,8 +54,9 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
 from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
-from hfllm.arguments import check_numbers, check_recipe, run, save_arguments
-from hfllm.data.classification import (
+from hfllm.cli.arguments import check_numbers, check_recipe, run, save_arguments
+from hfllm.cli.opening import check_fit, open_config
+from hfllm.data.labelled_texts import (
     LabelledTexts,
     balance_labels,
     check_labels_known,
@@ -64,22 +65,16 @@ from hfllm.data.classification import (
     load_labelled_texts,
     split_by_text,
 )
-from hfllm.fine_tuning import Course, LogFile, newest_checkpoint, prepare_folder, trackers
+from hfllm.evaluation.classification import describe_scores, score_beside_baselines, score_predictions
+from hfllm.fine_tuning.classification import ClassifierTrainer, freeze_all_but
+from hfllm.fine_tuning.run import Course, LogFile, newest_checkpoint, prepare_folder, trackers
 from hfllm.hub import write_page_and_card
 from hfllm.model import GPTConfig
-from hfllm.model.opening import check_fit, open_config
 from hfllm.report import save_environment
 from hfllm.report.confusion import plot_confusion
+from hfllm.runs.lock import run_lock
 from hfllm.tokenization import load_classifier_tokenizer
-from hfllm.training.classification import (
-    ClassifierTrainer,
-    describe_scores,
-    freeze_all_but,
-    score_beside_baselines,
-    score_predictions,
-)
 from hfllm.training.devices import keep_freed_memory
-from hfllm.training.lock import run_lock
 
 
 # By method, for models of fewer than 512 channels and for larger ones. The first are for the demo's model: `lora` and

@@ -55,8 +55,8 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
 from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
-from hfllm.arguments import check_numbers, check_recipe, run, save_arguments
-from hfllm.data.answers import Reply, answer, exact_match, last_response, stop_at_turns
+from hfllm.cli.arguments import check_numbers, check_recipe, run, save_arguments
+from hfllm.cli.opening import check_fit, open_causal_lm
 from hfllm.data.conversations import (
     Conversation,
     further_questions,
@@ -73,16 +73,16 @@ from hfllm.data.instruction import (
     padding_token_id,
 )
 from hfllm.data.templates import TEMPLATES, check_template, choose_template
-from hfllm.fine_tuning import Course, LogFile, newest_checkpoint, prepare_folder, trackers
+from hfllm.evaluation.replies import Reply, answer, exact_match, last_response, stop_at_turns
+from hfllm.evaluation.rows import score_rows
+from hfllm.fine_tuning.responses import learned_loss, logits_only_at, shift_left
+from hfllm.fine_tuning.run import Course, LogFile, newest_checkpoint, prepare_folder, trackers
 from hfllm.hub import write_page_and_card
-from hfllm.model.opening import check_fit, open_causal_lm
 from hfllm.report import save_environment
+from hfllm.runs.lock import run_lock
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
-from hfllm.training.evaluation import score_rows
-from hfllm.training.lock import run_lock
 from hfllm.training.optimization import build_muon
-from hfllm.training.responses import learned_loss, logits_only_at, shift_left
 
 
 # The book trains all weights with 5e-5 (GPT-2 355M) and LoRA with 5e-5 to 8e-4. Muon's is the demo's model's.

@@ -34,16 +34,16 @@ from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
 from hfllm.adapters import count_parameters, describe_trained, lora_config, merge_adapter, save_adapter
-from hfllm.arguments import check_numbers, check_recipe, run, save_arguments
+from hfllm.cli.arguments import check_numbers, check_recipe, run, save_arguments
+from hfllm.cli.opening import check_fit, open_causal_lm
 from hfllm.data.conversations import load_preferences
 from hfllm.data.templates import check_template, without_control_tokens
-from hfllm.fine_tuning import LogFile, newest_checkpoint, prepare_folder
+from hfllm.fine_tuning.run import LogFile, newest_checkpoint, prepare_folder
 from hfllm.hub import write_page_and_card
-from hfllm.model.opening import check_fit, open_causal_lm
 from hfllm.report import save_environment
+from hfllm.runs.lock import run_lock
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
-from hfllm.training.lock import run_lock
 
 
 @dataclasses.dataclass

@@ -28,8 +28,8 @@ from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
 import hfllm
-from hfllm.arguments import check_numbers, run
-from hfllm.model.opening import open_causal_lm
+from hfllm.cli.arguments import check_numbers, run
+from hfllm.cli.opening import open_causal_lm
 from hfllm.tokenization import load_tokenizer
 
 

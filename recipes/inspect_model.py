@@ -28,8 +28,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
-from hfllm.arguments import run
-from hfllm.model.opening import open_causal_lm
+from hfllm.cli.arguments import run
+from hfllm.cli.opening import open_causal_lm
 from hfllm.report import plot_attention, plot_probabilities
 from hfllm.tokenization import load_tokenizer
 

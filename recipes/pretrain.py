@@ -45,23 +45,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
-from hfllm.arguments import check_numbers, check_recipe, parse_overrides, run, save_arguments
+from hfllm.cli.arguments import check_numbers, check_recipe, parse_overrides, run, save_arguments
+from hfllm.cli.opening import check_fit, open_causal_lm, open_config
 from hfllm.data.inspection import describe_row
 from hfllm.data.packing import Rows
 from hfllm.data.training_text import TrainingText, prepare_text
+from hfllm.evaluation.rows import evaluate_rows, score_rows, time_evaluation
 from hfllm.hub import TrainingPush, write_page_and_card
 from hfllm.model import GPTConfig, GPTForCausalLM
-from hfllm.model.opening import check_fit, open_causal_lm, open_config
-from hfllm.progress import RunLog
-from hfllm.report import plot_curves, read_log, save_environment
+from hfllm.report import plot_curves, save_environment
+from hfllm.runs.folder import claim_folder
+from hfllm.runs.identity import identify
+from hfllm.runs.log import read_log
+from hfllm.runs.processes import on_main_process
+from hfllm.runs.progress import RunLog
+from hfllm.runs.signals import EXIT_CODE, StopRequest
 from hfllm.tokenization import document_encoder, load_tokenizer, tokenizer_fingerprint
-from hfllm.training.checkpoint import save_checkpoint, save_model
-from hfllm.training.devices import clip_gradient, leaving_at_once, on_main_process, start_accelerator
-from hfllm.training.evaluation import evaluate_rows, score_rows, time_evaluation
-from hfllm.training.interruption import EXIT_CODE, StopRequest
+from hfllm.training.checkpoint import describe_start, find_state, save_checkpoint, save_model
+from hfllm.training.devices import clip_gradient, leaving_at_once, start_accelerator
 from hfllm.training.optimization import build_adamw, build_muon, learning_rate_at, scale_learning_rates
 from hfllm.training.rehearsal import Rehearsal, describe_rehearsal, rehearse
-from hfllm.training.run_folder import claim_folder, describe_start, find_state, identify
 from hfllm.training.sampling import draw_sample
 from hfllm.training.sizing import DIALS, Speed, check_dials, choose_sizes, slowest
 from hfllm.training.spikes import SpikeDetector, stop_if_hopeless

@@ -31,7 +31,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
 import hfllm  # noqa: F401  (registers the model with transformers)
-from hfllm.arguments import run
+from hfllm.cli.arguments import run
 from hfllm.hub import check_repo_id, push_to_hub
 from hfllm.hub.contents import check_model_folder
 from hfllm.hub.forms import save_adapter_alone, save_merged, save_native

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from hfllm.arguments import run
+from hfllm.cli.arguments import run
 from hfllm.report import read_run, write_comparison, write_page
 from hfllm.report.page import PAGE_FILE
 

@@ -40,7 +40,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from hfllm.arguments import check_numbers, run, save_arguments
+from hfllm.cli.arguments import check_numbers, run, save_arguments
 from hfllm.data.corpus import count_documents, load_corpus, split_documents
 from hfllm.tokenization import (
     CHAT_TEMPLATE,

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .python_questions import describe_questions, further_expressions, python_questions, reword
-from .records import repeated
+from .readers import repeated
 from .sources import files_below, hub_errors_explained, local_paths
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .cache import cached_dataset
-from .records import Record
+from .readers import Record
 from .sampler import rows_at
 from .sources import find_source
 

@@ -247,7 +247,7 @@ class ConversationRows:
         return batch
 
     def batch(self, indices: np.ndarray, *, count_once: bool = False) -> dict[str, torch.Tensor]:
-        """The rows as `hfllm.training.evaluation` reads them; every target is in one row only, so counted once."""
+        """The rows as `hfllm.evaluation.rows` reads them; every target is in one row only, so counted once."""
         batch = self.collate([self[int(index)] for index in indices])
         labels = batch.pop("labels")
         shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)

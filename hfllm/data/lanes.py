@@ -21,7 +21,7 @@ import numpy as np
 
 from .corpus import cut_into_parts, is_good
 from .packing import Encoder, cut_rows, encode_texts
-from .records import Record
+from .readers import Record
 from .shards import Shard
 
 

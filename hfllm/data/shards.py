@@ -22,7 +22,7 @@ from fsspec.core import url_to_fs
 
 from .cache import cached_dataset
 from .corpus import Corpus, write_documents
-from .records import Record, column_records, lacking, read_records
+from .readers import Record, column_records, lacking, read_records
 from .sampler import rows_at
 from .sources import files_below, hub_errors_explained, local_paths, python_file, stdlib_files
 

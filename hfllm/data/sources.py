@@ -15,7 +15,7 @@ from pathlib import Path
 
 import datasets
 
-from .records import SUFFIXES, Record, column_records, lacking, read_records
+from .readers import SUFFIXES, Record, column_records, lacking, read_records
 
 
 logger = logging.getLogger(__name__)

@@ -259,7 +259,7 @@ def _dataset(run: Run) -> str:
 
 
 def _measured_on(run: Run, name: str) -> str:
-    """The dataset of a number: the run's own, or that which `recipes/evaluate.py` measured it on afterwards."""
+    """The dataset of a number: the run's own, or that which `recipes/evaluate_model.py` measured it on afterwards."""
     is_later = name in run.metrics.get("evaluated", [])
     return str(run.metrics.get("test_dataset") or _dataset(run)) if is_later else _dataset(run)
 

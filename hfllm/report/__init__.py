@@ -1,18 +1,15 @@
 """What a run tells of itself: its log, its curves, its page, and what a model does with a prompt."""
 
 from .environment import save_environment
-from .log import append_to_log, read_log
 from .page import write_comparison, write_page
 from .pictures import plot_attention, plot_curves, plot_probabilities
 from .run import read_run, without_places
 
 
 __all__ = [
-    "append_to_log",
     "plot_attention",
     "plot_curves",
     "plot_probabilities",
-    "read_log",
     "read_run",
     "save_environment",
     "without_places",

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from ..runs.log import read_log
 from .environment import ENVIRONMENT_FILE
-from .log import read_log
 
 
 logger = logging.getLogger(__name__)

@@ -40,8 +40,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel
 
+from ..runs.identity import check_same_run
+from ..runs.processes import on_main_process
 from . import zero
-from .devices import on_main_process
 
 
 logger = logging.getLogger(__name__)
@@ -214,21 +215,40 @@ def load_checkpoint(
     return content["state"]
 
 
-def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: str | Path) -> None:
-    """Refuse to go on from a checkpoint of another run: its weights under another schedule or data are neither's.
+def find_state(
+    output_dir: str | Path,
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    """The state of the newest sound checkpoint, loaded into model and optimizer; or that of a run's beginning.
 
-    Both are flat dicts of what makes a run that run: its model, its data, its seed and its schedule.
+    Raises:
+        ValueError: there are checkpoints, but broken ones only, or of another run (see `check_same_run`).
     """
-    differences = [
-        f"    {name}: {saved.get(name)!r} in the checkpoint, {current.get(name)!r} now"
-        for name in saved | current
-        if saved.get(name) != current.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"{path} belongs to another run:\n" + "\n".join(differences) + "\n"
-            "Resume with the run's own arguments, give another --output_dir, or start anew with --overwrite_output_dir."
+    directory = Path(output_dir) / "checkpoints"
+    checkpoint = latest_checkpoint(directory, accelerator=accelerator)
+    if checkpoint is not None:
+        state = load_checkpoint(
+            checkpoint, model=model, optimizer=optimizer, accelerator=accelerator, identity=identity
         )
+        accelerator.print(f"Going on from step {state['step']:,}, saved in {checkpoint}.")
+        return state
+    if list(directory.glob("step-*")):
+        raise ValueError(
+            f"No sound checkpoint is left in {directory}, only broken ones. Put a sound one there, or start anew with "
+            "--overwrite_output_dir."
+        )
+    counts = {"step": 0, "train_tokens": 0, "seconds": 0.0, "save_seconds": 0.0, "skipped_updates": 0}
+    return {**counts, "identity": identity}
+
+
+def describe_start(output_dir: str | Path) -> str:
+    """Where the run in this folder would go on; "" if it would begin."""
+    checkpoints = sorted(path.name for path in (Path(output_dir) / "checkpoints").glob("step-*"))
+    return f"\n{output_dir} holds a run, which would go on from {checkpoints[-1]}.\n" if checkpoints else ""
 
 
 def _gather(model: nn.Module, optimizer: Any, accelerator: Accelerator) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,14 +7,14 @@ import datetime
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, LoggerType, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from . import zero
@@ -228,7 +228,7 @@ def leaving_at_once(accelerator: Accelerator) -> Iterator[None]:
         yield
     except BaseException as error:
         if accelerator.num_processes > 1:
-            # what hfllm.arguments.run ends on with 2
+            # what hfllm.cli.arguments.run ends on with 2
             is_check = isinstance(error, (ValueError, OSError, RuntimeError, FloatingPointError))
             atexit.register(_leave, 2 if is_check else 1)
         raise
@@ -260,21 +260,3 @@ def keep_freed_memory(keep: bool = True) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0 if keep else 65536)
         libc.mallopt(trim_threshold, 2**31 - 1 if keep else 128 * 1024)
-
-
-def on_main_process(accelerator: Accelerator | None, function: Callable[[], Any]) -> Any:
-    """What `function` returns on the main process, for every process; if it fails there, none is left waiting."""
-    result, error = None, None
-    if accelerator is None or accelerator.is_main_process:
-        try:
-            result = function()
-        except Exception as caught:
-            error = caught
-    if accelerator is not None and accelerator.num_processes > 1:
-        message = None if error is None else f"{type(error).__name__} in the main process: {error}"
-        result, message = broadcast_object_list([result, message])
-        if message is not None and error is None:
-            raise RuntimeError(message)
-    if error is not None:
-        raise error
-    return result

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from ..evaluation.rows import Evaluation
 from .devices import describe_sharding
-from .evaluation import Evaluation
 from .throughput import multiplies_bfloat16, peak_flops, peak_memory_bytes
 
 

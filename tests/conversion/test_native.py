@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import hfllm
-from hfllm.arguments import parse_overrides
+from hfllm.cli.arguments import parse_overrides
 from hfllm.conversion import NATIVE_TYPES, compare_logits, from_native, native_obstacles, to_native
 from hfllm.model import PRESETS
 from tests.conftest import make_tiny_config

@@ -12,9 +12,9 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from hfllm.data import load_corpus, sources
-from hfllm.data.classification import load_labelled_texts
 from hfllm.data.conversations import load_conversations
 from hfllm.data.corpus import CUTS, PART_CHARACTERS, cut_into_parts
+from hfllm.data.labelled_texts import load_labelled_texts
 
 
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 
 import hfllm
+from hfllm.evaluation.rows import evaluate_rows
+from hfllm.runs.lock import run_lock
 from hfllm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from hfllm.training.devices import describe_sharding, start_accelerator
-from hfllm.training.evaluation import evaluate_rows
-from hfllm.training.lock import run_lock
 from hfllm.training.optimization import build_adamw
 from tests.conftest import make_tiny_config
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hfllm.report import read_log
+from hfllm.runs.log import read_log
 
 
 ROOT = Path(__file__).parents[2]

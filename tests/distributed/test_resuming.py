@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from hfllm.evaluation.rows import evaluate_rows
 from hfllm.training.checkpoint import load_checkpoint, save_checkpoint
-from hfllm.training.evaluation import evaluate_rows
 from tests.distributed import checkpointing
 from tests.distributed.launching import ROOT, columns, command, needs_deepspeed, pretrain, run
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hfllm
 from hfllm.adapters import add_lora, save_adapter
-from hfllm.arguments import parse_arguments
+from hfllm.cli.arguments import parse_arguments
 from hfllm.hub import PushError
 from hfllm.hub.forms import save_merged
 from tests.hub.conftest import clean_environment

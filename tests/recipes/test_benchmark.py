@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from hfllm.arguments import parse_arguments
+from hfllm.cli.arguments import parse_arguments
 from tests.recipes.conftest import load_recipe
 
 

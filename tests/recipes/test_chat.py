@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import hfllm
 from hfllm.adapters import add_lora, save_adapter
-from hfllm.arguments import parse_arguments
+from hfllm.cli.arguments import parse_arguments
 from hfllm.data.conversations import Conversation, pair
 from hfllm.data.instruction import ConversationRows, encode_conversations, encode_prompt
 from tests.conftest import make_tiny_config

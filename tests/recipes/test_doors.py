@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import TrainerState
 
-from hfllm.arguments import check_numbers, parse_arguments
+from hfllm.cli.arguments import check_numbers, parse_arguments
 from hfllm.model import GPTForCausalLM, GPTForSequenceClassification
 from tests.conftest import make_tiny_config
 from tests.recipes.conftest import RECIPES, load_recipe

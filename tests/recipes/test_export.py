@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hfllm
-from hfllm.arguments import parse_arguments
+from hfllm.cli.arguments import parse_arguments
 from hfllm.conversion import to_native
 from tests.conftest import make_tiny_config
 from tests.conversion.test_native import with_random_weights

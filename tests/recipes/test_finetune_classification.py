@@ -23,9 +23,9 @@ from transformers import (
 
 import hfllm
 from hfllm.adapters import load_adapter
-from hfllm.arguments import parse_arguments
-from hfllm.data.classification import LabelledTexts, balance_labels, load_labelled_texts, split_by_text
-from hfllm.report import read_log
+from hfllm.cli.arguments import parse_arguments
+from hfllm.data.labelled_texts import LabelledTexts, balance_labels, load_labelled_texts, split_by_text
+from hfllm.runs.log import read_log
 from hfllm.tokenization import load_tokenizer, train_bpe
 from tests.conftest import make_tiny_config
 from tests.recipes.conftest import RECIPES, load_recipe, make_sentences

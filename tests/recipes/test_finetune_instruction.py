@@ -23,10 +23,10 @@ from transformers import (
 )
 
 import hfllm
-from hfllm.arguments import parse_arguments
-from hfllm.data.answers import Reply
+from hfllm.cli.arguments import parse_arguments
 from hfllm.data.conversations import prompt_key
 from hfllm.data.python_questions import python_questions
+from hfllm.evaluation.replies import Reply
 from tests.conftest import make_tiny_config
 from tests.recipes.conftest import RECIPES, load_recipe
 

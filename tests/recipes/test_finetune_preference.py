@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hfllm
-from hfllm.arguments import parse_arguments
+from hfllm.cli.arguments import parse_arguments
 from hfllm.data.conversations import as_preference, load_preferences
 from tests.conftest import make_tiny_config
 from tests.recipes.conftest import load_recipe

@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TextStreamer
 
 from hfllm import GPTConfig, GPTForCausalLM
-from hfllm.arguments import parse_arguments
+from hfllm.cli.arguments import parse_arguments
 from hfllm.tokenization import load_tokenizer, train_bpe
 from tests.recipes.conftest import load_recipe, make_sentences
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hfllm import GPTForCausalLM
-from hfllm.arguments import parse_arguments
+from hfllm.cli.arguments import parse_arguments
 from tests.conftest import make_tiny_config
 from tests.recipes.conftest import load_recipe
 

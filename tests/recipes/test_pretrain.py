@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import hfllm
 from hfllm.data import load_corpus, rows_of_step, split_documents
-from hfllm.report import read_log
+from hfllm.runs.log import read_log
 
 
 def losses_of(output_dir) -> list[float]:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from hfllm.arguments import parse_arguments
+from hfllm.cli.arguments import parse_arguments
 from tests.recipes.conftest import load_recipe
 
 

@@ -4,7 +4,7 @@ import sqlite3
 
 import pytest
 
-from hfllm.report import read_log
+from hfllm.runs.log import read_log
 
 
 @pytest.mark.slow

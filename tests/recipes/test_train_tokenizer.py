@@ -8,7 +8,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hfllm.arguments import parse_arguments
+from hfllm.cli.arguments import parse_arguments
 from hfllm.tokenization import tokenizer_fingerprint
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from hfllm.report import append_to_log, plot_attention, plot_curves, plot_probabilities, read_log
+from hfllm.report import plot_attention, plot_curves, plot_probabilities
 from hfllm.report.pictures import _smooth
+from hfllm.runs.log import append_to_log, read_log
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hfllm
+from hfllm.runs.identity import check_same_run
 from hfllm.training import checkpoint as checkpoint_module
-from hfllm.training.checkpoint import check_same_run, latest_checkpoint, load_checkpoint, save_checkpoint
+from hfllm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from hfllm.training.optimization import build_adamw
 
 

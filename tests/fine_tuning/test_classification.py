@@ -1,0 +1,251 @@
+"""Scores against scikit-learn's, and what each method trains."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
+from transformers import GPT2Config, GPT2ForSequenceClassification, TrainingArguments
+
+import hfllm
+from hfllm.adapters import add_lora
+from hfllm.evaluation.classification import (
+    describe_scores,
+    logistic_regression,
+    score_beside_baselines,
+    score_predictions,
+)
+from hfllm.fine_tuning.classification import ClassifierTrainer, RowOrder, freeze_all_but
+from hfllm.report.confusion import plot_confusion
+from tests.conftest import make_tiny_config
+
+
+NAMES = ["a", "b", "c", "never"]
+
+
+@pytest.fixture(scope="module")
+def scored():
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 200)
+    logits = generator.normal(size=(200, 4)).astype(np.float32) + 1.5 * np.eye(4)[labels]
+    logits[:, 3] = -20  # a label that is neither there nor said
+    return logits, labels, score_predictions(logits, labels, NAMES)
+
+
+def test_scores_are_scikit_learns(scored):
+    logits, labels, scores = scored
+    said = logits.argmax(1)
+    assert scores["accuracy"] == pytest.approx(accuracy_score(labels, said))
+    assert scores["f1_macro"] == pytest.approx(f1_score(labels, said, average="macro"))
+    assert scores["loss"] == pytest.approx(log_loss(labels, torch.tensor(logits).double().softmax(1), labels=range(4)))
+    assert scores["confusion"] == confusion_matrix(labels, said, labels=range(4)).tolist()
+    expected = precision_recall_fscore_support(labels, said, labels=range(4), zero_division=0)
+    for index, name in enumerate(NAMES):
+        row = scores["per_label"][name]
+        assert [row["precision"], row["recall"], row["f1"], row["texts"]] == pytest.approx([e[index] for e in expected])
+
+
+def test_the_calibration_error_is_the_distance_of_confidence_and_accuracy():
+    """Ten texts at a confidence of 0.9 of which 6 are right, ten at 0.6 of which 6 are right: (0.3 + 0.0) / 2."""
+    sure, unsure = np.log([0.9, 0.1]), np.log([0.601, 0.399])
+    logits = np.array([sure] * 10 + [unsure] * 10)
+    labels = np.array(([0] * 6 + [1] * 4) * 2)
+    scores = score_predictions(logits, labels, ["x", "y"])
+    assert scores["ece"] == pytest.approx((0.3 + 0.001) / 2)
+    assert [row["texts"] for row in scores["reliability"]] == [10, 10]
+    assert scores["majority_accuracy"] == 0.6
+
+
+def test_the_picture_is_drawn(scored, tmp_path):
+    path = plot_confusion(scored[2], NAMES, tmp_path / "confusion.png", title="a run")
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def test_the_logistic_regression_learns_words_and_knows_labels_by_their_ids():
+    train = ["win a prize now", "see you at home", "free prize", "call me later"] * 5
+    logits, strength = logistic_regression(
+        (train, [2, 0, 2, 0] * 5), (train[:4], [2, 0, 2, 0]), ["prize", "home"], num_labels=3
+    )
+    assert logits.shape == (2, 3) and logits.argmax(1).tolist() == [2, 0]
+    assert np.exp(logits).sum(1) == pytest.approx([1, 1]) and strength in (1, 10, 100)
+
+
+def test_the_numbers_stand_beside_what_costs_nothing_and_a_model_that_loses_is_told_so():
+    texts = {
+        "train": (["red fish", "red bird", "blue fish", "blue bird", "red cat"], [1, 1, 0, 0, 1]),
+        "eval": (["red", "blue"], [1, 0]),
+        "test": (["blue dog", "red dog", "blue cow", "blue owl"], [0, 1, 0, 0]),
+    }
+    right, wrong = np.array([[4.0, 0], [0, 4], [4, 0], [4, 0]]), np.array([[0.0, 4], [0, 4], [0, 4], [4, 0]])
+    for logits, accuracy in ((right, 1.0), (wrong, 0.5)):
+        metrics = score_beside_baselines({"eval": right[:2], "test": logits}, texts, ["blue", "red"])
+        assert metrics["test_accuracy"] == accuracy and metrics["test_texts"] == 4
+        assert metrics["test_majority_accuracy"] == 0.25  # red is commonest in training
+        assert metrics["test_logistic_regression_accuracy"] == 1.0 and metrics["eval_accuracy"] == 0.0
+        described = describe_scores(metrics)
+        assert "Test, 4 texts" in described and "always the commonest label     25.00%" in described
+        assert ("is right on 2 texts more than this model" in described) == (accuracy < 1)
+
+
+def trained_names(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_each_method_trains_what_it_says(tiny_config):
+    model = hfllm.GPTForSequenceClassification(tiny_config)
+    every = trained_names(model)
+    freeze_all_but(model, "head")
+    assert trained_names(model) == {"score.weight"}
+    freeze_all_but(model, "last_block")
+    last = {name for name in every if name.startswith(("model.layers.1.", "model.norm."))}
+    assert trained_names(model) == last | {"score.weight"} and len(last) > 5
+    freeze_all_but(model, "full")
+    assert trained_names(model) == every
+    with pytest.raises(ValueError, match="method='most'"):
+        freeze_all_but(model, "most")
+
+
+def test_the_last_block_of_gpt2s_own_class_is_found_too():
+    model = GPT2ForSequenceClassification(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32))
+    freeze_all_but(model, "last_block")
+    assert {name.rpartition(".")[0].split(".")[1] for name in trained_names(model) - {"score.weight"}} == {"h", "ln_f"}
+    assert not any(name.startswith("transformer.h.0.") for name in trained_names(model))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_and_of_any_length_changes_nothing_even_where_pad_is_eos(side):
+    """The attention mask finds the last token; by its id, an eos that is text would be taken for padding."""
+    config = make_tiny_config("modern", pad_token_id=1, num_labels=3)
+    model = hfllm.GPTForSequenceClassification(config).eval()
+    text = torch.tensor([[5, 9, 1, 7, 1]])  # ends with eos, which is the pad token as well
+    alone = model(input_ids=text, attention_mask=torch.ones_like(text)).logits
+    for length in (1, 20):
+        padding = torch.ones(1, length, dtype=torch.long)
+        parts, mask = ([padding, text], [0 * padding, 0 * text + 1])
+        if side == "right":
+            parts, mask = parts[::-1], mask[::-1]
+        padded = model(input_ids=torch.cat(parts, 1), attention_mask=torch.cat(mask, 1)).logits
+        torch.testing.assert_close(padded, alone)
+
+
+def test_a_new_head_is_drawn_as_other_weights_are_and_without_a_bias(tmp_path):
+    hfllm.GPTForCausalLM(make_tiny_config("book", initializer_range=0.02)).save_pretrained(tmp_path)
+    model = hfllm.GPTForSequenceClassification.from_pretrained(tmp_path, num_labels=40)
+    assert model.score.bias is None and model.score.weight.dtype == torch.float32
+    assert model.score.weight.std().item() == pytest.approx(0.02, rel=0.15)
+
+
+def test_a_batch_has_rows_of_about_equal_lengths_and_batches_come_in_random_order():
+    """Trainer's own sampler goes from long texts to short ones, and so, where spam is long, from spam to ham."""
+    lengths = np.random.default_rng(0).permutation(400) + 1
+    order = list(RowOrder(lengths, batch_size=8, by_length=True, seed=3))
+    batches = [lengths[order[first : first + 8]] for first in range(0, 400, 8)]
+    assert sorted(order) == list(range(400))
+    assert max(batch.max() - batch.min() for batch in batches) < 10
+    means = [batch.mean() for batch in batches]
+    assert abs(np.corrcoef(means, range(50))[0, 1]) < 0.4
+    at_random = list(RowOrder(lengths, batch_size=8, by_length=False, seed=3))
+    assert sorted(at_random) == list(range(400)) and np.mean([np.ptp(lengths[at_random[:8]])]) > 100
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_and_leaves_out_other_rows_in_each():
+    def order(seed, epoch):
+        rows = RowOrder(range(1, 21), batch_size=8, by_length=True, seed=seed)
+        rows.set_epoch(epoch)
+        assert len(rows) == 16
+        return list(rows)
+
+    assert order(1, 0) == order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
+    seen = [row for epoch in range(20) for row in order(1, epoch)]
+    assert set(seen) == set(range(20)) and all(len(set(order(1, epoch))) == 16 for epoch in range(20))
+    assert len(list(RowOrder([3, 1, 2], batch_size=8, by_length=True, seed=0))) == 3
+
+
+def make_trainer(model, tmp_path, **options) -> ClassifierTrainer:
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(3, 64, generator.integers(3, 12)).tolist() for _ in range(35)]
+    data = {"input_ids": rows, "length": list(map(len, rows)), "labels": [len(row) % 3 for row in rows]}
+
+    def collate(batch):
+        length = max(len(row["input_ids"]) for row in batch)
+        ids = torch.tensor([row["input_ids"] + [2] * (length - len(row["input_ids"])) for row in batch])
+        mask = torch.tensor([[1] * row["length"] + [0] * (length - row["length"]) for row in batch])
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in batch])}
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        report_to="none",
+        use_cpu=True,
+        remove_unused_columns=False,
+        learning_rate=1e-3,
+        max_steps=4,
+        train_sampling_strategy="group_by_length",
+        disable_tqdm=True,
+        **options,
+    )
+    dataset = Dataset.from_dict(data)
+    return ClassifierTrainer(model, arguments, collate, dataset, dataset, head_learning_rate=1e-2)
+
+
+@pytest.mark.parametrize(
+    "model_class, smoothing",
+    [
+        (hfllm.GPTForSequenceClassification, 0.0),
+        (hfllm.GPTForSequenceClassification, 0.1),
+        (GPT2ForSequenceClassification, 0.0),
+    ],
+)
+def test_a_step_is_the_same_in_one_forward_pass_as_in_several(model_class, smoothing, tmp_path):
+    """Trainer alone would take the model's **kwargs for a promise to divide by the accumulation, and add up means."""
+    weights, losses = [], []
+    for rows, accumulation in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        if model_class is GPT2ForSequenceClassification:
+            sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+            dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+            config = GPT2Config(**sizes, **dropouts, num_labels=3, pad_token_id=2)
+        else:
+            config = make_tiny_config("modern", num_labels=3, classifier_pooling="mean")
+        options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+        options["label_smoothing_factor"] = smoothing
+        trainer = make_trainer(model_class(config), tmp_path, **options, logging_steps=1)
+        trainer.train()
+        weights.append({name: weight.clone() for name, weight in trainer.model.named_parameters()})
+        losses.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry])
+    assert np.array(losses[0]) == pytest.approx(np.array(losses[1]), rel=1e-4)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], atol=2e-5, rtol=1e-3)
+
+
+def test_the_evaluations_loss_is_the_mean_over_the_texts_whatever_the_batches_and_smoothing(tmp_path):
+    model = hfllm.GPTForSequenceClassification(make_tiny_config("book", num_labels=3)).eval()
+    losses = []
+    for rows, smoothing in ((1, 0.0), (16, 0.0), (16, 0.1)):
+        options = {"per_device_eval_batch_size": rows, "label_smoothing_factor": smoothing}
+        trainer = make_trainer(model, tmp_path, **options)
+        trainer.compute_metrics = lambda prediction: {}  # so that it keeps the logits, as in the recipe
+        losses.append(trainer.evaluate()["eval_loss"])
+    batch = trainer.data_collator([trainer.eval_dataset[row] for row in range(35)])
+    assert losses == pytest.approx([model(**batch).loss.item()] * 3, rel=1e-5)
+
+    smoothed = trainer.compute_loss(model, dict(batch)).item()
+    expected = torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"], label_smoothing=0.1)
+    assert smoothed == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_head_and_trained_embeddings_take_steps_of_their_own(tmp_path):
+    config = make_tiny_config("modern", num_labels=3)
+    for change in (None, add_lora):
+        model = hfllm.GPTForSequenceClassification(config)
+        trainer = make_trainer(change(model, r=2) if change else model, tmp_path)
+        names = {id(weight): name for name, weight in trainer.model.named_parameters()}
+        groups = trainer.create_optimizer().param_groups
+        by_rate = {names[id(weight)]: group["lr"] for group in groups for weight in group["params"]}
+        trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+        assert set(by_rate) == trained
+        fast = {name for name, rate in by_rate.items() if rate == 1e-2}
+        if change:
+            assert fast == {"base_model.model.score.modules_to_save.default.weight"}
+        else:
+            assert fast == {"score.weight", "model.embed_tokens.weight"}
+        assert {rate for name, rate in by_rate.items() if name not in fast} == {1e-3}
