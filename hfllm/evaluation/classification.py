@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.labelled_texts import LabelledTexts
+from .metrics.calibrated_classification.scores import classification_scores
 
 
-NUM_BINS = 10  # of confidence, as in Guo et al. 2017
-
-
-TF_IDF_STRENGTHS = (1.0, 10.0, 100.0)  # the inverse regularizations of which the validation texts choose one
+TF_IDF_STRENGTHS = (1.0, 10.0, 100.0)  # inverse regularization; the validation texts choose one
 
 
 @torch.no_grad()
@@ -56,50 +57,63 @@ def predict_logits(
     return logits.numpy()
 
 
-def score_predictions(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """How good logits (N, labels) are for the labels (N,), every row counted once.
+def score_labelled_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: LabelledTexts,
+    *,
+    block_size: int,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """The `test_...` scores that recipes/finetune_classification.py writes, of these texts and the model's labels."""
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    model.config.pad_token_id = tokenizer.pad_token_id  # with it, transformers' own classes find the end of a text
+    texts = [row[:block_size] for row in tokenizer(data.texts, truncation=False, verbose=False)["input_ids"]]
+    logits = predict_logits(
+        model,
+        texts,
+        num_labels=len(names),
+        batch_size=batch_size,
+        pad_token_id=tokenizer.pad_token_id,
+        accelerator=accelerator,
+    )
+    labels = np.array([model.config.label2id[label] for label in data.labels])
+    scores = score_predictions(logits, labels, names) | {"texts": len(texts)}
+    return {f"test_{name}": value for name, value in scores.items()}
 
-    `accuracy`, `f1_macro` (the mean of the labels' F1, of those that occur), `loss` (nats a text), `ece` (the expected
-    calibration error: how far confidence and accuracy lie apart, averaged over the texts in ten bins of confidence),
-    `majority_accuracy` (of always saying the most frequent label), `per_label`, `confusion` (rows are the true labels),
-    and `reliability` (a bin's confidence, accuracy and number of texts).
+
+def score_predictions(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """The scores of logits (N, labels) for the labels (N,), with the numbers of `metrics/calibrated_classification`.
+
+    `accuracy`, `f1_macro` (over the labels that occur or are predicted), `loss` (nats per text), `ece` (the expected
+    calibration error), `majority_accuracy` (of always predicting the most frequent label), `per_label`, `confusion`
+    (rows are the true labels), and `reliability` (a bin's confidence, accuracy and number of texts).
     """
     logits = logits.astype(np.float64)
     log_probabilities = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    predicted = logits.argmax(axis=1)
-    confusion: np.ndarray = np.zeros((len(names), len(names)), dtype=np.int64)
-    np.add.at(confusion, (labels, predicted), 1)
-    hits, num_true, num_said = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
-    with np.errstate(invalid="ignore"):
-        precision, recall = np.nan_to_num(hits / num_said), np.nan_to_num(hits / num_true)
-        f1 = np.nan_to_num(2 * hits / (num_true + num_said))
-    confidence, is_right = np.exp(log_probabilities.max(axis=1)), predicted == labels
-    bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
-    reliability = [
-        {
-            "confidence": float(confidence[bins == index].mean()),
-            "accuracy": float(is_right[bins == index].mean()),
-            "texts": int((bins == index).sum()),
-        }
-        for index in np.unique(bins)
-    ]
+    scores = classification_scores(np.exp(log_probabilities), labels)
+    num_true = np.bincount(labels, minlength=len(names))
     return {
-        "accuracy": float(is_right.mean()),
-        "f1_macro": float(f1[(num_true + num_said) > 0].mean()),
+        "accuracy": scores["accuracy"],
+        "f1_macro": scores["f1_macro"],
         "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
-        "ece": sum(row["texts"] * abs(row["confidence"] - row["accuracy"]) for row in reliability) / len(labels),
+        "ece": scores["expected_calibration_error"],
         "majority_accuracy": float(num_true.max() / len(labels)),
         "per_label": {
             name: {
-                "precision": float(precision[index]),
-                "recall": float(recall[index]),
-                "f1": float(f1[index]),
+                "precision": scores["precision"][index],
+                "recall": scores["recall"][index],
+                "f1": scores["f1"][index],
                 "texts": int(num_true[index]),
             }
             for index, name in enumerate(names)
         },
-        "confusion": confusion.tolist(),
-        "reliability": reliability,
+        "confusion": scores["confusion_matrix"],
+        "reliability": [
+            {"confidence": row["confidence"], "accuracy": row["accuracy"], "texts": row["rows"]}
+            for row in scores["reliability"]
+        ],
     }
 
 

@@ -75,7 +75,7 @@ def test_classification_counts_by_hand():
     assert found["precision"] == pytest.approx([1, 2 / 3, 0])
     assert found["recall"] == pytest.approx([1 / 2, 1, 0])
     assert found["f1"] == pytest.approx([2 / 3, 4 / 5, 0])
-    assert found["f1_macro"] == pytest.approx((2 / 3 + 4 / 5) / 3)
+    assert found["f1_macro"] == pytest.approx((2 / 3 + 4 / 5) / 2)  # the third class neither occurs nor is predicted
     # Bins 0.4..0.6 with 0.5 (wrong), 0.6..0.8 with 0.7, 0.6, 0.7 (right).
     assert found["expected_calibration_error"] == pytest.approx((0.5 + 1.0) / 4)
     brier = [0.09 + 0.04 + 0.01, 0.01 + 0.16 + 0.09, 0.36 + 0.25 + 0.01, 0.04 + 0.09 + 0.01]

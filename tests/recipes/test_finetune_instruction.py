@@ -162,7 +162,7 @@ def test_the_test_loss_is_that_of_the_responses_alone(tuned, base_model, greetin
     args = parse_arguments(
         recipe.InstructionArguments, [f"--dataset={greetings}", "--validation_fraction=0.2", "--test_fraction=0.2"]
     )
-    (_, _, test), _ = recipe.load_data(args)
+    test = recipe.load_data(args)[0]["test"]
     model = AutoModelForCausalLM.from_pretrained(base_model).eval()
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     losses = []
@@ -221,20 +221,23 @@ def test_the_same_command_gives_the_same_weights_to_the_bit(method, options, tmp
 
 def test_further_questions_change_neither_validation_nor_test_and_are_none_of_theirs():
     words = ["--dataset=stdlib", "--validation_fraction=0.02", "--test_fraction=0.07"]
-    (few, *held_back), _ = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
-    words.append("--num_further_questions=3000")
-    (many, *still_held_back), description = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
+
+    def load(*more):
+        words.extend(more)
+        sides, description = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
+        return sides.pop("train"), sides, description
+
+    few, held_back, _ = load()
+    many, still_held_back, description = load("--num_further_questions=3000")
     assert held_back == still_held_back and many[: len(few)] == few
-    words.append("--reword_questions=true")
-    (reworded, *held_back_too), _ = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
+    reworded, held_back_too, _ = load("--reword_questions=true")
     assert held_back == held_back_too and reworded != many
     assert [row.messages[1:] for row in reworded] == [row.messages[1:] for row in many]
-    words.append("--max_turns=4")
-    (joined, *held_back_still), _ = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
+    joined, held_back_still, _ = load("--max_turns=4")
     assert held_back == held_back_still and len(joined) < len(many) / 2
     assert sum(len(row.messages) for row in joined) == sum(len(row.messages) for row in many)
     assert len(many) == len(few) + 3000 and "3,000 further expressions" in description
-    keys = [{prompt_key(conversation) for conversation in side} for side in (many, *held_back)]
+    keys = [{prompt_key(conversation) for conversation in side} for side in (many, *held_back.values())]
     assert len(keys[0]) == len(many) and not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
 
 
@@ -324,10 +327,10 @@ def test_a_base_model_of_others_without_a_chat_template_learns_to_chat(family, r
 
     held_out = tmp_path / "test.jsonl"
     args = [f"--{name}={options[name]}" for name in ("dataset", "validation_fraction", "test_fraction")]
-    (_, _, test), _ = recipe.load_data(parse_arguments(recipe.InstructionArguments, args))
+    test = recipe.load_data(parse_arguments(recipe.InstructionArguments, args))[0]["test"]
     held_out.write_text("".join(json.dumps({"messages": each.messages}) + "\n" for each in test))
 
-    chat, evaluate = load_recipe("chat"), load_recipe("evaluate")
+    chat, evaluate = load_recipe("chat"), load_recipe("evaluate_model")
     output_dir = options["output_dir"]
     outsider = pipeline("text-generation", str(output_dir))
     question = "Greet Zoe good night"
@@ -350,7 +353,7 @@ def test_a_base_model_of_others_without_a_chat_template_learns_to_chat(family, r
 
 
 def test_what_cannot_be_is_said_at_the_door(options, base_model, tmp_path):
-    with pytest.raises(ValueError, match="is --model itself"):
+    with pytest.raises(ValueError, match="is the folder of model"):
         run(**{**options, "output_dir": base_model})
     with pytest.raises(ValueError, match="--block_size 65 is longer than the model's context of 64"):
         run(**{**options, "block_size": 65})
