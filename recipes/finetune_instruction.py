@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import functools
+import math
 import shlex
 from collections import Counter
 from collections.abc import Callable
@@ -39,7 +40,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from accelerate import PartialState
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.hf_argparser import HfArg
 
 from hfllm.adapters import add_lora, count_parameters, describe_trained
@@ -61,8 +63,14 @@ from hfllm.data.instruction import (
     padding_token_id,
 )
 from hfllm.data.templates import TEMPLATES, check_template, choose_template
-from hfllm.evaluation.replies import Reply, answer, exact_match, last_response, stop_at_turns
+from hfllm.evaluation.replies import Reply, answer, exact_match, stop_at_turns
 from hfllm.evaluation.rows import score_rows
+from hfllm.fine_tuning.instruction import (
+    choose_eval_steps,
+    choose_num_epochs,
+    describe_learning,
+    describe_samples,
+)
 from hfllm.fine_tuning.responses import learned_loss, logits_only_at, shift_left
 from hfllm.fine_tuning.run import Course, open_run, training_arguments
 from hfllm.tokenization import load_tokenizer
@@ -117,7 +125,9 @@ class InstructionArguments:
     bf16: bool = HfArg(default=False, help="Compute in bfloat16, where the device is fast at it.")
 
     # Optimization
-    num_train_epochs: float = HfArg(default=2.0, help="Passes over the rows, if max_steps is not given.")
+    num_train_epochs: float | None = HfArg(
+        default=None, help="Passes over the rows, if max_steps is not given. Default: 2 to 20, more for small data."
+    )
     max_steps: int | None = HfArg(default=None, help="Optimizer steps; default: num_train_epochs.")
     per_device_train_batch_size: int = HfArg(default=8, help="Rows per device and forward pass.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
@@ -136,7 +146,15 @@ class InstructionArguments:
     output_dir: str = HfArg(default="out/chat", help="The run's folder. A run that stands there goes on.")
     overwrite_output_dir: bool = HfArg(default=False, help="Delete the run that stands there and start anew.")
     logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
-    eval_steps: int = HfArg(default=100, help="Steps between two evaluations.")
+    eval_steps: int | None = HfArg(
+        default=None, help="Steps between two evaluations. Default: a tenth of the run, at most 100."
+    )
+    load_best_model_at_end: bool = HfArg(
+        default=True, help="Save a checkpoint at each evaluation, and keep the one with the lowest validation loss."
+    )
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="Stop after this many evaluations in a row without a lower validation loss. Default: never."
+    )
     per_device_eval_batch_size: int = HfArg(default=16, help="Rows, or prompts to answer, per device in evaluation.")
     save_steps: int = HfArg(default=200, help="Steps between two checkpoints.")
     save_total_limit: int | None = HfArg(default=1, help="Checkpoints kept.")
@@ -257,10 +275,13 @@ def main(args: InstructionArguments) -> None:
         if this_run.is_main:
             if args.method == "lora" and args.chat_template is not None:  # the base's tokenizer does not have it
                 tokenizer.save_pretrained(this_run.output_dir / "adapter")
-            write_samples(this_run.output_dir / "samples.txt", samples, before, after)
+            text = describe_samples(samples, before, after)
+            (this_run.output_dir / "samples.txt").write_text(text, encoding="utf-8")
+            print(f"\n{text}")
         this_run.finish(metrics)
         if this_run.is_main:
-            report(args, metrics, this_run.output_dir, example=pick_example(samples, after))
+            report(args, metrics, this_run.output_dir)
+            print(f"\n{describe_learning(metrics, samples, after)}")
 
 
 def choose_block_size(args: InstructionArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -325,12 +346,21 @@ def encode_side(
 def make_trainer(
     args: InstructionArguments, model: torch.nn.Module, rows: dict[str, ConversationRows]
 ) -> InstructionTrainer:
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+    num_epochs = args.num_train_epochs or choose_num_epochs(len(rows["train"]), rows_per_step=rows_per_step)
+    num_steps = args.max_steps or math.ceil(num_epochs * math.ceil(len(rows["train"]) / rows_per_step))
+    eval_steps = args.eval_steps or choose_eval_steps(num_steps)
     arguments = training_arguments(
         args,
+        num_train_epochs=num_epochs,
         learning_rate=learning_rate_of(args),
         train_sampling_strategy="random" if args.packing else "group_by_length",
         eval_strategy="steps",
+        eval_steps=eval_steps,
+        save_steps=eval_steps if args.load_best_model_at_end else args.save_steps,
+        metric_for_best_model="eval_loss",
     )
+    stopping = [EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience else []
     return InstructionTrainer(
         model,
         arguments,
@@ -339,6 +369,7 @@ def make_trainer(
         eval_dataset=rows["eval"],
         data_collator=rows["train"].collate,
         compute_loss_func=learned_loss,
+        callbacks=stopping,
     )
 
 
@@ -440,6 +471,8 @@ def describe_training(
         "train_rows": len(rows),
         "train_padding_share": rows.seen_padding_share,
         "train_steps": trainer.state.global_step,
+        "num_train_epochs": trainer.args.num_train_epochs,
+        "best_checkpoint": Path(trainer.state.best_model_checkpoint or "").name or None,
         "tokens_per_second": round(rows.tokens_seen * trainer.args.world_size / runtime, 1) if runtime else None,
         "num_parameters": total,
         "num_trained_parameters": trained,
@@ -449,29 +482,7 @@ def describe_training(
     }
 
 
-def write_samples(path: Path, samples: list[Conversation], before: list[Reply], after: list[Reply]) -> None:
-    parts = []
-    for question, old, new in zip(samples, before, after):
-        last = last_response(question)
-        parts.append(
-            f"--- {question.messages[last - 1]['content']}\n"
-            f"expected: {question.messages[last]['content']}\nbefore:   {old.text!r:.200}\nafter:    {new.text}\n"
-        )
-    path.write_text("\n".join(parts), encoding="utf-8")
-    print("\n" + "\n".join(parts))
-
-
-def pick_example(samples: list[Conversation], replies: list[Reply]) -> str | None:
-    """The first line of a question that was answered as it should be, or else of any."""
-    right, wrong = [], []
-    for question, reply in zip(samples, replies):
-        last = last_response(question)
-        is_right = reply.text == question.messages[last]["content"].strip()
-        (right if is_right else wrong).append(question.messages[last - 1]["content"].split("\n")[0][:200])
-    return next(iter(right + wrong), None)
-
-
-def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path, example: str | None) -> None:
+def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path) -> None:
     exact = ""
     if "test_exact_match" in metrics:
         kinds = ", ".join(
@@ -499,8 +510,6 @@ def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path
         f"{output_dir}/report.html         the run's page, to open in a browser\n\n"
         f"Next, talk to it:\n    python recipes/chat.py --model {shlex.quote(str(output_dir))}"
     )
-    if example:
-        print(f"It knows the kind of question that it was taught, for example:\n    {example}")
 
 
 if __name__ == "__main__":

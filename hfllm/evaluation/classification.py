@@ -1,4 +1,4 @@
-"""Classifiers' logits, their scores, and the baselines beside them."""
+"""Scores of classifiers, and the baselines beside them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,10 +26,10 @@ def predict_logits(
     pad_token_id: int,
     accelerator: Accelerator,
 ) -> np.ndarray:
-    """The classifier's logits (N, labels) in float64 for the token ids of N texts, cut among the processes.
+    """The classifier's logits (N, labels) in float64 for the token ids of N texts, split among the processes.
 
-    Each process gets those of all. Texts of about equal lengths share a batch, padded on the right under an attention
-    mask, which says where a text ends; none is read twice.
+    Each process gets the logits of all texts. Texts of similar lengths share a batch, padded on the right; the
+    attention mask says where a text ends. No text is read twice.
     """
     order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
     order = order[accelerator.process_index :: accelerator.num_processes]
@@ -126,8 +126,8 @@ def logistic_regression(
 ) -> tuple[np.ndarray, float]:
     """Log-probabilities (N, labels) of the test texts by scikit-learn's logistic regression, and its strength C.
 
-    It sees words and pairs of words by TF-IDF with sublinear counts. The strength is the one of three that is best on
-    the validation texts, as the neural model's epoch is.
+    It sees words and pairs of words by TF-IDF with sublinear counts. Of three strengths, the one that is best on the
+    validation texts is taken, as is the epoch of the neural model.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -151,10 +151,10 @@ Texts = tuple[Sequence[str], Sequence[int]]  # and their labels' ids
 def score_beside_baselines(
     logits: Mapping[str, np.ndarray], parts: Mapping[str, Texts], names: Sequence[str]
 ) -> dict[str, Any]:
-    """The numbers of metrics.json: `eval_...` and `test_...` of the logits of these parts, and of what costs nothing.
+    """The numbers of metrics.json: `eval_...` and `test_...` of the logits of these parts, and of two baselines.
 
-    The baselines are the logistic regression on the same parts, `test_logistic_regression_...`, and always saying the
-    label that is commonest in the part `train`, `test_majority_accuracy`.
+    The baselines are a logistic regression on the same parts, `test_logistic_regression_...`, and always predicting
+    the most frequent label of the part `train`, `test_majority_accuracy`.
     """
     scores = {part: score_predictions(logits[part], np.array(parts[part][1]), names) for part in ("eval", "test")}
     metrics = {f"eval_{name}": scores["eval"][name] for name in ("loss", "accuracy", "f1_macro")}
@@ -171,11 +171,11 @@ def score_beside_baselines(
 
 
 def describe_scores(metrics: Mapping[str, Any]) -> str:
-    """What `score_beside_baselines` found as two small tables, and a word if the logistic regression is better."""
+    """Two small tables of what `score_beside_baselines` found, and a sentence if the logistic regression is better."""
     labels, num_texts = metrics["test_per_label"], metrics["test_texts"]
     rows = {"this model": "test", "logistic regression, TF-IDF": "test_logistic_regression"}
     width = max(map(len, (*labels, *rows)))
-    lines = [f"Test, {num_texts:,} texts that were never trained on:"]
+    lines = [f"Test, {num_texts:,} texts that were not trained on:"]
     lines.append(f"{'':{width}}  accuracy  macro-F1   loss    ECE")
     for name, prefix in rows.items():
         accuracy, f1, loss, ece = (metrics[f"{prefix}_{score}"] for score in ("accuracy", "f1_macro", "loss", "ece"))
@@ -190,7 +190,7 @@ def describe_scores(metrics: Mapping[str, Any]) -> str:
     if (num_fewer := round(behind * num_texts)) > 0:
         lines += [
             "",
-            f"The logistic regression is right on {num_fewer:,} texts more than this model, at no cost: use it, or "
-            "give the model more pretraining, more labelled texts, another --method or --learning_rate.",
+            f"The logistic regression is right on {num_fewer:,} texts more than this model, at almost no cost: use "
+            "it, or give the model more pretraining, more labelled texts, another method or learning_rate.",
         ]
     return "\n".join(lines)

@@ -138,9 +138,11 @@ def test_before_training_it_shows_what_is_learned_and_afterwards_what_changed(tu
     assert f"{metrics['test_answers_unfinished']} replies had no end after --max_new_tokens 8, 0 were empty" in printed
     assert metrics["test_answers_unfinished"] == 4  # "Good night" is as many tokens of this tokenizer, without its end
     assert "response token (prompts do not count)" in printed
-    assert "It knows the kind of question that it was taught, for example:\n    Greet " in printed
+    assert "The model learned: the test loss fell from " in printed
+    assert "A test question that it answers correctly:\n    Greet " in printed
     samples = (output_dir / "samples.txt").read_text()
     assert samples.count("before:") == samples.count("after:    Good") == 4
+    assert all(len(line) < 220 for line in samples.splitlines())
     assert metrics["train_padding_share"] < 0.1
     assert metrics["train_learned_tokens"] < metrics["train_tokens"] / 2
     assert {"eval_loss", "loss", "learning_rate", "grad_norm"} <= {name for line in log_of(output_dir) for name in line}
@@ -276,6 +278,34 @@ def test_loras_rate_is_its_own_and_not_that_of_full_fine_tuning(options):
         folder = options["output_dir"] / method
         run(**{**options, "output_dir": folder, "method": method, "max_steps": 1, "lr_scheduler_type": "constant"})
         assert [line["learning_rate"] for line in log_of(folder) if "learning_rate" in line] == [rate]
+
+
+def test_the_best_checkpoint_on_validation_is_kept_and_a_run_stops_early_if_asked(options, tmp_path):
+    """With so high a rate the loss soon rises again."""
+    options = {**options, "learning_rate": 0.3, "lr_scheduler_type": "constant", "max_steps": 8, "eval_steps": 1}
+    kept = run(**options)
+    losses = {line["step"]: line["eval_loss"] for line in log_of(options["output_dir"]) if "eval_loss" in line}
+    best = min(losses, key=losses.get)
+    assert best < 8 and kept["best_checkpoint"] == f"checkpoint-{best}"
+    assert kept["eval_loss"] == pytest.approx(losses[best], rel=1e-5) and losses[8] > losses[best] * 1.01
+
+    last = run(**{**options, "output_dir": tmp_path / "last"}, load_best_model_at_end=False)
+    assert last["eval_loss"] == pytest.approx(losses[8], rel=1e-5) and last["best_checkpoint"] is None
+
+    stopped = run(**{**options, "output_dir": tmp_path / "stopped"}, early_stopping_patience=1)
+    rises = [step for step in range(2, 9) if losses[step] > min(losses[each] for each in range(1, step))]
+    assert stopped["train_steps"] == rises[0] < 8 and stopped["eval_loss"] == pytest.approx(
+        min(losses[step] for step in range(1, rises[0])), rel=1e-5
+    )
+
+
+def test_without_a_number_of_epochs_small_data_is_repeated(options):
+    """Fifteen conversations, two a step, in eight steps: 150 steps would be 19 passes, of which two are taken here."""
+    del options["max_steps"]
+    metrics = run(**options, packing=False, num_train_epochs=2)
+    assert (metrics["num_train_epochs"], metrics["train_steps"]) == (2, 16)
+    args = parse_arguments(recipe.InstructionArguments, [f"--{name}={value}" for name, value in options.items()])
+    assert args.num_train_epochs is None
 
 
 def test_gradient_checkpointing_learns_through_frozen_embeddings(options):
