@@ -302,11 +302,16 @@ def _tokenizer(report: dict[str, Any]) -> str:
 def _arguments(arguments: dict[str, Any]) -> str:
     """The options by their own names; those that were not given and have no default are left out."""
     items = "".join(
-        f"<div><dt><code>{html_text(name)}</code></dt><dd>{html_text(plain_value(value))}</dd></div>"
+        f"<div><dt><code>{_breakable(name)}</code></dt><dd>{html_text(plain_value(value))}</dd></div>"
         for name, value in arguments.items()
         if value is not None
     )
     return f'<div class="card many"><dl>{items}</dl></div>' if items else ""
+
+
+def _breakable(name: str) -> str:
+    """An option's name that a narrow column may break after an underscore."""
+    return html_text(name).replace("_", "_<wbr>")
 
 
 def _definitions(values: dict[str, Any], *, many: bool = False) -> str:
