@@ -54,7 +54,8 @@ from hfllm.evaluation.rows import evaluate_rows, score_rows, time_evaluation
 from hfllm.hub import TrainingPush, write_page_and_card
 from hfllm.model import GPTConfig, GPTForCausalLM
 from hfllm.report import plot_curves, save_environment
-from hfllm.runs.folder import claim_folder
+from hfllm.runs.files import write_json
+from hfllm.runs.folder import RunFolder, claim_folder
 from hfllm.runs.identity import identify
 from hfllm.runs.log import read_log
 from hfllm.runs.processes import on_main_process
@@ -222,6 +223,9 @@ FIXED_ARGUMENTS += ("min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", 
 FIXED_ARGUMENTS += ("skip_spikes", "optimizer", "adam_learning_rate", "muon_momentum")
 SHAPE_ARGUMENTS = ("preset", "num_hidden_layers", "hidden_size", "num_attention_heads")
 SHAPE_ARGUMENTS += ("num_key_value_heads", "config_overrides")
+# These may change when a run is resumed.
+FREE_ARGUMENTS = ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size")
+PRESENTED_FILES = ("curves.png", "report.html")
 TEXT_ARGUMENTS = ("dataset_config", "split", "validation_split", "validation_fraction", "text_column")
 TEXT_ARGUMENTS += ("on_bad_record", "block_size", "stride", "cache_dir", "streaming", "seed")
 
@@ -241,11 +245,16 @@ def main(args: PretrainArguments) -> None:
         log_with=args.report_to,
         project_dir=args.output_dir,
     )
-    folder = claim_folder(
-        args.output_dir, overwrite=args.overwrite_output_dir, accelerator=accelerator, only_look=args.dry_run
+    claim = claim_folder(
+        args.output_dir,
+        recipe="pretrain",
+        overwrite=args.overwrite_output_dir,
+        inputs={name: getattr(args, name) for name in ("model", "tokenizer", "dataset")},
+        accelerator=accelerator,
+        only_look=args.dry_run,
     )
-    with leaving_at_once(accelerator), folder, StopRequest(accelerator) as stop_request:
-        is_finished = pretrain(args, accelerator, stop_request)
+    with leaving_at_once(accelerator), claim as folder, StopRequest(accelerator) as stop_request:
+        is_finished = pretrain(args, accelerator, folder, stop_request)
     # DDP has to release the process group before it is destroyed. The other way round, gloo waits for Python's lock
     # while Python waits for gloo, and sometimes a process never ends.
     accelerator.free_memory()
@@ -283,7 +292,7 @@ class Setup(NamedTuple):
     hub: TrainingPush | None = None  # with --push_to_hub
 
 
-def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: StopRequest) -> bool:
+def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolder, stop_request: StopRequest) -> bool:
     """From text to a saved model; False if the run was told to stop before its end."""
     # 2. The tokenizer, and what can be checked before the text is read
     tokenizer = load_tokenizer(args.tokenizer or args.model or "out/tokenizer")
@@ -319,30 +328,44 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
         text.close()
         return True
 
-    # 6. The newest checkpoint of this run, or the beginning; a checkpoint of another run is refused
+    # 6. The newest checkpoint of this run, or the beginning. Another run in the folder is refused; with
+    # --overwrite_output_dir it gives way only here, where all that this run reads has been found right.
     fixed = {name: getattr(args, name) for name in FIXED_ARGUMENTS}
     identity = identify(config, **text.identity, rows_per_step=rows_per_step, **fixed)
+    folder.check_same(identity)
+    folder.make_way()
     restore = {"model": setup.model, "optimizer": setup.optimizer, "accelerator": accelerator, "identity": identity}
     state = TrainingState(**find_state(args.output_dir, **restore))
     if state.step > 0:
         text.load_state(state.text)
+        report_another_end(args, folder, state.step, max_steps, accelerator)
+    options = {name: getattr(args, name) for name in FREE_ARGUMENTS} | {"max_steps": max_steps}
+    for change in folder.begin(identity, options=options, files=("log.jsonl", "samples.txt", *PRESENTED_FILES)):
+        accelerator.print(f"{change} from here on.")
 
     # 7. The loop, and then the model in the form that other tools open, with its numbers
-    if state.step >= max_steps and (Path(args.output_dir) / "metrics.json").exists():
-        accelerator.print(f"The run in {args.output_dir} ended at step {state.step:,}: nothing to do.")
-    else:
+    end = max(state.step, max_steps)
+    if not folder.is_finished(step=end):
+        folder.reopen()
         accelerator.init_trackers("hfllm", config={name: str(value) for name, value in vars(args).items()})
-        if accelerator.is_main_process:
-            save_arguments(args, Path(args.output_dir) / "arguments.yaml")
-            tokenizer.save_pretrained(args.output_dir)
-            save_environment(args.output_dir, num_processes=accelerator.num_processes)
+        with folder.writing() as partial:
+            if accelerator.is_main_process:
+                save_arguments(args, partial / "arguments.yaml")
+                tokenizer.save_pretrained(partial)
+                save_environment(partial, num_processes=accelerator.num_processes)
         tokens_per_second = train(args, setup, state, stop_request)
-        if state.step >= max_steps:
-            finish(args, setup, state, tokens_per_second)
-        else:
+        if state.step < max_steps:
             accelerator.print(f"Stopped at step {state.step:,} of {max_steps:,}; the same command resumes from here.")
+            text.close()
+            return False
+        save_result(args, setup, folder, state, tokens_per_second)
+    elif folder.is_done("page") and (hub is None or folder.is_done("push")):
+        accelerator.print(f"The run in {args.output_dir} ended at step {end:,}: nothing to do.")
+
+    # 8. What shows the result to people. The same command again does what failed of it.
+    present(args, setup, folder)
     text.close()
-    return state.step >= max_steps
+    return True
 
 
 def train(args: PretrainArguments, setup: Setup, state: TrainingState, stop_request: StopRequest) -> float | None:
@@ -486,32 +509,51 @@ def save(args: PretrainArguments, setup: Setup, state: TrainingState, detector: 
         optimizer=setup.optimizer,
         state=dataclasses.asdict(state),
         accelerator=setup.accelerator,
+        tokenizer=setup.text.tokenizer,
         keep=args.save_total_limit,
     )
-    is_pushed = args.hub_strategy == "every_save" and state.step < setup.max_steps  # `finish` pushes the end
+    is_pushed = args.hub_strategy == "every_save" and state.step < setup.max_steps  # `present` pushes the end
     if setup.hub is not None and setup.accelerator.is_main_process and is_pushed:
         setup.hub.push_checkpoint(checkpoint, setup.accelerator.unwrap_model(setup.model), step=state.step)
     state.save_seconds += time.perf_counter() - start
 
 
-def finish(args: PretrainArguments, setup: Setup, state: TrainingState, tokens_per_second: float | None) -> None:
-    """Save the model, `metrics.json`, the curves, the run's page and the model card, and print where they are."""
-    output_dir, text = Path(args.output_dir), setup.text
-    save_model(output_dir, model=setup.model, accelerator=setup.accelerator)
-    if not setup.accelerator.is_main_process:
-        return
-    metrics = final_metrics(
-        dataclasses.asdict(state), accelerator=setup.accelerator, tokens_per_second=tokens_per_second, **setup.sizes
-    )
-    metrics |= {"dataset": args.dataset, "corpus_sha256": text.fingerprint}
-    metrics |= {"tokenizer_sha256": text.tokenizer_sha256, "seed": args.seed}
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=output_dir.resolve().name)
-    write_page_and_card(output_dir)
-    prompt = args.sample_prompt or ("import " if args.dataset == "stdlib" else "The ")
-    print(describe_result(output_dir, metrics, prompt=prompt))
-    if setup.hub is not None and (address := setup.hub.push_result()):
-        print(f"\nOn the Hub: {address}")
+def save_result(
+    args: PretrainArguments, setup: Setup, folder: RunFolder, state: TrainingState, tokens_per_second: float | None
+) -> None:
+    """Save the model and `metrics.json`, both or neither, and note that the run is finished."""
+    accelerator, text = setup.accelerator, setup.text
+    with folder.writing() as partial:
+        save_model(partial, model=setup.model, accelerator=accelerator)
+        if accelerator.is_main_process:
+            speed = {"tokens_per_second": tokens_per_second, **setup.sizes}
+            metrics = final_metrics(dataclasses.asdict(state), accelerator=accelerator, **speed)
+            metrics |= {"dataset": args.dataset, "corpus_sha256": text.fingerprint}
+            metrics |= {"tokenizer_sha256": text.tokenizer_sha256, "seed": args.seed}
+            write_json(partial / "metrics.json", metrics)
+    folder.finish(step=state.step)
+
+
+def present(args: PretrainArguments, setup: Setup, folder: RunFolder) -> None:
+    """Draw the curves, write page and card, print where everything is, and push it; what is done already is not."""
+
+    def draw() -> None:
+        output_dir = Path(args.output_dir)
+        plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=output_dir.resolve().name)
+        write_page_and_card(output_dir)
+        prompt = args.sample_prompt or ("import " if args.dataset == "stdlib" else "The ")
+        metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+        print(describe_result(output_dir, metrics, prompt=prompt))
+
+    if not folder.is_done("page"):
+        on_main_process(setup.accelerator, draw)
+        folder.note_done(page=True)
+    hub = setup.hub
+    if hub is not None and not folder.is_done("push"):
+        address = on_main_process(setup.accelerator, hub.push_result)
+        if address is not None:
+            folder.note_done(push=address)
+            setup.accelerator.print(f"\nOn the Hub: {address}")
 
 
 def load_text(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> TrainingText:
@@ -571,6 +613,22 @@ def prepare(
     options = loss_options(model)
     model, optimizer = accelerator.prepare(model, build_optimizer(args, model, accelerator))
     return Setup(accelerator, model, optimizer, text, max_steps, num_rows, options, sizes, hub)
+
+
+def report_another_end(
+    args: PretrainArguments, folder: RunFolder, step: int, max_steps: int, accelerator: Accelerator
+) -> None:
+    """Print what another number of steps does to the learning rate of a run that is resumed."""
+    before = (folder.record.get("options") or {}).get("max_steps")
+    if not isinstance(before, int) or step >= max_steps:
+        return
+    old, new = (args.learning_rate * args.height_at(min(step, end), end) for end in (before, max_steps))
+    if not math.isclose(old, new, rel_tol=1e-3):
+        accelerator.print(
+            f"The learning rate changes with --max_steps: at step {step:,} it is {new:.3g} instead of {old:.3g}, as "
+            f"{args.lr_scheduler_type} falls until the last step, which was {before:,} and is {max_steps:,}. A run "
+            "that is to be continued is best trained with --lr_scheduler_type warmup_stable_decay."
+        )
 
 
 def report_unused_options(args: PretrainArguments, accelerator: Accelerator) -> None:

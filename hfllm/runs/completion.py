@@ -67,7 +67,7 @@ def find_fault(folder: str | Path, finished: dict[str, Any] | None, *, step: int
     """Why the run of a folder is not finished at `step`; empty if it is."""
     if not finished:
         return "it has not ended"
-    if finished["step"] not in (step, None):  # a run of an earlier version did not note its step
+    if finished["step"] != step:
         return f"it ended at step {finished['step']}"
     for name in finished["files"]:
         if not (Path(folder) / name).is_file():

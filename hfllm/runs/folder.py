@@ -7,7 +7,7 @@
             ...
             with folder.writing() as partial:   # results are written beside, and moved in when they are whole
                 model.save_pretrained(partial)
-            folder.finish(step=...)
+            folder.finish(step=...)             # the record says so, last of all
 
 Only `begin` deletes, only with `overwrite`, and only files that the run's record names (see `hfllm.runs.completion`) or
 that stand in its checkpoints. It follows no symbolic link.
@@ -99,15 +99,16 @@ class RunFolder:
     ):
         self.path, self.recipe, self.overwrite, self.record = path, recipe, overwrite, record
         self.accelerator = accelerator
+        self.moved: list[str] = []  # what the last `writing` moved into the folder
 
-    def check_same(self, identity: Mapping[str, Any], *, fork_from: str | Path | None = None) -> None:
+    def check_same(self, identity: Mapping[str, Any]) -> None:
         """Refuse another run than the one that is here, unless it is to give way; see `check_same_run`."""
         saved = self.record.get("identity")
         if saved is not None and not self.overwrite:
             current = as_json(dict(identity))
             if self.record.get("is_old"):  # it noted all of its options, and nothing else
                 saved = {name: value for name, value in saved.items() if name in current}
-            check_same_run(saved, current, self.path, fork_from=fork_from)
+            check_same_run(saved, current, self.path, fork_from=None if self.record["finished"] else _newest(self.path))
 
     def make_way(self) -> None:
         """With `overwrite`, delete the run that is here, once; call it when everything else was found right.
@@ -140,7 +141,6 @@ class RunFolder:
         *,
         options: Mapping[str, Any] | None = None,
         files: Iterable[str] = (),
-        fork_from: str | Path | None = None,
     ) -> list[str]:
         """Begin a run, or resume the one that is here; returns the options that changed since its last start, in words.
 
@@ -150,10 +150,10 @@ class RunFolder:
         Raises:
             ValueError: the folder holds another run; says what differs.
         """
-        self.check_same(identity, fork_from=fork_from)
+        self.check_same(identity)
         self.make_way()
         options = as_json(dict(options or {}))
-        before = self.record.get("options") or {}
+        before = {name: value for name, value in (self.record.get("options") or {}).items() if name in options}
         changes = find_differences(before, {name: value for name, value in options.items() if name in before})
 
         def note() -> dict[str, Any]:
@@ -189,7 +189,7 @@ class RunFolder:
         on_main_process(self.accelerator, make)
         try:
             yield partial
-            self.record = on_main_process(self.accelerator, lambda: self._move_in(partial))
+            self.record, self.moved = on_main_process(self.accelerator, lambda: self._move_in(partial))
         finally:
             if self.accelerator is None or self.accelerator.is_main_process:
                 clear()
@@ -198,16 +198,17 @@ class RunFolder:
         """Note that the run is not finished any more, before it is trained further."""
         self._change(finished=None)
 
-    def finish(self, *, step: int | None, files: Iterable[str]) -> None:
+    def finish(self, *, step: int | None = None, files: Iterable[str] | None = None) -> None:
         """Note that the run is finished at `step` and that `files` are its result; the last thing that is written.
 
-        What may fail without spoiling the result (the page, a push) is noted by `note_done` when it is done.
+        By default these are the files that the last `writing` moved in. What may fail without spoiling the result (the
+        page, a push) is noted by `note_done` when it is done.
         """
-        names = list(files)
+        names = self.moved if files is None else list(files)
         finished = on_main_process(self.accelerator, lambda: describe_finish(self.path, step=step, files=names))
         self._change(finished=finished)
 
-    def is_finished(self, *, step: int | None) -> bool:
+    def is_finished(self, *, step: int | None = None) -> bool:
         """Whether the run ended at `step` and its result is still as it was written, by the weights' sha256."""
         if self.overwrite:
             return False
@@ -235,7 +236,7 @@ class RunFolder:
 
         self.record = on_main_process(self.accelerator, change)
 
-    def _move_in(self, partial: Path) -> dict[str, Any]:
+    def _move_in(self, partial: Path) -> tuple[dict[str, Any], list[str]]:
         names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if not path.is_dir())
         for name in names:
             _refuse_links(self.path, name)
@@ -252,7 +253,7 @@ class RunFolder:
             _delete(self.path, stale)
             record = {**record, "files": [name for name in record["files"] if name not in stale]}
             write_record(self.path, record)
-        return record
+        return record, names
 
 
 def _open(path: Path, recipe: str, *, overwrite: bool, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,15 +292,21 @@ def _record_of_earlier_version(path: Path, recipe: str) -> dict[str, Any]:
             "nothing that you need, or choose another output_dir."
         )
     names = [name for name in _visible_files(path) if _matches([name], RUN_FILES)]
-    is_finished = {"metrics.json", "config.json"} <= set(names)
-    result = {"step": None, "sha256": {}, "files": ["config.json", "metrics.json"], "done": {"page": True}}
+    finished = None
+    if {"metrics.json", "config.json"} <= set(names):
+        try:
+            metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+            result = {"sha256": {}, "files": ["config.json", "metrics.json"], "done": {"page": True}}
+            finished = {"step": metrics["train_steps"], **result}
+        except (ValueError, KeyError, TypeError):
+            pass  # it was killed while it wrote them
     return {
         "format_version": FORMAT_VERSION,
         "recipe": recipe,
         "files": sorted(names),
         "identity": as_json(options),
         "options": as_json(options),
-        "finished": result if is_finished else None,
+        "finished": finished,
         "is_old": True,
     }
 
@@ -375,6 +382,12 @@ def _names_in_manifest(checkpoint: Path) -> set[str]:
         return set(json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return set()
+
+
+def _newest(path: Path) -> Path | None:
+    """The checkpoint with the highest step, by its name."""
+    folders = [child for child in _checkpoints(path) if re.fullmatch(r"(step|checkpoint)-\d+", child.name)]
+    return max(folders, key=lambda child: int(child.name.split("-")[1]), default=None)
 
 
 def _checkpoints(path: Path) -> list[Path]:

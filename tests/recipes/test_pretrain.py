@@ -248,6 +248,88 @@ def test_a_folder_with_somebody_elses_model_is_not_overwritten(run_pretrain, sma
         run_pretrain(**small)
 
 
+@pytest.mark.fault(32)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"dataset": "nowhere.txt"}, "nowhere"), ({"tokenizer": "nowhere"}, "nowhere"), ({"warmup_steps": 50}, "warmup")],
+)
+def test_a_mistake_elsewhere_in_the_command_leaves_the_run_that_was_to_be_overwritten(
+    run_pretrain, small, wrong, message
+):
+    run_pretrain(**small)
+    before = {path: path.read_bytes() for path in small["output_dir"].rglob("*") if path.is_file()}
+    with pytest.raises((ValueError, OSError), match=message):
+        run_pretrain(**{**small, **wrong, "overwrite_output_dir": True})
+    assert {path: path.read_bytes() for path in small["output_dir"].rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.fault(32)
+@pytest.mark.parametrize("place", ["", "checkpoints/step-00000012"])
+def test_the_folder_of_the_model_is_not_overwritten(run_pretrain, small, place):
+    run_pretrain(**small)
+    weights = (small["output_dir"] / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"is model itself|model .* lies in output_dir"):
+        run_pretrain(**{**small, "model": small["output_dir"] / place, "overwrite_output_dir": True})
+    assert (small["output_dir"] / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.fault(23)
+def test_a_run_whose_end_was_cut_off_is_ended_by_the_same_command(run_pretrain, small, monkeypatch):
+    """Killed between its last checkpoint and its model, or while the finished run of fewer steps was extended."""
+    run_pretrain(**{**small, "max_steps": 6})
+    with monkeypatch.context() as patch:
+        patch.setattr(run_pretrain.recipe, "save_model", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_pretrain(**small)
+    assert json.loads((small["output_dir"] / "metrics.json").read_text())["train_steps"] == 6
+    assert run_pretrain(**small)["train_steps"] == 12
+    checkpoint = load_file(small["output_dir"] / "checkpoints" / "step-00000012" / "model.safetensors")
+    model = load_file(small["output_dir"] / "model.safetensors")
+    assert all(torch.equal(model[name], checkpoint[name]) for name in model)
+
+
+@pytest.mark.fault(20, 23)
+def test_what_is_missing_of_a_finished_run_is_done_by_the_same_command(run_pretrain, small, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_pretrain.recipe, "write_page_and_card", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_pretrain(**small)
+    weights = (small["output_dir"] / "model.safetensors").stat().st_mtime_ns
+    assert not (small["output_dir"] / "report.html").exists()
+    run_pretrain(**small)
+    assert (small["output_dir"] / "report.html").exists() and (small["output_dir"] / "README.md").exists()
+    assert (small["output_dir"] / "model.safetensors").stat().st_mtime_ns == weights
+    (small["output_dir"] / "model.safetensors").write_bytes(b"half of a mod")
+    capsys.readouterr()
+    run_pretrain(**small)
+    assert load_file(small["output_dir"] / "model.safetensors")
+    run_pretrain(**small)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_a_run_starts_another_one(run_pretrain, small, tmp_path):
+    """With another schedule, which the run itself refuses, and says so."""
+    run_pretrain(**small)
+    checkpoint = small["output_dir"] / "checkpoints" / "step-00000006"
+    with pytest.raises(ValueError, match=r"start a new run from them: model=.* and another output_dir"):
+        run_pretrain(**{**small, "learning_rate": 0.001})
+    other = {"model": checkpoint, "tokenizer": checkpoint, "learning_rate": 0.001, "output_dir": tmp_path / "other"}
+    del small["hidden_size"], small["num_hidden_layers"], small["num_attention_heads"]
+    run_pretrain(**{**small, **other})
+    first = json.loads((tmp_path / "other" / "log.jsonl").read_text().splitlines()[0])
+    before = [entry for entry in read_log(tmp_path / "out" / "log.jsonl") if entry["step"] == 6]
+    assert first["eval_loss"] == pytest.approx(before[0]["eval_loss"], rel=1e-5)
+
+
+def test_more_steps_in_mid_run_tell_what_they_do_to_the_learning_rate(run_pretrain, small, capsys):
+    run_pretrain(**small, lr_scheduler_type="linear", min_lr_ratio=0)
+    run_pretrain(**{**small, "max_steps": 22, "save_steps": 5}, lr_scheduler_type="linear", min_lr_ratio=0)
+    told = capsys.readouterr().out
+    # 0.02 falls to 0 over the steps after the two of warm-up: at 12 of 22, ten of twenty are left.
+    assert "at step 12 it is 0.01 instead of 0" in told
+    assert "save_steps was 6 and is 5 from here on." in told
+
+
 def test_windows_of_one_long_text_train_and_are_scored_once(run_pretrain, small, tmp_path):
     text = tmp_path / "long.txt"
     text.write_text("the cat sees a dog. my bird likes one fish. " * 60)
@@ -323,15 +405,15 @@ def test_bad_input_stops_before_the_work_starts(run_pretrain, small, tmp_path, w
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 64}, "model.hidden_size: 32 in the checkpoint, 64 now"),
-        ({"learning_rate": 0.5}, "learning_rate: 0.02 in the checkpoint, 0.5 now"),
-        ({"per_device_train_batch_size": 8}, "rows_per_step: 4 in the checkpoint, 8 now"),
-        ({"validation_fraction": 0.3}, "rows: "),
+        ({"hidden_size": 64}, "model.hidden_size was 32 and is 64"),
+        ({"learning_rate": 0.5}, "learning_rate was 0.02 and is 0.5"),
+        ({"per_device_train_batch_size": 8}, "rows_per_step was 4 and is 8"),
+        ({"validation_fraction": 0.3}, "rows was "),
     ],
 )
 def test_a_run_that_exists_with_another_shape_is_refused(run_pretrain, small, change, message):
     run_pretrain(**small)
-    with pytest.raises(ValueError, match="--overwrite_output_dir") as error:
+    with pytest.raises(ValueError, match="overwrite_output_dir") as error:
         run_pretrain(**{**small, **change, "max_steps": 20})
     assert message in str(error.value)
 

@@ -33,7 +33,7 @@ def run(
             make(claimed.path, "log.jsonl", *CHECKPOINT, text="ours")
             with claimed.writing() as partial:
                 make(partial, "config.json", *files, text="ours")
-            claimed.finish(step=step, files=["config.json", *files])
+            claimed.finish(step=step)
     return changes
 
 
@@ -58,6 +58,15 @@ def test_another_run_is_refused_with_the_difference_and_changes_nothing(tmp_path
     with pytest.raises(ValueError, match=r"belongs to another run:\n    train_sha256 was aaaa.* and is bbbb"):
         run(tmp_path, identity={**IDENTITY, "train_sha256": "b" * 64})
     assert {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)} == before
+
+
+@pytest.mark.fault(19)
+def test_a_refusal_names_a_checkpoint_to_start_another_run_from(tmp_path):
+    with claim_folder(tmp_path, recipe="pretrain") as folder:
+        folder.begin(IDENTITY)
+    make(tmp_path / "checkpoints", *(f"{name}/state.json" for name in ("step-00000009", "step-00000010.broken")))
+    with pytest.raises(ValueError, match=r"model=.*/checkpoints/step-00000009 and another output_dir"):
+        run(tmp_path, identity={"learning_rate": 0.2})
 
 
 def test_an_option_that_may_change_is_applied_and_told(tmp_path):
@@ -345,9 +354,13 @@ def test_an_earlier_versions_run_resumes_if_its_options_are_the_same(old_run):
 
 
 def test_an_earlier_versions_finished_run_is_finished(old_run):
-    make(old_run, "metrics.json", "config.json")
+    make(old_run, "config.json")
+    make(old_run, "metrics.json", text=json.dumps({"train_steps": 6}))
     with claim_folder(old_run, recipe="pretrain") as folder:
-        assert folder.is_finished(step=6)
+        assert folder.is_finished(step=6) and not folder.is_finished(step=12)
+    (old_run / "metrics.json").write_text('{"train_steps"')  # killed while it wrote
+    with claim_folder(old_run, recipe="pretrain") as folder:
+        assert not folder.is_finished(step=6)
 
 
 @pytest.mark.fault(32)
