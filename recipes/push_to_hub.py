@@ -22,7 +22,9 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
 
+import contextlib
 import logging
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ from hfllm.cli.arguments import run
 from hfllm.hub import check_repo_id, push_to_hub
 from hfllm.hub.contents import check_model_folder
 from hfllm.hub.forms import save_adapter_alone, save_merged, save_native
+from hfllm.runs.lock import run_lock
 
 
 @dataclass
@@ -71,7 +74,10 @@ def main(args: PushArguments) -> None:
     args.check()
     logging.basicConfig(format="%(message)s")
     disable_progress_bar()
-    with tempfile.TemporaryDirectory() as beside, tempfile.TemporaryDirectory() as native:
+    # A run or an export that writes into the folder meanwhile would be pushed in part.
+    model = Path(args.model).expanduser()
+    lock = run_lock(model, recipe="push_to_hub") if os.access(model, os.W_OK) else contextlib.nullcontext()
+    with lock, tempfile.TemporaryDirectory() as beside, tempfile.TemporaryDirectory() as native:
         # 1. The model in the form to push
         folder = args.model
         if args.adapter and not (Path(folder).expanduser() / "adapter_config.json").exists():

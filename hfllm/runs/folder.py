@@ -48,6 +48,7 @@ TOKENIZER_FILES = (
     *("merges.txt", "chat_template.jinja", "tokenizer_report.json"),
 )
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+EXPORTED_FILES = ("*.gguf", "*.onnx", "*.onnx.data")
 # What runs write besides: these files of earlier versions, which kept no record, are a run's own, and no file of
 # somebody else's may have such a name in a folder where a run begins.
 RUN_FILES = (
@@ -210,10 +211,13 @@ class RunFolder:
 
     def is_finished(self, *, step: int | None = None) -> bool:
         """Whether the run ended at `step` and its result is still as it was written, by the weights' sha256."""
+        return not self.find_fault(step=step)
+
+    def find_fault(self, *, step: int | None = None) -> str:
+        """Why the run is not finished, or its result not as it was written; empty if it is."""
         if self.overwrite:
-            return False
-        fault = on_main_process(self.accelerator, lambda: find_fault(self.path, self.record.get("finished"), step=step))
-        return not fault
+            return "it is to be overwritten"
+        return on_main_process(self.accelerator, lambda: find_fault(self.path, self.record.get("finished"), step=step))
 
     def note_done(self, **what: Any) -> None:
         """Note what else of a finished run is done, e.g. `page=True`, `push="https://..."`."""
@@ -338,7 +342,7 @@ def _check_foreign(path: Path, *, overwrite: bool) -> None:
     """Refuse a folder with files that no run made; to overwrite in it, only if a run writes none of their names."""
     files = _visible_files(path)
     if overwrite:
-        files = [name for name in files if _matches([name], RUN_FILES)]
+        files = [name for name in files if _matches([name], (*RUN_FILES, *EXPORTED_FILES))]
     if not files:
         return
     listing = ", ".join(files[:5]) + (f" and {len(files) - 5:,} more" if len(files) > 5 else "")

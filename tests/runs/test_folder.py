@@ -1,4 +1,6 @@
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,30 @@ def test_what_a_killed_run_left_half_written_is_cleared(tmp_path):
     make(tmp_path, ".partial/model.safetensors", text="half")
     run(tmp_path)
     assert files_in(tmp_path) == RUN
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.fault(6, 24)
+def test_a_disk_that_is_really_full_loses_the_new_result_only(small_disk):
+    folder = small_disk / "out"
+    run(folder)
+    before = {name: (folder / name).read_bytes() for name in files_in(folder)}
+    with claim_folder(folder, recipe="pretrain") as claimed:
+        with pytest.raises(OSError, match="No space left"), claimed.writing() as partial:
+            (partial / "model.safetensors").write_bytes(bytes(2**21))
+        assert {name: (folder / name).read_bytes() for name in before} == before
+    run(folder)
+    assert files_in(folder) == RUN
 
 
 # Being finished
