@@ -161,7 +161,8 @@ class RotaryFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return RotaryFunction.turn(grad, *ctx.saved_tensors, direction=-1), None, None
+        cos, sin = ctx.saved_tensors
+        return RotaryFunction.turn(grad, cos, sin, direction=-1), None, None
 
     @staticmethod
     def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
@@ -267,7 +268,7 @@ def linear_cross_entropy(
         nats = LinearCrossEntropyFunction.apply(hidden_states.flatten(0, -2), weight, targets, dtype)
     if num_items_in_batch is None:
         num_items_in_batch = (targets != -100).sum()
-    elif torch.is_tensor(num_items_in_batch):
+    elif isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(nats.device)
     return nats / num_items_in_batch
 
