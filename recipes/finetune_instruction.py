@@ -464,6 +464,7 @@ def describe_training(
     args: InstructionArguments, trainer: InstructionTrainer, rows: ConversationRows
 ) -> dict[str, Any]:
     """What was trained and how fast, for `metrics.json`."""
+    best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
     runtime = next((entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry), None)
     trained, total = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
     return {
@@ -472,7 +473,7 @@ def describe_training(
         "train_padding_share": rows.seen_padding_share,
         "train_steps": trainer.state.global_step,
         "num_train_epochs": trainer.args.num_train_epochs,
-        "best_checkpoint": Path(trainer.state.best_model_checkpoint or "").name or None,
+        "best_checkpoint": best and Path(best).name,
         "tokens_per_second": round(rows.tokens_seen * trainer.args.world_size / runtime, 1) if runtime else None,
         "num_parameters": total,
         "num_trained_parameters": trained,
