@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"data", "tokenization"},
     "evaluation": {"data", "evaluation"},
     "training": {"evaluation", "runs", "training"},
-    "fine_tuning": {"cli", "fine_tuning", "runs"},
+    "fine_tuning": {"adapters", "cli", "data", "evaluation", "fine_tuning", "hub", "report", "runs", "training"},
     "conversion": {"conversion", "model", "tokenization"},
     "report": {"report", "runs"},
     "hub": {"adapters", "conversion", "hub", "model", "report", "runs", "tokenization"},
