@@ -464,6 +464,7 @@ def describe_training(
     args: InstructionArguments, trainer: InstructionTrainer, rows: ConversationRows
 ) -> dict[str, Any]:
     """What was trained and how fast, for `metrics.json`."""
+    best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
     runtime = next((entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry), None)
     trained, total = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
     return {
@@ -471,8 +472,8 @@ def describe_training(
         "train_rows": len(rows),
         "train_padding_share": rows.seen_padding_share,
         "train_steps": trainer.state.global_step,
-        "num_train_epochs": trainer.args.num_train_epochs,
-        "best_checkpoint": Path(trainer.state.best_model_checkpoint or "").name or None,
+        "epochs": trainer.state.epoch,
+        "best_checkpoint": best and Path(best).name,
         "tokens_per_second": round(rows.tokens_seen * trainer.args.world_size / runtime, 1) if runtime else None,
         "num_parameters": total,
         "num_trained_parameters": trained,
@@ -482,29 +483,30 @@ def describe_training(
     }
 
 
+KINDS = {"reworded": "expressions in other words", "second_turn": "all kinds as the second turn of a chat"}
+
+
 def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path) -> None:
-    exact = ""
+    print(
+        f"Loss in nats per response token (prompts do not count): validation {metrics['eval_loss_before']:.4f} before, "
+        f"{metrics['eval_loss']:.4f} after; test {metrics['test_loss_before']:.4f} before, {metrics['test_loss']:.4f} "
+        "after."
+    )
     if "test_exact_match" in metrics:
-        kinds = ", ".join(
-            f"{name.removeprefix('test_exact_match_')} {value:.1%}"
-            for name, value in metrics.items()
-            if name.startswith("test_exact_match_")
-        )
-        kinds = kinds.replace("reworded", "expressions in other words")
-        kinds = kinds.replace("second_turn", "all kinds as the second turn of a chat")
-        exact = (
+        prefix = "test_exact_match_"
+        shares = {name.removeprefix(prefix): share for name, share in metrics.items() if name.startswith(prefix)}
+        kinds = ", ".join(f"{KINDS.get(kind, kind)} {share:.1%}" for kind, share in shares.items())
+        print(
             f"Exact match on {metrics['test_answers']:,} of {metrics['test_questions']:,} test questions, none of "
             f"which was in training: {metrics['test_exact_match']:.1%}{f' ({kinds})' if kinds else ''}. "
             f"{metrics['test_answers_unfinished']:,} replies had no end after --max_new_tokens {args.max_new_tokens}, "
-            f"{metrics['test_answers_empty']:,} were empty.\n"
+            f"{metrics['test_answers_empty']:,} were empty."
         )
     adapter = f"{output_dir}/adapter             LoRA's matrices alone\n" if args.method == "lora" else ""
     print(
-        f"Loss in nats per response token (prompts do not count): validation {metrics['eval_loss_before']:.4f} before, "
-        f"{metrics['eval_loss']:.4f} after; test {metrics['test_loss_before']:.4f} and {metrics['test_loss']:.4f}.\n"
-        f"{exact}"
-        f"{metrics['train_steps']:,} steps in {metrics['train_seconds'] / 60:.1f} minutes with evaluations, "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['train_padding_share']:.1%} of the places padding.\n\n"
+        f"{metrics['train_steps']:,} steps ({metrics['epochs']:.1f} epochs) in "
+        f"{metrics['train_seconds'] / 60:.1f} minutes with evaluations: {metrics['tokens_per_second']:,.0f} tokens/s, "
+        f"{metrics['train_padding_share']:.1%} padding.\n\n"
         f"{output_dir}/model.safetensors   the model, with its tokenizer and code beside it\n{adapter}"
         f"{output_dir}/samples.txt         replies before and after; metrics.json has the numbers\n"
         f"{output_dir}/report.html         the run's page, to open in a browser\n\n"

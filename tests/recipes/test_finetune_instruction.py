@@ -300,12 +300,14 @@ def test_the_best_checkpoint_on_validation_is_kept_and_a_run_stops_early_if_aske
 
 
 def test_without_a_number_of_epochs_small_data_is_repeated(options):
-    """Fifteen conversations, two a step, in eight steps: 150 steps would be 19 passes, of which two are taken here."""
-    del options["max_steps"]
-    metrics = run(**options, packing=False, num_train_epochs=2)
-    assert (metrics["num_train_epochs"], metrics["train_steps"]) == (2, 16)
-    args = parse_arguments(recipe.InstructionArguments, [f"--{name}={value}" for name, value in options.items()])
-    assert args.num_train_epochs is None
+    """A few packed rows are passed over twenty times, and evaluated ten times."""
+    del options["max_steps"], options["eval_steps"]
+    metrics = run(**options)
+    steps_per_epoch = -(-metrics["train_rows"] // 2)
+    assert metrics["train_rows"] < 10
+    assert metrics["train_steps"] == 20 * steps_per_epoch and metrics["epochs"] == 20
+    evaluated = [line["step"] for line in log_of(options["output_dir"]) if "eval_loss" in line]
+    assert evaluated == list(range(2 * steps_per_epoch, metrics["train_steps"] + 1, 2 * steps_per_epoch))
 
 
 def test_gradient_checkpointing_learns_through_frozen_embeddings(options):

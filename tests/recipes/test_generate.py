@@ -101,7 +101,7 @@ def test_learned_positions_slide_past_the_context_and_it_says_so(generate, model
 
 def test_rotary_positions_go_on_and_it_says_so(generate, models):
     text = generate(model=models["modern"], prompt="the cat", max_new_tokens=60, do_sample=False)
-    assert text.startswith("(Past the context of 32 tokens the model goes on at positions that it did not see")
+    assert text.startswith("(Past the context of 32 tokens the model continues at positions that it did not see")
     assert text == generate(model=models["modern"], prompt="the cat", max_new_tokens=60, do_sample=False)
 
 
