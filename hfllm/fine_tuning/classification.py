@@ -1,17 +1,16 @@
 """Classifier training: what is frozen, the order of rows, and the Trainer."""
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
+
+from .checkpoints import CheckpointedTrainer
+from .order import RowOrder
 
 
 HEADS = ("score", "classifier")  # a classifier's head, by transformers' names
-BATCHES_IN_A_POOL = 50  # of which batches of about equal lengths are made
 
 
 def freeze_all_but(model: PreTrainedModel, method: str) -> None:
@@ -33,40 +32,7 @@ def freeze_all_but(model: PreTrainedModel, method: str) -> None:
             parameter.requires_grad_(True)
 
 
-class RowOrder(Sampler[int]):
-    """The order of an epoch's rows, whole batches of them: a function of seed and epoch, whatever process asks.
-
-    `by_length` puts rows of about equal lengths into a batch, and the batches in random order: where length goes with
-    the label (spam is long), going from long texts to short ones would go from one label to another. The rows beyond
-    the last whole batch, others in each epoch, are left out, so that every step is the mean over as many rows.
-    """
-
-    def __init__(self, lengths: Sequence[int], *, batch_size: int, by_length: bool, seed: int):
-        self.lengths, self.batch_size, self.by_length, self.seed = lengths, batch_size, by_length, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths) // self.batch_size * self.batch_size or len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(len(self.lengths))[: len(self)].tolist()
-        if not self.by_length:
-            return iter(order)
-        pool = BATCHES_IN_A_POOL * self.batch_size
-        order = [
-            row
-            for first in range(0, len(order), pool)
-            for row in sorted(order[first : first + pool], key=lambda row: self.lengths[row])
-        ]
-        batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
-        return iter([row for index in generator.permutation(len(batches)) for row in batches[index]])
-
-
-class ClassifierTrainer(Trainer):
+class ClassifierTrainer(CheckpointedTrainer):
     """Trainer with the same steps and numbers on any number of processes, and a count of what is text in its batches.
 
     Rows come in `RowOrder`, for batches that are an optimizer's step on all processes together. `eval_loss` is the mean
