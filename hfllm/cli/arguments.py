@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import errno
 import gc
+import io
 import math
 import os
 import re
@@ -17,6 +18,8 @@ from typing import Any, TypeVar
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
+
+from .exit_code import noted_exit_code
 
 
 T = TypeVar("T")
@@ -156,6 +159,7 @@ def run(main: Callable[[T], None], arguments_class: type[T], *, description: str
     Only a ValueError, OSError, RuntimeError or FloatingPointError raised in hfllm or in the recipe itself is such a
     check, and so is what the system says of a file or of a full disk. Anything else keeps its traceback, for it is a
     bug, here or elsewhere. When nobody reads what is printed any more (`| head -1`), the program ends without a word.
+    Characters that the terminal or file cannot encode are printed with escapes.
     """
     if not gc.isenabled():
         # The recipe turned the collector off before it imported. What imports leave, half a million objects, is no
@@ -163,7 +167,14 @@ def run(main: Callable[[T], None], arguments_class: type[T], *, description: str
         gc.freeze()
         atexit.register(gc.freeze)
         gc.enable()
-    arguments = parse_arguments(arguments_class, description=description)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal in ASCII shows a sample's \u00e9, and no error
+    with noted_exit_code():
+        _run(main, parse_arguments(arguments_class, description=description))
+
+
+def _run(main: Callable[[T], None], arguments: T) -> None:
     try:
         main(arguments)
         sys.stdout.flush()
