@@ -60,6 +60,7 @@ from hfllm.fine_tuning.classification import ClassifierTrainer, freeze_all_but
 from hfllm.fine_tuning.run import Course, open_run, training_arguments
 from hfllm.model import GPTConfig
 from hfllm.report.confusion import plot_confusion
+from hfllm.runs.finite import check_converged
 from hfllm.tokenization import load_classifier_tokenizer
 
 
@@ -177,10 +178,7 @@ class ClassificationArguments:
 def main(args: ClassificationArguments) -> None:
     args.check()
     args.pooling, args.learning_rate, args.head_learning_rate = choose_for_model(args)
-    with open_run(args) as this_run:
-        if this_run.is_finished:
-            return
-
+    with open_run(args, recipe="finetune_classification") as this_run:
         # 1. The texts: read, checked and split before anything is trained
         train, validation, test = load_parts(args)
         names = label_names(train.labels)
@@ -196,6 +194,9 @@ def main(args: ClassificationArguments) -> None:
             name: encode(part, tokenizer, names, block_size)
             for name, part in (("train", train), ("eval", validation), ("test", test))
         }
+        learned = {name: [names, *zip(side["input_ids"], side["labels"], strict=True)] for name, side in rows.items()}
+        if this_run.is_finished(model, tokenizer, learned):
+            return
         if this_run.is_main:
             print(describe_labelled_texts(train, validation, test, names))
             print(describe_lengths(list(rows.values()), block_size))
@@ -223,28 +224,34 @@ def main(args: ClassificationArguments) -> None:
         seconds = this_run.train(trainer)
 
         # 5. The model with LoRA merged into it is saved, and tested as it was saved.
-        model = this_run.save_model(trainer, tokenizer)
-        logits = {
-            name: predict_logits(
-                model,
-                rows[name]["input_ids"],
-                num_labels=len(names),
-                batch_size=args.per_device_eval_batch_size,
-                pad_token_id=tokenizer.pad_token_id,
-                accelerator=trainer.accelerator,
-            )
-            for name in ("eval", "test")
-        }
+        with this_run.writing() as folder:
+            model = this_run.save_model(trainer, tokenizer, folder)
+            logits = {
+                name: predict_logits(
+                    model,
+                    rows[name]["input_ids"],
+                    num_labels=len(names),
+                    batch_size=args.per_device_eval_batch_size,
+                    pad_token_id=tokenizer.pad_token_id,
+                    accelerator=trainer.accelerator,
+                )
+                for name in ("eval", "test")
+            }
 
-        # 6. The numbers, beside those of a logistic regression
-        metrics = describe_training(args, trainer, seconds)
-        metrics |= {"num_trained_parameters": num_trained, "num_parameters": count_parameters(model)[1]}
+            # 6. The numbers, beside those of a logistic regression
+            metrics = describe_training(args, trainer, seconds)
+            metrics |= {"num_trained_parameters": num_trained, "num_parameters": count_parameters(model)[1]}
+            if this_run.is_main:
+                parts = {"train": train, "eval": validation, "test": test}
+                ids = {
+                    name: (part.texts, [names.index(label) for label in part.labels]) for name, part in parts.items()
+                }
+                metrics |= score_beside_baselines(logits, ids, names)
+                check_converged(metrics["eval_loss"], num_choices=len(names))
+                draw_confusion(metrics, names, folder, run_name=this_run.output_dir.resolve().name)
+            this_run.save_metrics(metrics, folder)
+        this_run.finish(trainer)
         if this_run.is_main:
-            parts = {"train": train, "eval": validation, "test": test}
-            ids = {name: (part.texts, [names.index(label) for label in part.labels]) for name, part in parts.items()}
-            metrics |= score_beside_baselines(logits, ids, names)
-            draw_confusion(metrics, names, this_run.output_dir)
-            this_run.finish(metrics)
             report(args, metrics, this_run.output_dir, example=test.texts[0])
 
 
@@ -394,10 +401,10 @@ def describe_training(args: ClassificationArguments, trainer: ClassifierTrainer,
     }
 
 
-def draw_confusion(metrics: dict[str, Any], names: list[str], output_dir: Path) -> None:
-    title = f"{output_dir.resolve().name}: {metrics['test_texts']:,} test texts"
+def draw_confusion(metrics: dict[str, Any], names: list[str], folder: Path, *, run_name: str) -> None:
+    title = f"{run_name}: {metrics['test_texts']:,} test texts"
     test = {name.removeprefix("test_"): value for name, value in metrics.items() if name.startswith("test_")}
-    plot_confusion(test, names, output_dir / "confusion.png", title=title)
+    plot_confusion(test, names, folder / "confusion.png", title=title)
 
 
 def report(args: ClassificationArguments, metrics: dict[str, Any], output_dir: Path, *, example: str) -> None:

@@ -41,7 +41,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from hfllm.adapters import add_lora, count_parameters, describe_trained
@@ -65,6 +65,7 @@ from hfllm.data.instruction import (
 from hfllm.data.templates import TEMPLATES, check_template, choose_template
 from hfllm.evaluation.replies import Reply, answer, exact_match, stop_at_turns
 from hfllm.evaluation.rows import score_rows
+from hfllm.fine_tuning.checkpoints import CheckpointedTrainer
 from hfllm.fine_tuning.instruction import (
     choose_eval_steps,
     choose_num_epochs,
@@ -73,6 +74,7 @@ from hfllm.fine_tuning.instruction import (
 )
 from hfllm.fine_tuning.responses import learned_loss, logits_only_at, shift_left
 from hfllm.fine_tuning.run import Course, open_run, training_arguments
+from hfllm.runs.finite import check_converged
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.optimization import build_muon
 
@@ -186,7 +188,7 @@ class InstructionArguments:
             raise ValueError("--adam_learning_rate: only --optimizer muon has a second learning rate.")
 
 
-class InstructionTrainer(Trainer):
+class InstructionTrainer(CheckpointedTrainer):
     """transformers' Trainer, which computes logits where something is learned, and evaluates by a sum over tokens.
 
     Its own evaluation is a mean of batch means, which is another number for any other batch size.
@@ -205,10 +207,7 @@ class InstructionTrainer(Trainer):
 
 def main(args: InstructionArguments) -> None:
     args.check()
-    with open_run(args) as this_run:
-        if this_run.is_finished:
-            return
-
+    with open_run(args, recipe="finetune_instruction") as this_run:
         # 1. The model and its tokenizer, whose chat template says how a conversation is written
         tokenizer = load_tokenizer(args.model)
         template_note = choose_template(tokenizer, args.chat_template)
@@ -222,6 +221,12 @@ def main(args: InstructionArguments) -> None:
         rows = {name: encode_side(args, name, side, tokenizer, block_size) for name, side in sides.items()}
         if args.packing:
             check_packing(model, rows["train"])
+        learned = {
+            name: [(row.input_ids.tolist(), row.is_learned.tolist()) for row in side.encoded.rows]
+            for name, side in rows.items()
+        }
+        if this_run.is_finished(model, tokenizer, learned):
+            return
         # From now on the model stops at the end of its turn as well as at the end of a document, in any `generate`.
         stop_at_turns(model, tokenizer, stop_token_id=rows["train"].encoded.stop_token_id)
 
@@ -264,6 +269,7 @@ def main(args: InstructionArguments) -> None:
 
         # 6. What it says after
         metrics["eval_loss"] = response_loss(trainer, rows["eval"])
+        check_converged(metrics["eval_loss"], num_choices=len(tokenizer))
         metrics["test_loss"] = response_loss(trainer, rows["test"])
         if args.check_answers if args.check_answers is not None else args.dataset == "stdlib":
             metrics |= {"test_questions": len(questions), **check_answers(args, questions, replies_to)}
@@ -271,14 +277,16 @@ def main(args: InstructionArguments) -> None:
 
         # 7. The model in the form that other tools open: LoRA merged into the weights, and beside it the adapter alone
         metrics |= describe_training(args, trainer, rows["train"])
-        this_run.save_model(trainer, tokenizer)
-        if this_run.is_main:
-            if args.method == "lora" and args.chat_template is not None:  # the base's tokenizer does not have it
-                tokenizer.save_pretrained(this_run.output_dir / "adapter")
-            text = describe_samples(samples, before, after)
-            (this_run.output_dir / "samples.txt").write_text(text, encoding="utf-8")
-            print(f"\n{text}")
-        this_run.finish(metrics)
+        with this_run.writing() as folder:
+            this_run.save_model(trainer, tokenizer, folder)
+            this_run.save_metrics(metrics, folder)
+            if this_run.is_main:
+                if args.method == "lora" and args.chat_template is not None:  # the base's tokenizer does not have it
+                    tokenizer.save_pretrained(folder / "adapter")
+                text = describe_samples(samples, before, after)
+                (folder / "samples.txt").write_text(text, encoding="utf-8")
+                print(f"\n{text}")
+        this_run.finish(trainer)
         if this_run.is_main:
             report(args, metrics, this_run.output_dir)
             print(f"\n{describe_learning(metrics, samples, after)}")

@@ -33,7 +33,9 @@ from hfllm.cli.arguments import check_numbers, check_recipe, run
 from hfllm.cli.opening import check_fit, open_causal_lm
 from hfllm.data.conversations import load_preferences
 from hfllm.data.templates import check_template, without_control_tokens
+from hfllm.fine_tuning.checkpoints import CheckpointedTrainer
 from hfllm.fine_tuning.run import open_run, training_arguments
+from hfllm.runs.finite import check_converged
 from hfllm.tokenization import load_tokenizer
 
 
@@ -87,10 +89,10 @@ def main(args: PreferenceArguments) -> None:
     args.check()
     from trl import DPOConfig, DPOTrainer
 
-    with open_run(args) as this_run:
-        if this_run.is_finished:
-            return
+    class PreferenceTrainer(CheckpointedTrainer, DPOTrainer):
+        """TRL's trainer, with checkpoints that are whole and resume exactly."""
 
+    with open_run(args, recipe="finetune_preference") as this_run:
         # 1. The model, which is also the reference, and its tokenizer
         tokenizer = load_tokenizer(args.model)
         check_template(tokenizer)
@@ -100,6 +102,8 @@ def main(args: PreferenceArguments) -> None:
 
         # 2. Pairs of replies to one prompt, rendered by the model's own chat template
         training, validation, account = load_pairs(args, tokenizer)
+        if this_run.is_finished(model, tokenizer, {"train": training, "eval": validation}):
+            return
         if this_run.is_main:
             print(
                 f"{account['rows']:,} preferences ({account['bad_records']:,} bad rows left out): {len(training):,} to "
@@ -107,7 +111,7 @@ def main(args: PreferenceArguments) -> None:
             )
 
         # 3. DPO: TRL's trainer, with LoRA as the only difference between the policy and the reference
-        trainer = DPOTrainer(
+        trainer = PreferenceTrainer(
             model,
             args=training_arguments(
                 args,
@@ -128,11 +132,11 @@ def main(args: PreferenceArguments) -> None:
         before = trainer.evaluate()
         this_run.train(trainer)
         after = trainer.evaluate()
+        check_converged(after["eval_loss"], num_choices=2)
 
         # 5. The adapter merged into the model, and beside it alone
         num_trained, num_parameters = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
         model.generation_config.eos_token_id = stop_ids
-        this_run.save_model(trainer, tokenizer)
         metrics = {
             **account,
             **select_numbers(before, "_before"),
@@ -143,7 +147,10 @@ def main(args: PreferenceArguments) -> None:
             "num_parameters": num_parameters,
             "num_trained_parameters": num_trained,
         }
-        this_run.finish(metrics)
+        with this_run.writing() as folder:
+            this_run.save_model(trainer, tokenizer, folder)
+            this_run.save_metrics(metrics, folder)
+        this_run.finish(trainer)
         if this_run.is_main:
             report(metrics, this_run.output_dir)
 

@@ -124,7 +124,7 @@ def main(args: TokenizerArguments) -> None:
             "max_bytes": args.max_bytes,
             "rules_sha256": hashlib.sha256((SPLIT_PATTERN + CHAT_TEMPLATE).encode()).hexdigest(),
         }
-        if folder.record.get("is_old") and not args.overwrite_output_dir:
+        if folder.is_of_earlier_version and not args.overwrite_output_dir:
             adopt_earlier_version(folder)
         folder.check_same(made_from)
         fault = folder.find_fault()

@@ -19,7 +19,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"data", "tokenization"},
     "evaluation": {"data", "evaluation"},
     "training": {"evaluation", "runs", "training"},
-    "fine_tuning": {"adapters", "cli", "data", "evaluation", "fine_tuning", "hub", "report", "runs", "training"},
+    "fine_tuning": {
+        *("adapters", "cli", "data", "evaluation", "fine_tuning", "hub", "report", "runs", "tokenization", "training"),
+    },
     "conversion": {"conversion", "model", "tokenization"},
     "report": {"report", "runs"},
     "hub": {"adapters", "conversion", "hub", "model", "report", "runs", "tokenization"},

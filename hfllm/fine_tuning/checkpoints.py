@@ -31,7 +31,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..runs.manifest import find_fault, flush, set_aside, write_manifest
+from ..runs.files import flush
+from ..runs.finite import check_finite
+from ..runs.manifest import find_fault, set_aside, write_manifest
 from ..runs.processes import on_main_process
 from ..runs.signals import StopRequest
 from .order import RowOrder, set_epoch
@@ -146,6 +148,8 @@ class CheckpointedTrainer(Trainer):
         tensors = [value for values in state.values() for value in values.values() if torch.is_tensor(value)]
         is_adapter = hasattr(self.model, "peft_config")
         tensors += [weight for weight in self.model.parameters() if weight.requires_grad or not is_adapter]
+        name = f"The checkpoint at step {self.state.global_step:,}"
+        check_finite(((f"tensor {index}", tensor) for index, tensor in enumerate(tensors)), what=name)
         needed = sum(tensor.nbytes for tensor in tensors) + SPARE_BYTES
         if needed > (free := shutil.disk_usage(folder).free):
             raise OSError(

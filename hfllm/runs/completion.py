@@ -64,10 +64,10 @@ def describe_finish(folder: str | Path, *, step: int | None, files: list[str]) -
 
 
 def find_fault(folder: str | Path, finished: dict[str, Any] | None, *, step: int | None) -> str:
-    """Why the run of a folder is not finished at `step`; empty if it is."""
+    """Why the run of a folder is not finished at `step`, or at any step if that is None; empty if it is."""
     if not finished:
         return "it has not ended"
-    if finished["step"] != step:
+    if step is not None and finished["step"] != step:
         return f"it ended at step {finished['step']}"
     for name in finished["files"]:
         if not (Path(folder) / name).is_file():

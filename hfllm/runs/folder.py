@@ -102,10 +102,18 @@ class RunFolder:
         self.accelerator = accelerator
         self.moved: list[str] = []  # what the last `writing` moved into the folder
 
+    @property
+    def is_of_earlier_version(self) -> bool:
+        """Whether the run that is here was made by a version that kept no record, and noted only its options."""
+        return bool(self.record.get("is_old"))
+
     def check_same(self, identity: Mapping[str, Any]) -> None:
-        """Refuse another run than the one that is here, unless it is to give way; see `check_same_run`."""
+        """Refuse another run than the one that is here, unless it is to give way; see `check_same_run`.
+
+        A run that ended before its first checkpoint has nothing to resume, and gives way to any other.
+        """
         saved = self.record.get("identity")
-        if saved is not None and not self.overwrite:
+        if saved is not None and not self.overwrite and self._has_something():
             current = as_json(dict(identity))
             if self.record.get("is_old"):  # it noted all of its options, and nothing else
                 saved = {name: value for name, value in saved.items() if name in current}
@@ -117,7 +125,7 @@ class RunFolder:
         Raises:
             ValueError: a folder of the run's is a symbolic link.
         """
-        if not self.overwrite:
+        if not self.overwrite and not (self.record.get("identity") and not self._has_something()):
             return
 
         def delete() -> dict[str, Any]:
@@ -227,6 +235,14 @@ class RunFolder:
     def is_done(self, what: str) -> bool:
         """Whether `note_done` was told of it since the run was finished."""
         return bool(((self.record.get("finished") or {}).get("done") or {}).get(what))
+
+    def _has_something(self) -> bool:
+        """Whether the run that is here has a result or a checkpoint, be it a broken one."""
+        if self.record.get("finished"):
+            return True
+        return on_main_process(
+            self.accelerator, lambda: (self.path / "config.json").exists() or bool(_checkpoints(self.path))
+        )
 
     def _new_record(self) -> dict[str, Any]:
         empty: dict[str, Any] = {"identity": None, "options": None, "finished": None}
