@@ -2,6 +2,7 @@
 
     checkpoints/checkpoint-100/
         model.safetensors, config.json      or adapter_model.safetensors with LoRA: as Trainer writes them
+        tokenizer.json, ...                 so that the folder opens by itself
         optimizer.safetensors, .json        "<number of the parameter>.<what>", and the optimizer's plain numbers
         scheduler.json, scaler.json         the learning rate's schedule; the loss scale, with float16
         random_states.safetensors           of Python, numpy and torch, for each process
@@ -28,7 +29,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..runs.files import flush
@@ -60,6 +61,9 @@ class CheckpointedTrainer(Trainer):
     """
 
     was_stopped = False
+    # Saved with each checkpoint, so that it opens by itself. As its `processing_class` Trainer would also write the
+    # tokenizer's special tokens over those at which the model stops.
+    tokenizer_of_checkpoints: PreTrainedTokenizerBase | None = None
     control: Any
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -165,7 +169,10 @@ class CheckpointedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
-            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
+            if self.tokenizer_of_checkpoints is not None:
+                self.tokenizer_of_checkpoints.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder = Path(output_dir)

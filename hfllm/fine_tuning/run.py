@@ -66,6 +66,7 @@ class FineTuningRun:
     folder: RunFolder
     is_main: bool
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -82,6 +83,7 @@ class FineTuningRun:
         Raises:
             ValueError: the folder holds another run, for example one on other rows; says what differs.
         """
+        self.tokenizer = tokenizer
         options = dataclasses.asdict(self.args)
         compared = {name: value for name, value in options.items() if name not in (*FREE, *BY_CONTENT)}
         self.identity = {
@@ -104,7 +106,9 @@ class FineTuningRun:
             print(f"The run in {self.output_dir} is finished: nothing to do. overwrite_output_dir starts it again.")
         return True
 
-    def begin(self, trainer: Trainer, describe_evaluation: Callable[[dict[str, Any]], str] | None = None) -> None:
+    def begin(
+        self, trainer: CheckpointedTrainer, describe_evaluation: Callable[[dict[str, Any]], str] | None = None
+    ) -> None:
         """Begin or resume the run, and let `trainer` log into `log.jsonl`; an earlier run to be overwritten gives way.
 
         To be called once everything that can be wrong has been checked, and before anything is measured or trained.
@@ -124,6 +128,7 @@ class FineTuningRun:
             trainer.add_callback(ProgressBar)
         trainer.add_callback(LogFile(self.output_dir / "log.jsonl", describe_evaluation))
         trainer.add_callback(FiniteUpdates())
+        trainer.tokenizer_of_checkpoints = self.tokenizer
 
     def train(self, trainer: CheckpointedTrainer) -> float:
         """Train from the newest sound checkpoint, or from the start; returns the seconds it took.
