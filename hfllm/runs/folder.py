@@ -26,7 +26,7 @@ import yaml
 from accelerate import Accelerator, PartialState
 
 from .completion import FORMAT_VERSION, RECORD, describe_finish, find_fault, read_record, write_record
-from .files import flush
+from .files import flush, remove_leftovers
 from .identity import as_json, check_same_run, find_differences
 from .lock import run_lock
 from .processes import on_main_process
@@ -82,6 +82,8 @@ def claim_folder(
     path = Path(output_dir).expanduser()
     lock = contextlib.nullcontext() if only_look else run_lock(path, recipe=recipe, accelerator=accelerator)
     with lock:
+        if not only_look:
+            on_main_process(accelerator, lambda: remove_leftovers(path))
         record = on_main_process(accelerator, lambda: _open(path, recipe, overwrite=overwrite, inputs=inputs or {}))
         yield RunFolder(path, recipe=recipe, overwrite=overwrite, record=record, accelerator=accelerator)
 

@@ -25,6 +25,7 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 from filelock import FileLock, Timeout
 
+from .files import write_text
 from .processes import on_main_process
 
 
@@ -154,13 +155,7 @@ class _Lock:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(self.text)
             return
-        beside = self.path.with_suffix(f".{uuid.uuid4().hex}")
-        try:
-            beside.write_text(self.text, encoding="utf-8")
-            beside.replace(self.path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
+        write_text(self.path, self.text)
 
     def _is_ours(self) -> bool:
         now = _read(self.path)

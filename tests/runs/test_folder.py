@@ -71,12 +71,22 @@ def test_a_refusal_names_a_checkpoint_to_start_another_run_from(tmp_path):
         run(tmp_path, identity={"learning_rate": 0.2})
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_gives_way_to_any_other(tmp_path):
+    with claim_folder(tmp_path, recipe="pretrain") as folder:
+        folder.begin(IDENTITY, files=["log.jsonl"])
+        make(tmp_path, "log.jsonl", "notes.txt")
+    with claim_folder(tmp_path, recipe="pretrain") as folder:
+        folder.begin({"learning_rate": 0.2})
+    assert files_in(tmp_path) == {"run.json", "notes.txt"}
+
+
 def test_an_option_that_may_change_is_applied_and_told(tmp_path):
     def start(**options) -> list[str]:
         with claim_folder(tmp_path, recipe="pretrain") as folder:
             return folder.begin(IDENTITY, options=options)
 
     assert start(save_steps=200, logging_steps=10) == []
+    make(tmp_path, *CHECKPOINT)
     assert start(save_steps=50, logging_steps=10) == ["save_steps was 200 and is 50"]
     assert start(save_steps=50, logging_steps=10, eval_steps=5) == []  # a new version has one option more
 
@@ -145,9 +155,10 @@ def test_weights_of_another_form_give_way(tmp_path):
 
 
 def test_what_a_killed_run_left_half_written_is_cleared(tmp_path):
-    make(tmp_path, ".partial/model.safetensors", text="half")
+    make(tmp_path, ".partial/model.safetensors", ".run.json.1234.tmp", text="half")
+    make(tmp_path, ".mine.tmp")
     run(tmp_path)
-    assert files_in(tmp_path) == RUN
+    assert files_in(tmp_path) == {*RUN, ".mine.tmp"}
 
 
 @pytest.fixture

@@ -191,13 +191,13 @@ def test_children_of_a_run_do_not_keep_its_lock(tmp_path):
     code = (
         "import os, sys, time; from hfllm.runs.lock import run_lock\n"
         "with run_lock(sys.argv[1]):\n"
-        "    if os.fork() == 0: time.sleep(30); os._exit(0)\n"
-        "    print('locked', flush=True); time.sleep(60)"
+        "    if os.fork() == 0: print('forked', flush=True); time.sleep(30); os._exit(0)\n"
+        "    time.sleep(60)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert process.stdout.readline() == "locked\n"
+    assert process.stdout.readline() == "forked\n"
     process.kill()
     process.wait()
     try:
