@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def write_json(path: str | Path, content: Any, *, indent: int | None = 2) -> Non
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write a file to; it takes the place of `path` when the block ends without an error."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # two hosts may have processes of one number
     try:
         yield beside
         flush(beside)
@@ -49,7 +50,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def remove_leftovers(folder: Path) -> None:
     """Delete what `replacing` had begun to write in a folder when its process was killed; nobody writes there now."""
     for path in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", path.name):
             path.unlink(missing_ok=True)
 
 

@@ -155,7 +155,7 @@ def test_weights_of_another_form_give_way(tmp_path):
 
 
 def test_what_a_killed_run_left_half_written_is_cleared(tmp_path):
-    make(tmp_path, ".partial/model.safetensors", ".run.json.1234.tmp", text="half")
+    make(tmp_path, ".partial/model.safetensors", f".run.json.{'a1' * 16}.tmp", text="half")
     make(tmp_path, ".mine.tmp")
     run(tmp_path)
     assert files_in(tmp_path) == {*RUN, ".mine.tmp"}
