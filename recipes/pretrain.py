@@ -55,6 +55,7 @@ from hfllm.hub import TrainingPush, write_page_and_card
 from hfllm.model import GPTConfig, GPTForCausalLM
 from hfllm.report import plot_curves, save_environment
 from hfllm.runs.files import write_json
+from hfllm.runs.finite import check_converged
 from hfllm.runs.folder import RunFolder, claim_folder
 from hfllm.runs.identity import identify
 from hfllm.runs.log import read_log
@@ -523,6 +524,7 @@ def save_result(
 ) -> None:
     """Save the model and `metrics.json`, both or neither, and note that the run is finished."""
     accelerator, text = setup.accelerator, setup.text
+    check_converged(state.evaluation["loss"], num_choices=len(text.tokenizer))
     with folder.writing() as partial:
         save_model(partial, model=setup.model, accelerator=accelerator)
         if accelerator.is_main_process:
