@@ -105,8 +105,8 @@ def save_checkpoint(
         check_finite(itertools.chain(tensors.items(), optimizer_tensors.items()), what=f"The checkpoint {path}")
         if name := find_non_finite(content):
             raise FloatingPointError(
-                f"The checkpoint {path} was not written: {name} is not a finite number, so training has diverged. Start "
-                "again with a lower learning_rate; earlier checkpoints, if there are any, are sound."
+                f"The checkpoint {path} was not written: {name} is not a finite number, so training has diverged. "
+                "Start again with a lower learning_rate; earlier checkpoints, if there are any, are sound."
             )
         _write(path, tensors, optimizer_tensors, content, lambda folder: _write_description(folder, model, tokenizer))
         _delete_old(path, keep)
