@@ -187,9 +187,9 @@ class InstructionArguments:
 
 
 class InstructionTrainer(Trainer):
-    """transformers' Trainer, which computes logits where something is learned, and evaluates by a sum over tokens.
+    """Trainer that computes logits only where something is learned, and evaluates by a sum over tokens.
 
-    Its own evaluation is a mean of batch means, which is another number for any other batch size.
+    Trainer's own evaluation is a mean of batch means, which depends on the batch size.
     """
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs):
@@ -403,7 +403,7 @@ def response_loss(trainer: InstructionTrainer, rows: ConversationRows) -> float:
 
 
 def pick_samples(questions: list[Conversation], number: int) -> list[Conversation]:
-    """Some test questions, of each kind as many as there are kinds to share them."""
+    """Some test questions, as evenly from all kinds as possible."""
     seen: Counter[str | None] = Counter()
     order = []
     for position, question in enumerate(questions):
