@@ -359,6 +359,7 @@ def make_trainer(
         eval_steps=eval_steps,
         save_steps=eval_steps if args.load_best_model_at_end else args.save_steps,
         metric_for_best_model="eval_loss",
+        restore_callback_states_from_checkpoint=args.early_stopping_patience is not None,
     )
     stopping = [EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience else []
     return InstructionTrainer(
