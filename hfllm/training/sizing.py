@@ -1,10 +1,10 @@
-"""One dial for a model from random weights: what follows from its depth, or from a budget of tokens or of time.
+"""Sizes of a model from random weights and of its run, from a depth or from a budget of tokens or minutes.
 
-The rules are fits to small models of the modern preset with Muon, trained for minutes on a CPU; CONTRIBUTING has the
-table. Held to were: a width of 64 for each block (6 x 384, 12 x 768: shapes that are known to train well), heads of 64
-channels, a linear fall to zero. Measured were the tokens from which on depth 2 beats depth 1 at equal arithmetic, the
-two learning rates at two widths, and the batch, with up to 2.9 million tokens. For more of either all this is
-extrapolated, towards what is published of large models.
+The rules were fitted to small models of the modern preset with Muon, trained for minutes on a CPU (the tables are in
+docs/measurements/log.md, "Sizing rules"). Fixed: a width of 64 per block (6 x 384 and 12 x 768 are known to train
+well), heads of 64 channels, linear decay to zero. Measured: the number of tokens from which depth 2 beats depth 1 at
+equal arithmetic, both learning rates at two widths, and the batch, with up to 2.9 million tokens. Beyond that the rules
+are extrapolated towards what is published about large models.
 """
 
 import itertools
@@ -27,13 +27,13 @@ SIZED: tuple[str, ...] = (
 )
 
 HEAD_DIM = 64  # channels of a head; each block adds as many to the width
-# One token for each parameter at a million of them, where depths 1 and 2 were measured to be equals at equal cost;
-# above, as many as the root of their millions, which meets what is known of large models: about 10 at a hundred
-# million, and 20, which is the most, from 400 million on (Hoffmann et al. 2022, arXiv 2203.15556).
+# Tokens per parameter: one at a million parameters, where depths 1 and 2 were equal at equal cost; above, the square
+# root of the millions, which meets what is known of large models: about 10 at a hundred million, and 20, the most, from
+# 400 million on (Hoffmann et al. 2022, arXiv 2203.15556).
 MOST_TOKENS_PER_PARAMETER = 20.0
-# Over the text. With Muon and no dropout depths 1 and 2 were best at four passes over 80 and 300 kB of prose, of 1
-# to 16 tried, each with a fall to zero of its own (CONTRIBUTING has the table); with large models more bring
-# little as well (Muennighoff et al. 2023, arXiv 2305.16264).
+# Passes over the text. With Muon and no dropout, depths 1 and 2 were best at four passes over 80 and 300 kB of prose, of
+# 1 to 16 tried (docs/measurements/log.md); with large models more passes gain little as well (Muennighoff et al. 2023,
+# arXiv 2305.16264).
 MOST_PASSES = 4
 BATCH_TOKENS, BATCH_FROM = 1024, 1_000_000
 BATCH_EXPONENT = 0.4  # the best batch grows about so with the tokens (Bergsma et al. 2025, arXiv 2505.13738)
