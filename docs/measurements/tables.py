@@ -145,18 +145,23 @@ ROWS: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
 SHOWN = re.compile(
     r"Trained .* ids|Model: |Validation: .* per byte| +accuracy |this model  |logistic regression, |Exact "
 )
+SAMPLE_LINES = 6
 
 
 def printed_by_demo(results: dict[str, Any]) -> str:
     """Some of what `make demo` printed, and the chat's replies, as a block of code."""
-    kept = re.compile(
-        r"Trained .* ids in|Model: |Validation: .* bits per byte|this model  |logistic regression, |Exact "
-    )
-    lines = [line if len(line) <= 118 else f"{line[:115]}..." for line in results["printed"] if kept.match(line)]
+    printed = results["printed"]
+    lines = ["```", "$ make demo"]
+    for number, line in enumerate(printed):
+        if line.startswith("--- sample 1,"):  # the first sample of generate.py
+            sample = printed[number + 1 : number + 1 + SAMPLE_LINES]
+            lines += ["...", *(each for each in sample if not each.startswith("---")), "..."]
+        elif SHOWN.match(line):
+            lines.append(line if len(line) <= 118 else f"{line[:115]}...")
     lines += ["", "$ python recipes/chat.py --model out/chat"]
     for question, reply in results["replies"].items():
         lines += [f"> {question}", *reply.splitlines()]
-    return "\n".join(["```", "$ make demo", "...", *lines, "```"])
+    return "\n".join([*lines, "```"])
 
 
 # The tables of docs/numbers.md.
