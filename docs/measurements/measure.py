@@ -1,6 +1,6 @@
 """Measure one group of numbers of the documentation, and write it with its conditions to docs/measurements/NAME.json.
 
-    python docs/measurements/measure.py demo
+    python docs/measurements/measure.py demo --other_dataset another-language.jsonl
     python docs/measurements/measure.py time_to_quality --dataset literature.txt --other_dataset novel.txt
     python docs/measurements/measure.py training_step
     python docs/measurements/measure.py decoding
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted(MEASUREMENTS))
     parser.add_argument("--dataset", help="the text of time_to_quality and book, or the messages of sms")
-    parser.add_argument("--other_dataset", help="for time_to_quality: a text that no setting was chosen on")
+    parser.add_argument("--other_dataset", help="for time_to_quality and demo: a text that no setting was chosen on")
     parser.add_argument("--tokenizer", default="openai-community/gpt2", help="for book")
     parser.add_argument("--model", default="out/demo", help="for sms, docstrings and instruction_throughput")
     options = parser.parse_args()
@@ -79,6 +79,8 @@ def measure_demo(options: argparse.Namespace) -> dict[str, Any]:
     }
     halfway = [entry for entry in read_log(ROOT / "out" / "demo" / "log.jsonl") if "eval_bits_per_byte" in entry]
     chat = [sys.executable, "recipes/chat.py", "--model", "out/chat"]
+    if options.other_dataset is not None:
+        results["other"] = pretrain_elsewhere(options.other_dataset)
     return {
         "seconds": seconds,
         "halfway_bits_per_byte": halfway[len(halfway) // 2]["eval_bits_per_byte"],
@@ -86,6 +88,19 @@ def measure_demo(options: argparse.Namespace) -> dict[str, Any]:
         "replies": {question: run(chat, stdin=question + "\n").strip() for question in QUESTIONS},
         "printed": printed,
     }
+
+
+def pretrain_elsewhere(dataset: str) -> dict[str, Any]:
+    """The demo's tokenizer and pretraining, by its own commands, on another text."""
+    commands = [line for line in run(["make", "--dry-run", "demo"]).splitlines() if " recipes/" in line]
+    started = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        text = ["--dataset", dataset, "--cache_dir", f"{folder}/cache"]
+        run([*shlex.split(commands[0]), *text, "--output_dir", f"{folder}/tokenizer"])
+        run([*shlex.split(commands[1]), *text, "--tokenizer", f"{folder}/tokenizer", "--output_dir", f"{folder}/demo"])
+        metrics = json.loads(Path(folder, "demo", "metrics.json").read_text(encoding="utf-8"))
+    metrics |= {"dataset": Path(dataset).name, "bytes": Path(dataset).stat().st_size}
+    return {**metrics, "seconds": time.time() - started}
 
 
 def stream_demo() -> tuple[list[str], dict[str, float]]:

@@ -109,14 +109,15 @@ def row_of_training_step(results: dict[str, Any]) -> list[str]:
 def row_of_decoding(results: dict[str, Any]) -> list[str]:
     models = results["one_thread"]["decoding"]
     modern, llama, gpt2 = (f"{models[name]['tokens_per_second']:.0f}" for name in (MODERN, LLAMA, GPT2_FAST))
-    return [f"{modern} tokens/s", f"Llama {llama}; GPT-2 {gpt2}"]
+    return [f"{modern} tokens/s", f"Llama {llama} tokens/s; GPT-2 {gpt2} tokens/s"]
 
 
 def row_of_demo(results: dict[str, Any]) -> list[str]:
     demo, classifier, chat = results["demo"], results["classifier"], results["chat"]
+    other = f"; on another one {results['other']['eval_bits_per_byte']:.3f}" if "other" in results else ""
     return [
-        f"{demo['eval_bits_per_byte']:.3f} bits per byte; {percent(classifier['test_accuracy'])}; "
-        f"{percent(chat['test_exact_match'])}",
+        f"{demo['eval_bits_per_byte']:.3f} bits per byte (shape chosen on this text{other}); "
+        f"{percent(classifier['test_accuracy'])}; {percent(chat['test_exact_match'])}",
         f"logistic regression on TF-IDF: {percent(classifier['test_logistic_regression_accuracy'])} (classifier)",
     ]
 
@@ -167,6 +168,11 @@ def printed_by_demo(results: dict[str, Any]) -> str:
 # The tables of docs/numbers.md.
 
 
+def other_text(other: dict[str, Any]) -> list[str]:
+    what = f"the same tokenizer and pretraining on a text that nothing was chosen on, {other['bytes']:,} bytes"
+    return [what, f"{other['seconds'] / 60:.1f} min", f"{other['eval_bits_per_byte']:.3f} bits per byte"]
+
+
 def demo_table(results: dict[str, Any]) -> str:
     seconds, tokenizer, demo = results["seconds"], results["tokenizer"], results["demo"]
     classifier, chat = results["classifier"], results["chat"]
@@ -201,6 +207,7 @@ def demo_table(results: dict[str, Any]) -> str:
             f"{percent(chat['test_exact_match'])}; by kind: "
             + ", ".join(f"{kind} {percent(value)}" for kind, value in kinds.items()),
         ],
+        *([other_text(results["other"])] if "other" in results else []),
         ["everything after the installation", f"{seconds['all'] / 60:.1f} min", ""],
     ]
     return table(["", "time", "result"], rows)
