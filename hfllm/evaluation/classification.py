@@ -177,6 +177,6 @@ def describe_scores(metrics: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"The logistic regression is right on {num_fewer:,} texts more than this model, at no cost: use it, or "
-            "give the model more pretraining, more labelled texts, another --method or --learning_rate.",
+            "give the model more pretraining, more labelled texts, another method or learning rate.",
         ]
     return "\n".join(lines)

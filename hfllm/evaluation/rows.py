@@ -111,6 +111,6 @@ def score_rows(
     if not math.isfinite(loss_sum):
         raise FloatingPointError(
             f"The evaluation loss is {loss_sum}: the model's logits are not finite on some of the {len(indices):,} "
-            "rows. Start anew with a lower --learning_rate."
+            "rows. Start again with a lower learning_rate."
         )
     return loss_sum / num_tokens, int(num_tokens)

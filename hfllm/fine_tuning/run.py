@@ -1,32 +1,26 @@
 """What the recipes on transformers' Trainer share: whose folder a run writes into, and its log."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..cli.arguments import read_arguments
+from ..cli.options import identity_of
 from ..runs.log import append_to_log
 
 
-# The courses of the learning rate that transformers draws from the number of steps alone.
-Course = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-]
 # What a run writes, and what --overwrite_output_dir deletes.
 FILES = (
     *("arguments.yaml", "metrics.json", "log.jsonl", "samples.txt", "confusion.png", "report.html"),
     *("config.json", "model.safetensors"),
 )
 FOLDERS = ("checkpoints", "adapter")
-# Options that do not make it another run.
-FREE = ("config", "output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "logging_steps")
 
 
 def prepare_folder(args: Any) -> bool:
@@ -59,11 +53,10 @@ def prepare_folder(args: Any) -> bool:
         (folder / "log.jsonl").unlink(missing_ok=True)
         return False
     there = read_arguments(folder / "arguments.yaml")
-    here = json.loads(json.dumps(dataclasses.asdict(args)))
     changed = [
         f"{name} was {there.get(name)!r} and is {value!r}"
-        for name, value in here.items()
-        if name not in FREE and there.get(name) != value
+        for name, value in identity_of(args).items()
+        if there.get(name) != value
     ]
     if changed:
         raise ValueError(

@@ -143,7 +143,7 @@ def size_run(task: Task, *, depth: int | None = None, budget: Budget | None = No
     if (num_steps := sizes["max_steps"]).value < 1:
         raise ValueError(
             f"The budget ({num_steps.because}) does not suffice for a step, of {tokens_of_a_step(sizes, task):,} "
-            "tokens. Give more of it, a shorter --block_size, or less text to evaluate on."
+            "tokens. Give more of it, a shorter block_size, or less text to evaluate on."
         )
     return sizes
 
@@ -179,7 +179,7 @@ def _size(depth: int, task: Task, budget: Budget, *, because: str) -> dict[str, 
                 if task.text_tokens is not None and in_time > MOST_PASSES * task.text_tokens:
                     num_tokens = MOST_PASSES * task.text_tokens
                     why = f"{MOST_PASSES} passes over the text, beyond which it is learned by heart; there is time for "
-                    why += f"{in_time / task.text_tokens:,.0f}. Give more text, or --max_steps"
+                    why += f"{in_time / task.text_tokens:,.0f}. Give more text, or max_steps"
             if batch == (batch := _batch(num_tokens, task)):
                 break
     fewest = 1 if budget.tokens is None and budget.minutes is None else 0
@@ -193,7 +193,7 @@ def _shape(depth: int, task: Task, *, because: str) -> dict[str, Choice]:
     width = task.given.get("hidden_size", HEAD_DIM * depth)
     if "num_attention_heads" not in task.given and width % HEAD_DIM:
         raise ValueError(
-            f"--hidden_size {width} is no multiple of {HEAD_DIM}, the channels of a head: give --num_attention_heads."
+            f"hidden_size={width} is no multiple of {HEAD_DIM}, the channels of a head: give num_attention_heads."
         )
     return {
         "num_hidden_layers": Choice(depth, because),
@@ -214,9 +214,9 @@ def _course() -> dict[str, Choice]:
 def _tokens_without_time(depth: int, task: Task, budget: Budget) -> tuple[int, str]:
     """The tokens that a model of this depth gets if time is no matter, and why."""
     if budget.tokens is not None:
-        return budget.tokens, f"--max_train_tokens {budget.tokens:,}"
+        return budget.tokens, f"max_train_tokens={budget.tokens:,}"
     if (epochs := task.given.get("num_train_epochs")) is not None and task.text_tokens is not None:
-        return math.ceil(epochs * task.text_tokens), f"--num_train_epochs {epochs:g}"
+        return math.ceil(epochs * task.text_tokens), f"num_train_epochs={epochs:g}"
     worth = tokens_worth(depth, task)
     if task.text_tokens is not None and worth > MOST_PASSES * task.text_tokens:
         return MOST_PASSES * task.text_tokens, f"{MOST_PASSES} passes over the text, which is short for this depth"
@@ -298,8 +298,8 @@ def sizes_of_run(output_dir: str | Path, task: Task, *, dials: Mapping[str, Any]
     ]
     if differences:
         raise ValueError(
-            f"{output_dir} holds a run of another size ({'; '.join(differences)}). Choose another --output_dir, or "
-            "start anew with --overwrite_output_dir."
+            f"{output_dir} holds a run of another size ({'; '.join(differences)}). Choose another output_dir, or "
+            "start again with overwrite_output_dir."
         )
     return _with_given({name: Choice(arguments[name], f"as the run in {output_dir} has it") for name in SIZED}, task)
 
@@ -310,26 +310,26 @@ def check_dials(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: says what to give instead.
     """
-    dial = " ".join(f"--{name}" for name in DIALS if options[name] is not None)
+    dial = " ".join(f"`{name}`" for name in DIALS if options[name] is not None)
     minutes, epochs = options["max_train_minutes"], options["num_train_epochs"]
     if options["model"] is not None:
-        raise ValueError(f"{dial} is for random weights, and --model has its size. Give --max_steps instead.")
+        raise ValueError(f"{dial} is for random weights, and `model` has its size. Give max_steps instead.")
     if options["preset"] != "modern" or options["optimizer"] != "muon":
         raise ValueError(
-            f"{dial} follows rules that were measured with --preset modern and --optimizer muon. Leave it out, and "
+            f"{dial} follows rules that were measured with preset=modern and optimizer=muon. Leave it out, and "
             "give sizes, rates and steps one by one."
         )
     if options["depth"] is not None and options["num_hidden_layers"] not in (None, options["depth"]):
         raise ValueError(
-            f"--depth {options['depth']} and --num_hidden_layers {options['num_hidden_layers']} are two answers to one "
+            f"depth={options['depth']} and num_hidden_layers={options['num_hidden_layers']} are two answers to one "
             "question: give one."
         )
     if epochs is not None and (options["max_train_tokens"] is not None or minutes is not None):
         raise ValueError(
-            "--num_train_epochs and a budget of tokens or minutes are two answers to one question: give one."
+            "num_train_epochs and a budget of tokens or minutes are two answers to one question: give one."
         )
     if options["streaming"] and (minutes is not None or epochs is not None):
         raise ValueError(
-            "A stream is read once, so that no step can be tried and no pass counted: with --streaming give --depth or "
-            "--max_train_tokens."
+            "A stream is read once, so that no step can be tried and no pass counted: with `streaming` give `depth` or "
+            "max_train_tokens."
         )

@@ -95,7 +95,7 @@ Validation: {metrics["eval_loss"]:.4f} nats per token, {metrics["eval_bits_per_b
 {output_dir}/model.safetensors   the model, {size}, with its tokenizer and code beside it
 {output_dir}/report.html         the run's page: curves, samples, numbers, arguments; open it in a browser
 {output_dir}/README.md           the model card, for the Hub: recipes/push_to_hub.py
-{output_dir}/checkpoints         to go on from, with a larger --max_steps
+{output_dir}/checkpoints         to resume from, with a larger max_steps
 
 Next, let it write:
     python recipes/generate.py --model {shlex.quote(str(output_dir))} --prompt {shlex.quote(prompt)}
