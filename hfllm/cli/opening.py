@@ -17,8 +17,8 @@ def open_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     if folder.is_dir() and not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             raise ValueError(
-                f"model={name} is an adapter. Give its base as `model` and it as `adapter`, where there is that option; "
-                "the fine-tuning recipes leave the merged model one folder above it."
+                f"model={name} is an adapter. Give its base as `model` and it as `adapter`, where there is that "
+                "option; the fine-tuning recipes leave the merged model one folder above it."
             )
         found = sorted(path.name for path in folder.iterdir())[:10]
         raise ValueError(

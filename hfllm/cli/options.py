@@ -184,17 +184,20 @@ def check_numbers(arguments: Any) -> None:
     """Reject numbers that are not finite or out of their option's range. An option that is None was not given.
 
     Raises:
-        ValueError: names the option, its value and what would do.
+        ValueError: names each such option, its value and what would do.
     """
+    problems = []
     for field in dataclasses.fields(arguments):
         given = getattr(arguments, field.name)
         for value in given if isinstance(given, list) else [given]:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             if not math.isfinite(value):
-                raise ValueError(f"--{field.name} {value}: give a finite number.")
-            if not about_of(field).admits(value):
-                raise ValueError(f"--{field.name} {value}: give {about_of(field).bounds}.")
+                problems.append(f"--{field.name} {value}: give a finite number.")
+            elif not about_of(field).admits(value):
+                problems.append(f"--{field.name} {value}: give {about_of(field).bounds}.")
+    if problems:
+        raise ValueError(" ".join(problems))
 
 
 # --- Text -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import yaml
 from safetensors import SafetensorError
 from transformers.hf_argparser import HfArg
 
-from hfllm.cli.arguments import parse_arguments, parse_overrides, run, save_arguments
+from hfllm.cli.arguments import parse_arguments, parse_overrides, run, save_arguments, with_dashes
 
 
 @dataclass
@@ -56,6 +56,8 @@ def test_a_value_that_begins_with_a_dash_is_a_value(tmp_path):
         (["--learnin_rate", "1"], "", "unknown argument '--learnin_rate'; did you mean 'learning_rate'?"),
         (["--max-step=3"], "", "unknown argument '--max-step=3'; did you mean 'max_steps'?"),
         (["stray"], "", "unknown argument 'stray'"),
+        (["--mixed_precision", "bf16"], "", "it is for the launcher, as in `accelerate launch --mixed_precision ..."),
+        (["--bf16"], "", "precision is for the launcher, as in `accelerate launch --mixed_precision bf16 ...`"),
         (["--max_steps", "many"], "", "argument --max_steps: invalid int value: 'many'"),
         ([], "max_stepz: 3", "unknown option 'max_stepz' in {config}; did you mean 'max_steps'?"),
         ([], "max_steps: {a: 1}", "option 'max_steps' in {config} is a mapping"),
@@ -69,6 +71,51 @@ def test_what_is_wrong_is_said_with_the_nearest_known_name(tmp_path, capsys, arg
         parse_arguments(Arguments, ["--config", config, *argv])
     assert stopped.value.code == 2
     assert message.format(config=config) in capsys.readouterr().err
+
+
+def test_other_spellings_of_an_option_are_taken_as_before():
+    for argv in (["--max-steps", "3"], ["--max_steps=3"], ["--max-steps=3"]):
+        assert parse_arguments(Arguments, argv).max_steps == 3
+    for argv in (["--no_use_cache"], ["--no-use-cache"], ["--use-cache", "false"], ["--use_cache=no"]):
+        assert parse_arguments(Arguments, argv).use_cache is False
+    assert parse_arguments(Arguments, ["--use_cache"]).use_cache is True
+
+
+NAMES = ["block_size", "stride", "output_dir", "overwrite_output_dir", "text_column", "model", "reports"]
+
+
+@pytest.mark.parametrize(
+    ("message", "printed"),
+    [
+        ("block_size=512 is longer than 256.", "--block_size 512 is longer than 256."),
+        ("stride=4: give another `stride`.", "--stride 4: give another --stride."),
+        ("The stride is too long for the model.", "The stride is too long for the model."),
+        ("Choose another output_dir.", "Choose another --output_dir."),
+        ("overwrite_output_dir starts again", "--overwrite_output_dir starts again"),
+        ("start from `model=out/run`, or (block_size=3)", "start from --model out/run, or (--block_size 3)"),
+        ("text_column='id;text'", "--text_column 'id;text'"),
+        ("Give --block_size 3.", "Give --block_size 3."),
+        ("out/output_dir/x, config.block_size, my_block_size", "out/output_dir/x, config.block_size, my_block_size"),
+        ("columns ['text_column', 'x'] and block_size(3)", "columns ['text_column', 'x'] and block_size(3)"),
+        ("hidden_size=3 is no option of this recipe", "hidden_size=3 is no option of this recipe"),
+    ],
+)
+def test_the_librarys_parameters_are_printed_as_options(message, printed):
+    assert with_dashes(message, NAMES) == printed
+
+
+def test_an_error_of_the_library_speaks_of_the_recipes_options(monkeypatch, capsys):
+    from hfllm.cli.opening import open_config
+
+    monkeypatch.setattr("sys.argv", ["recipe"])
+
+    @dataclass
+    class WithModel:
+        model: str = "x"
+
+    with pytest.raises(SystemExit):
+        run(lambda arguments: open_config(str(Path(__file__).parent)), WithModel)
+    assert f"error: --model {Path(__file__).parent} is a folder without a config.json" in capsys.readouterr().err
 
 
 def test_a_missing_yaml_file_is_an_error(capsys):

@@ -84,16 +84,16 @@ def test_a_streams_run_is_sized_by_tokens(run_pretrain, unsized):
 
 
 REFUSED = {
-    "a model": ({"depth": 2, "model": "somewhere"}, "--depth is for random weights, and --model has its size"),
-    "the book": ({"depth": 2, "preset": "book"}, "--depth follows rules that were measured with --preset modern"),
-    "adamw": ({"max_train_tokens": 9999, "optimizer": "adamw"}, "--max_train_tokens follows .* --optimizer muon"),
-    "two depths": ({"depth": 2, "num_hidden_layers": 3}, "--depth 2 and --num_hidden_layers 3 are two answers"),
+    "a model": ({"depth": 2, "model": "somewhere"}, "`depth` is for random weights, and `model` has its size"),
+    "the book": ({"depth": 2, "preset": "book"}, "`depth` follows rules that were measured with preset=modern"),
+    "adamw": ({"max_train_tokens": 9999, "optimizer": "adamw"}, "`max_train_tokens` follows .* optimizer=muon"),
+    "two depths": ({"depth": 2, "num_hidden_layers": 3}, "depth=2 and num_hidden_layers=3 are two answers"),
     "two lengths": ({"max_train_tokens": 9999, "num_train_epochs": 2}, "two answers to one question: give one"),
     "no time": ({"max_train_minutes": 0}, "--max_train_minutes 0.0: give more than 0"),
     "no depth": ({"depth": 0}, "--depth 0: give at least 1"),
     "less than a step": (
         {"max_train_tokens": 1000},
-        r"--max_train_tokens 1,000\) does not suffice for a step, of 1,024",
+        r"max_train_tokens=1,000\) does not suffice for a step, of 1,024",
     ),
     "a stream's time": ({"max_train_minutes": 1, "streaming": True}, "A stream is read once"),
     "a stream's epochs": ({"depth": 1, "num_train_epochs": 1, "streaming": True}, "A stream is read once"),

@@ -13,17 +13,10 @@ from hfllm.cli.arguments import parse_arguments
 from hfllm.cli.options import check_numbers
 from hfllm.model import GPTForCausalLM, GPTForSequenceClassification
 from tests.conftest import make_tiny_config
-from tests.recipes.conftest import RECIPES, load_recipe
+from tests.recipes.conftest import RECIPES, arguments_of, load_recipe
 
 
-ARGUMENTS = {
-    name: next(
-        value
-        for value in vars(load_recipe(name)).values()
-        if isinstance(value, type) and value.__name__.endswith("Arguments") and value.__name__ != "TrainingArguments"
-    )
-    for name in sorted(path.stem for path in RECIPES.glob("*.py"))
-}
+ARGUMENTS = {name: arguments_of(name) for name in sorted(path.stem for path in RECIPES.glob("*.py"))}
 REQUIRED = {"export": {"to": "qwen3"}, "push_to_hub": {"model": "x", "repo_id": "me/x"}, "report": {"runs": ["x"]}}
 
 
@@ -113,7 +106,7 @@ def test_a_recipe_neither_goes_on_in_nor_deletes_another_recipes_folder(recipe, 
 @pytest.mark.parametrize("recipe", ["pretrain", "finetune_instruction", "finetune_classification"])
 @pytest.mark.parametrize(
     ("tracker", "message"),
-    [("tensorbord", "report_to=tensorbord: it is one of .*tensorboard"), ("swanlab", "its package is not installed")],
+    [("tensorbord", "report_to[= ]tensorbord: it is one of .*tensorboard"), ("swanlab", "its package is not installed")],
 )
 def test_a_tracker_that_is_not_there_is_no_tracker_left_out(recipe, tracker, message, folders, monkeypatch):
     monkeypatch.chdir(folders)

@@ -100,7 +100,7 @@ def deepspeed(monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"needs_whole_matrices": True}, "Muon makes whole matrices orthogonal.*fsdp2.yaml, or give --optimizer adamw"),
+        ({"needs_whole_matrices": True}, "Muon makes whole matrices orthogonal.*fsdp2.yaml, or give optimizer=adamw"),
         ({"skips_updates": True}, "--skip_spikes decides between the gradient and the update.*fsdp2.yaml"),
     ],
 )
@@ -119,7 +119,7 @@ def test_pretraining_with_muon_is_refused_under_deepspeed_and_with_adamw_goes_on
     """Muon is the recipe's default for random weights: whoever launches a DeepSpeed file meets this first."""
     recipe = load_recipe("pretrain")
     options = {"output_dir": str(tmp_path / "out")}
-    with pytest.raises(ValueError, match="give --optimizer adamw"):
+    with pytest.raises(ValueError, match="give optimizer=adamw"):
         recipe.main(recipe.PretrainArguments(**options))
     monkeypatch.setattr(recipe, "claim_folder", lambda *_, **__: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):  # the next thing that the recipe does

@@ -71,7 +71,7 @@ def test_what_is_given_wins_and_the_rest_follows_from_it():
     assert sizes["max_steps"].because == sizes["hidden_size"].because == "given"
     assert sizes["num_attention_heads"].because != "given"
     assert values(size_run(given(num_train_epochs=0.5), depth=2))["max_steps"] == 50_000_000 // 4096
-    with pytest.raises(ValueError, match="--num_attention_heads"):
+    with pytest.raises(ValueError, match="give num_attention_heads"):
         size_run(given(hidden_size=100), depth=4)
     assert values(size_run(given(hidden_size=100, num_attention_heads=5), depth=4))["hidden_size"] == 100
 
