@@ -162,7 +162,7 @@ def run(main: Callable[[T], None], arguments_class: type[T], *, description: str
     except Exception as error:
         if (said := _describe_error(error)) is None:
             raise
-        print(f"\nerror: {with_dashes(said, [field.name for field in dataclasses.fields(arguments)])}", file=sys.stderr)
+        print(f"\nerror: {with_dashes(said, vars(arguments))}", file=sys.stderr)
         sys.exit(2)
 
 

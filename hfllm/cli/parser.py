@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 from collections.abc import Collection
+from types import MappingProxyType
 from typing import Any
 
 from transformers.hf_argparser import HfArgumentParser
@@ -31,10 +32,10 @@ class OptionParser(HfArgumentParser):
     def _parse_dataclass_field(self, parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:  # type: ignore[override]
         about = about_of(field)
         plain = copy.copy(field)  # HfArgumentParser changes its type, and gives all metadata to argparse
-        plain.metadata = {}
+        plain.metadata = MappingProxyType({})
         declared = _Declaration()
         HfArgumentParser._parse_dataclass_field(declared, plain)  # type: ignore[arg-type]
-        keywords = declared.keywords
+        keywords = declared.keywords or {}
         if about.location is not None:
             keywords["metavar"] = METAVARS_OF_PATHS[about.location]
         elif "choices" not in keywords:
