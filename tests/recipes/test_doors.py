@@ -106,7 +106,10 @@ def test_a_recipe_neither_goes_on_in_nor_deletes_another_recipes_folder(recipe, 
 @pytest.mark.parametrize("recipe", ["pretrain", "finetune_instruction", "finetune_classification"])
 @pytest.mark.parametrize(
     ("tracker", "message"),
-    [("tensorbord", "report_to[= ]tensorbord: it is one of .*tensorboard"), ("swanlab", "its package is not installed")],
+    [
+        ("tensorbord", "report_to[= ]tensorbord: it is one of .*tensorboard"),
+        ("swanlab", "its package is not installed"),
+    ],
 )
 def test_a_tracker_that_is_not_there_is_no_tracker_left_out(recipe, tracker, message, folders, monkeypatch):
     monkeypatch.chdir(folders)
