@@ -80,7 +80,7 @@ demo: install  ## Train a tokenizer and a small model on Python's own library, t
 	@echo "    python recipes/generate.py --model out/demo --prompt 'import ' --num_samples 3"
 	@echo "or train one on your own text:"
 	@echo "    python recipes/train_tokenizer.py --dataset my.txt --output_dir out/my-tokenizer"
-	@echo "    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\"
+	@echo "    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\"
 	@echo "        --max_train_minutes 5 --dataset my.txt --tokenizer out/my-tokenizer --output_dir out/mine"
 	@echo "or talk to it:"
 	@echo "    python recipes/chat.py --model out/chat"

@@ -7,23 +7,17 @@ steps of AdamW with beta2 0.99, the rate rising to 1e-3 over 100 steps and falli
 text held out is that of recipes/pretrain.py.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import json
 import math
 from pathlib import Path
-
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import run
 from hfllm.cli.options import arguments, check_numbers, differs
 from hfllm.data import load_corpus, split_documents
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 
 @arguments

@@ -18,12 +18,6 @@ heads, for what they save. With a tokenizer it also measures the data path: enco
 the commands of pretrain_time_to_quality.yaml on a text, and recipes/baseline.py beside them, imports and all.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import dataclasses
 import json
 import os
@@ -36,10 +30,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import run
 from hfllm.cli.options import arguments, check_numbers, differs, option
@@ -51,6 +41,10 @@ from hfllm.training.devices import keep_freed_memory
 from hfllm.training.footprint import training_memory
 from hfllm.training.optimization import build_adamw
 from hfllm.training.throughput import flops_per_token, loss_options, peak_flops
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 @arguments

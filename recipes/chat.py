@@ -10,12 +10,6 @@ In the terminal each line is a turn. /reset forgets the conversation, /system TE
 anew, /exit or Ctrl-D ends; Ctrl-C ends a reply. When the context is full, the oldest turns are dropped.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import contextlib
 import importlib.util
 import json
@@ -31,6 +25,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hfllm.adapters import load_adapter, merge_adapter, tokenizer_source
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import run
+from hfllm.cli.opening import open_causal_lm
+from hfllm.cli.options import arguments, check_numbers, differs, option
+from hfllm.data.conversations import Messages
+from hfllm.data.instruction import fit_messages
+from hfllm.data.templates import check_template
+from hfllm.tokenization import TURN_END_TOKEN, load_tokenizer
+
 import torch
 from transformers import (
     PreTrainedModel,
@@ -42,16 +46,6 @@ from transformers import (
     set_seed,
 )
 from transformers.utils.logging import disable_progress_bar
-
-from hfllm.adapters import load_adapter, merge_adapter, tokenizer_source
-from hfllm.cli import options as groups
-from hfllm.cli.arguments import run
-from hfllm.cli.opening import open_causal_lm
-from hfllm.cli.options import arguments, check_numbers, differs, option
-from hfllm.data.conversations import Messages
-from hfllm.data.instruction import fit_messages
-from hfllm.data.templates import check_template
-from hfllm.tokenization import TURN_END_TOKEN, load_tokenizer
 
 
 @arguments

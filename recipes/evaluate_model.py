@@ -18,25 +18,8 @@ texts, with the numbers of finetune_classification.py. The numbers go into `metr
 `--output_dir`, beside what training wrote there.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 from pathlib import Path
 from typing import Any, Literal
-
-import datasets
-import torch
-from accelerate import Accelerator, DistributedType
-from transformers import (
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils.logging import disable_progress_bar
 
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import run
@@ -54,6 +37,17 @@ from hfllm.hub import write_page_and_card
 from hfllm.report.metrics import add_metrics, metrics_table
 from hfllm.tokenization import document_encoder, load_classifier_tokenizer, load_tokenizer
 from hfllm.training.devices import start_accelerator
+
+import datasets
+import torch
+from accelerate import Accelerator, DistributedType
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
 
 
 @arguments

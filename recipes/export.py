@@ -14,20 +14,10 @@ The preset `modern` is a qwen3, and `book` a gpt2. Nothing is called done before
 and compared with the original: logits, greedy tokens, and the ids of text that tokenizers find hard.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import shlex
 import textwrap
 from pathlib import Path
 from typing import Literal
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from hfllm import GPTForCausalLM, from_native, to_native
 from hfllm.cli import options as groups
@@ -36,6 +26,10 @@ from hfllm.cli.options import arguments, differs, option
 from hfllm.conversion import comparison
 from hfllm.conversion.folder import new_folder, save_model, save_tokenizer
 from hfllm.conversion.loading import NATIVE_TYPES, load_causal_lm
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 
 # The largest difference between logits that may be due to the order of additions, in float32 and in proportion to the

@@ -20,27 +20,10 @@ On the GPUs of one machine:
 The same command again resumes an interrupted run. `--help` explains every option.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import dataclasses
 import os
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
-import torch
-from datasets import Dataset
-from transformers import (
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from hfllm.adapters import add_lora, count_parameters, describe_trained
 from hfllm.cli import options as groups
@@ -63,6 +46,17 @@ from hfllm.model import GPTConfig
 from hfllm.report.confusion import plot_confusion
 from hfllm.tokenization import load_classifier_tokenizer
 from hfllm.training.devices import check_precision
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 # By method, for models of fewer than 512 channels and for larger ones. The first are for the demo's model: `lora` and

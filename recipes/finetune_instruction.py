@@ -24,12 +24,6 @@ A row has the columns instruction, input and output (Alpaca), or prompt and resp
 (chapter 7.0); `--method full` trains all of them. The same command again resumes an interrupted run.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import dataclasses
 import functools
 import math
@@ -38,11 +32,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
-import torch
-from accelerate import PartialState
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from hfllm.adapters import add_lora, count_parameters, describe_trained
 from hfllm.cli import options as groups
@@ -78,6 +67,11 @@ from hfllm.fine_tuning.run import open_run, training_arguments
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import check_precision
 from hfllm.training.optimization import build_muon
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 
 # The book trains all weights with 5e-5 (GPT-2 355M) and LoRA with 5e-5 to 8e-4. Muon's is the demo's model's.

@@ -9,22 +9,12 @@ becomes likelier than the rejected one. The reference needs no second copy of th
 adapter switched off.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import importlib.util
 import logging
 import math
 import shlex
 from pathlib import Path
 from typing import Any
-
-import torch
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from hfllm.adapters import count_parameters, describe_trained, lora_config
 from hfllm.cli import options as groups
@@ -36,6 +26,10 @@ from hfllm.data.templates import check_template, without_control_tokens
 from hfllm.fine_tuning.run import open_run, training_arguments
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import check_precision
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 
 @arguments

@@ -10,20 +10,10 @@
 Ctrl-C ends it; several are continued side by side, and printed when all are done.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import json
 import logging
 import sys
 from pathlib import Path
-
-import torch
-from transformers import PreTrainedModel, TextStreamer, set_seed
-from transformers.utils.logging import disable_progress_bar
 
 import hfllm
 from hfllm.cli import options as groups
@@ -31,6 +21,10 @@ from hfllm.cli.arguments import run
 from hfllm.cli.opening import open_causal_lm
 from hfllm.cli.options import Location, arguments, check_numbers, differs, option
 from hfllm.tokenization import load_tokenizer
+
+import torch
+from transformers import PreTrainedModel, TextStreamer, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 
 @arguments

@@ -10,21 +10,10 @@ from 0, as in Python. `--model` is a folder that a recipe of ours wrote, or any 
 layers are attention.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import json
 import math
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.utils.logging import disable_progress_bar
 
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import run
@@ -32,6 +21,11 @@ from hfllm.cli.opening import open_causal_lm
 from hfllm.cli.options import arguments, check_numbers, differs, option
 from hfllm.report import plot_attention, plot_probabilities
 from hfllm.tokenization import load_tokenizer
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils.logging import disable_progress_bar
 
 
 PROMPT = "def read(self, size):\n    data = self.file.read(size)\n    return data\n"

@@ -2,17 +2,17 @@
 
 On a laptop, offline, on the source of Python's standard library (three to five minutes on two cores):
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
         --config recipes/configs/pretrain_demo.yaml --tokenizer out/tokenizer --output_dir out/demo
 
 On your own text, with a model and a run sized for half an hour on this machine (`--depth 4` is the same dial):
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
         --max_train_minutes 30 --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
 
 On your own text, on one GPU:
 
-    accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/pretrain.py \\
+    accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml recipes/pretrain.py \\
         --max_train_minutes 60 --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
 
 On the GPUs of one machine, each with the whole model (`ddp.yaml`) or each with a part of it (`fsdp2.yaml`):
@@ -25,12 +25,6 @@ share the work and in which precision they compute is said to accelerate, in its
 for example `accelerate launch --mixed_precision bf16`.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import dataclasses
 import json
 import math
@@ -38,12 +32,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-import numpy as np
-import torch
-from accelerate import Accelerator, DistributedType
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import check_recipe, parse_overrides, run, save_arguments
@@ -72,6 +60,12 @@ from hfllm.training.sizing import DIALS, Speed, check_dials, choose_sizes, slowe
 from hfllm.training.spikes import SpikeDetector, stop_if_hopeless
 from hfllm.training.summary import describe_result, describe_run, final_metrics
 from hfllm.training.throughput import ThroughputMeter, compile_blocks, flops_per_token, loss_options
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 
 # What neither the user nor a dial says.
@@ -236,7 +230,7 @@ class PretrainArguments(
             )
         if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo or self.hub_strategy == "end"):
             raise ValueError(
-                "--hub_model_id, --hub_private_repo and --hub_strategy need --push_to_hub: give it as well."
+                "--hub_model_id, --hub_private_repo and --hub_strategy are for --push_to_hub: give it as well."
             )
         if self.max_steps is not None and not self.is_sized:
             self.height_at(0, self.max_steps)

@@ -16,18 +16,10 @@ Weights, tokenizer, chat template, code, card, page and curves go, in one commit
 machine stay. The same command again sends what has changed. The token comes from `hf auth login` or HF_TOKEN.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import dataclasses
 import logging
 import tempfile
 from pathlib import Path
-
-from transformers.utils.logging import disable_progress_bar
 
 import hfllm  # noqa: F401  (registers the model with transformers)
 from hfllm.cli import options as groups
@@ -36,6 +28,8 @@ from hfllm.cli.options import Location, arguments, differs, option
 from hfllm.hub import check_repo_id, push_to_hub
 from hfllm.hub.contents import check_model_folder
 from hfllm.hub.forms import save_adapter_alone, save_merged, save_native
+
+from transformers.utils.logging import disable_progress_bar
 
 
 @arguments

@@ -9,12 +9,6 @@ Several runs on one page, their curves over each other, with the arguments that 
 pretrain.py writes the page of its own run; this recipe writes that of one which is under way or stopped, and compares.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 from pathlib import Path
 
 from hfllm.cli import options as groups

@@ -17,12 +17,6 @@ A tokenizer uses all cores of one machine and no accelerator, so `accelerate lau
 `--help` explains every option.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import hashlib
 import json
 import logging
@@ -34,9 +28,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import datasets
-from transformers import PreTrainedTokenizerBase
 
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import run, save_arguments
@@ -53,6 +44,9 @@ from hfllm.tokenization import (
     tokenizer_report,
     train_bpe,
 )
+
+import datasets
+from transformers import PreTrainedTokenizerBase
 
 
 @arguments
@@ -151,7 +145,7 @@ def main(args: TokenizerArguments) -> None:
 {args.output_dir}/{REPORT_FILE}  the numbers above
 
 Next, pretrain a model on it:
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
         {pretrain_options(args)} --tokenizer {shlex.quote(args.output_dir)} \
 --output_dir {"out/demo" if args.dataset == "stdlib" else "out/mine"}"""
     )

@@ -1,5 +1,6 @@
 import errno
 import gc
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import yaml
 from safetensors import SafetensorError
 from transformers.hf_argparser import HfArg
 
+import hfllm
 from hfllm.cli.arguments import parse_arguments, parse_overrides, run, save_arguments, with_dashes
 
 
@@ -161,24 +163,25 @@ def test_a_check_of_ours_ends_in_one_message_and_a_bug_keeps_its_traceback(monke
         run(lambda arguments: int("bug"), Arguments)
 
 
-def test_a_recipe_imports_without_the_garbage_collector_and_works_with_it(monkeypatch):
+def test_what_a_recipe_imported_is_not_searched_for_garbage_again(monkeypatch):
     monkeypatch.setattr("sys.argv", ["recipe"])
     kept = gc.get_freeze_count()
-    gc.disable()
     seen = []
     try:
         run(lambda arguments: seen.extend((gc.isenabled(), gc.get_freeze_count() > kept)), Arguments)
     finally:
-        gc.enable()
         gc.unfreeze()
     assert seen == [True, True]
 
 
-def test_the_garbage_collector_of_a_program_that_has_it_on_is_left_alone(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["recipe"])
-    kept = gc.get_freeze_count()
-    run(lambda arguments: None, Arguments)
-    assert gc.isenabled() and gc.get_freeze_count() == kept
+@pytest.mark.parametrize("is_collecting", [True, False])
+def test_importing_hfllm_leaves_the_garbage_collector_as_it_was(is_collecting):
+    try:
+        (gc.enable if is_collecting else gc.disable)()
+        importlib.reload(hfllm)
+        assert gc.isenabled() is is_collecting
+    finally:
+        gc.enable()
 
 
 def fail(error: BaseException) -> None:
@@ -237,3 +240,14 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
         run(lambda arguments: fail(KeyboardInterrupt()), Arguments)
     assert stopped.value.code == 130
     assert capsys.readouterr().err.startswith("\nInterrupted. The same command begins again")
+
+
+@pytest.mark.slow
+def test_under_accelerates_launcher_a_wrong_option_ends_in_our_message():
+    recipes = Path(__file__).parents[2] / "recipes"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
+    command += [str(recipes / "pretrain.py"), "--block_sise", "64"]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=recipes.parent)
+    assert finished.returncode != 0
+    last = finished.stderr.splitlines()[-1]
+    assert "error: unknown argument '--block_sise'; did you mean 'block_size'? --help lists them all." in last

@@ -10,7 +10,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 
 from hfllm.training import devices
-from hfllm.training.devices import clip_gradient, start_accelerator
+from hfllm.training.devices import check_precision, clip_gradient, start_accelerator
 from tests.recipes.conftest import load_recipe
 
 
@@ -162,3 +162,14 @@ print(faults_of(allocate), (keep_freed_memory(), faults_of(allocate))[1])
     printed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     without, kept = map(int, printed.stdout.split())
     assert kept * 10 < without
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_half_precision_that_a_cpu_has_not_is_refused(precision, monkeypatch):
+    """accelerate would compute in float32, and the run would report a share of fp16's speed."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(ValueError, match=f"launched with mixed_precision {precision}, which needs an accelerator"):
+        start_accelerator()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    check_precision()
