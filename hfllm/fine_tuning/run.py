@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..adapters import merge_adapter, save_adapter
 from ..cli.arguments import save_arguments
+from ..cli.options import changeable_of, identity_of, inputs_of
 from ..hub import write_page_and_card
 from ..report import save_environment
 from ..runs.files import write_json
@@ -39,21 +40,8 @@ from ..training.devices import keep_freed_memory
 from .checkpoints import CheckpointedTrainer, train_from_newest
 
 
-# The learning-rate schedules of transformers that need no parameters of their own.
-Course = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-]
 # What a run writes besides its results, and after them.
 FILES = ("log.jsonl", "report.html")
-# Options that lead to the text, the tokenizer, the model and the batch, which are compared themselves.
-BY_CONTENT = (
-    *("dataset", "dataset_config", "split", "validation_split", "test_split", "validation_dataset", "test_dataset"),
-    *("validation_fraction", "test_fraction", "text_column", "label_column", "column_map", "on_bad_record", "model"),
-    *("chat_template", "per_device_train_batch_size", "gradient_accumulation_steps", "balance", "split_seed"),
-    *("num_further_questions", "reword_questions", "max_turns"),
-)
-# Options that may change when a run is resumed.
-FREE = ("config", "output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "logging_steps")
 # Updates in a row whose gradient was not finite; that many are no accident.
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -84,10 +72,8 @@ class FineTuningRun:
             ValueError: the folder holds another run, for example one on other rows; says what differs.
         """
         self.tokenizer = tokenizer
-        options = dataclasses.asdict(self.args)
-        compared = {name: value for name, value in options.items() if name not in (*FREE, *BY_CONTENT)}
         self.identity = {
-            **compared,
+            **identity_of(self.args, by_content=True),
             "rows_per_step": self.args.per_device_train_batch_size
             * self.args.gradient_accumulation_steps
             * PartialState().num_processes,
@@ -96,7 +82,7 @@ class FineTuningRun:
             **{f"{name}_sha256": hash_rows(each) for name, each in rows.items()},
         }
         if self.folder.is_of_earlier_version:  # it noted its options alone
-            self.folder.check_same({name: value for name, value in options.items() if name not in FREE})
+            self.folder.check_same(identity_of(self.args))
         self.folder.check_same(self.identity)
         if not self.folder.is_finished():
             return False
@@ -113,8 +99,7 @@ class FineTuningRun:
 
         To be called once everything that can be wrong has been checked, and before anything is measured or trained.
         """
-        options = {name: getattr(self.args, name) for name in ("logging_steps", "save_total_limit")}
-        changes = self.folder.begin(self.identity, options=options, files=FILES)
+        changes = self.folder.begin(self.identity, options=changeable_of(self.args), files=FILES)
         with self.folder.writing() as partial:
             if self.is_main:
                 save_arguments(self.args, partial / "arguments.yaml")
@@ -201,12 +186,11 @@ def open_run(args: Any, *, recipe: str) -> Iterator[FineTuningRun]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # of loading and saving; training has its own
     keep_freed_memory()
-    reads = ("model", "dataset", "validation_dataset", "test_dataset", "chat_template")
     claim = claim_folder(
         args.output_dir,
         recipe=recipe,
         overwrite=args.overwrite_output_dir,
-        inputs={name: getattr(args, name, None) for name in reads},
+        inputs=inputs_of(args),
         accelerator=processes,
     )
     with claim as folder:

@@ -9,34 +9,29 @@ import pytest
 import torch
 
 import hfllm
+from hfllm.cli import options as groups
+from hfllm.cli.options import arguments, differs, option
 from hfllm.fine_tuning.run import FiniteUpdates, open_run, trackers, training_arguments
 from hfllm.tokenization import train_bpe
 from tests.conftest import make_tiny_config
 
 
-@dataclasses.dataclass
-class Options:
-    output_dir: str
-    model: str = "nowhere"
-    overwrite_output_dir: bool = False
-    learning_rate: float = 0.25
-    max_steps: int | None = None
-    logging_steps: int = 3
-    gradient_checkpointing: bool = True
-    max_answers: int = 7  # no argument of Trainer
-    report_to: list[str] | None = None
-    seed: int = 5
-    per_device_train_batch_size: int = 1
-    gradient_accumulation_steps: int = 1
-    save_total_limit: int = 2
+@arguments
+class Options(groups.Model, groups.Training, groups.Trackers, groups.Run):
+    learning_rate = differs(0.25)
+    per_device_train_batch_size = differs(1)
+    logging_steps = differs(3)
+    seed = differs(5)
+    gradient_checkpointing: bool = option(True, help="Less memory.")
+    max_answers: int = option(7, help="No argument of Trainer.")
 
 
 def test_trainers_arguments_are_the_options_of_the_same_name_and_what_the_recipe_sets_wins(tmp_path):
-    arguments = training_arguments(Options(str(tmp_path)), learning_rate=0.5, eval_strategy="no")
-    assert (arguments.logging_steps, arguments.seed, arguments.learning_rate) == (3, 5, 0.5)
-    assert arguments.max_steps == -1 and arguments.report_to == []
-    assert arguments.output_dir == str(tmp_path / "checkpoints")
-    assert not arguments.gradient_checkpointing  # set up with LoRA, not by Trainer
+    values = training_arguments(Options(output_dir=str(tmp_path)), learning_rate=0.5, eval_strategy="no")
+    assert (values.logging_steps, values.seed, values.learning_rate) == (3, 5, 0.5)
+    assert values.max_steps == -1 and values.report_to == []
+    assert values.output_dir == str(tmp_path / "checkpoints")
+    assert not values.gradient_checkpointing  # set up with LoRA, not by Trainer
 
 
 @pytest.fixture
@@ -51,7 +46,7 @@ def base(tmp_path):
 def finished(base, tmp_path) -> Options:
     """The options of a run that came to its end."""
     folder, model, tokenizer = base
-    args = Options(str(tmp_path / "out"), model=folder)
+    args = Options(output_dir=str(tmp_path / "out"), model=folder)
     with open_run(args, recipe="x") as run:
         assert not run.is_finished(model, tokenizer, ROWS)
         trainer = SimpleNamespace(args=SimpleNamespace(world_size=1), state=SimpleNamespace(global_step=4))
