@@ -22,6 +22,7 @@ from typing import Literal
 from hfllm import GPTForCausalLM, from_native, to_native
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import run
+from hfllm.cli.opening import base_of_adapter
 from hfllm.cli.options import arguments, differs, inputs_of, option
 from hfllm.conversion import comparison
 from hfllm.conversion.folder import save_model, save_tokenizer
@@ -78,7 +79,7 @@ def main(args: ExportArguments) -> None:
     )
     with claim as folder:
         # 1. The model and its tokenizer
-        model = load_causal_lm(args.model)
+        model = load_model(args.model)
         tokenizer = load_tokenizer(args.tokenizer or args.model)
         check_fit(args, model, tokenizer)
         print(f"{args.model}: {type(model).__name__}, {model.num_parameters():,} parameters in {name_of(model.dtype)}")
@@ -108,6 +109,15 @@ def main(args: ExportArguments) -> None:
     num_tokens = max(1, min(32, context - num_prompt_tokens))
     for command in commands_to_open(args.to, path, num_tokens=num_tokens):
         print(f"\n    {command}")
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """The model as it is; a LoRA adapter, such as a checkpoint of a fine-tuning run, merged into its base."""
+    if (base := base_of_adapter(name)) is None:
+        return load_causal_lm(name)
+    from hfllm.adapters import load_adapter, merge_adapter  # imports PEFT
+
+    return merge_adapter(load_adapter(load_causal_lm(base), name))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -14,7 +14,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokenization": set(),
     "model": {"model"},
     "adapters": {"model"},
-    "cli": {"cli"},
+    "cli": {"adapters", "cli"},
     "runs": {"runs"},
     "data": {"data", "tokenization"},
     "evaluation": {"data", "evaluation"},

@@ -80,6 +80,8 @@ def claim_folder(
     if not str(output_dir).strip():
         raise ValueError("output_dir is empty. Give the path of a folder, for example out/my-run.")
     path = Path(output_dir).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir {path} is a file. Give the path of a folder, for example out/my-run.")
     lock = contextlib.nullcontext() if only_look else run_lock(path, recipe=recipe, accelerator=accelerator)
     with lock:
         if not only_look:
@@ -280,8 +282,6 @@ class RunFolder:
 
 def _open(path: Path, recipe: str, *, overwrite: bool, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The record of the run that is in the folder, empty if a new one may begin there."""
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output_dir {path} is a file. Give the path of a folder, for example out/my-run.")
     record = read_record(path) or _record_of_earlier_version(path, recipe)
     if record and record["recipe"] != recipe:
         raise ValueError(

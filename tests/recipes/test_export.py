@@ -90,7 +90,7 @@ def test_the_native_folder_opens_by_itself_with_the_same_logits_and_tokenizer(
     assert hard_ids(tokenizers[0]) == hard_ids(tokenizers[1])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "run.json"),
     }
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
 
@@ -289,15 +289,27 @@ def test_options_that_do_not_go_together_are_refused(export, make_model, tmp_pat
         export(model=tmp_path / "native", to="llama", output_dir=tmp_path / "out")
 
 
+def test_an_adapter_is_merged_into_the_base_that_it_names(export, make_model, tmp_path):
+    source = make_model()
+    adapted = get_peft_model(
+        hfllm.GPTForCausalLM.from_pretrained(source), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    export(model=tmp_path / "adapter", tokenizer=source, to="qwen3", output_dir=tmp_path / "out")
+    exported, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.arange(30)[None]
+    torch.testing.assert_close(exported(ids).logits, adapted.eval()(ids).logits, atol=1e-4, rtol=0)
+
+
 def test_what_is_no_model_is_refused_in_words(export, make_model, tmp_path):
     source = make_model()
     model = hfllm.GPTForCausalLM.from_pretrained(source)
+    model.name_or_path = ""
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     classifier = hfllm.GPTForSequenceClassification(make_tiny_config("modern"))
     classifier.save_pretrained(tmp_path / "classifier")
     (tmp_path / "empty").mkdir()
     for name, words in (
-        ("adapter", "is a LoRA adapter"),
+        ("adapter", "a LoRA adapter that does not name its base"),
         ("classifier", "is a GPTForSequenceClassification; only causal language models"),
         ("empty", "a folder without a config.json"),
         ("missing", "is not a folder"),
