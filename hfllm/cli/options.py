@@ -592,7 +592,7 @@ class Run(Overwrite):
 class SaveSteps:
     """output"""
 
-    save_steps: int | None = option(200, help="Steps between two checkpoints.", at_least=1)
+    save_steps: int | None = option(200, help="Steps between two checkpoints.", at_least=1, compared=Compared.NOT)
 
 
 class Trackers:

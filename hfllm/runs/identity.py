@@ -29,8 +29,8 @@ def identify(config: PreTrainedConfig, **others: Any) -> dict[str, Any]:
 
 
 def as_json(content: dict[str, Any]) -> dict[str, Any]:
-    """The same dict as it comes back from a JSON file: tuples are lists, paths are texts, keys are texts."""
-    return json.loads(json.dumps(content, default=str))
+    """The same dict as it comes back from a JSON file: tuples are lists; paths and what is not finite are texts."""
+    return json.loads(json.dumps(content, default=str), parse_constant=str)
 
 
 def find_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from hfllm.cli.options import (
     Location,
     about_of,
     arguments,
+    changeable_of,
     check_numbers,
     differs,
     identity_of,
@@ -101,6 +102,17 @@ def test_an_option_makes_another_run_unless_its_declaration_says_that_it_does_no
         "sizes": [1, 2],
     }
     assert identity_of(recipe, by_content=True).keys() == identity_of(recipe).keys() - {"dataset"}
+
+
+def test_the_numbers_that_may_change_when_a_run_is_resumed():
+    @arguments
+    class Saving(Text, Pace):
+        save_steps: int = option(200, help="Steps.", compared=Compared.NOT)
+        keep: int | None = option(None, help="Number.", compared=Compared.NOT)
+        quiet: bool = option(False, help="Print less.", compared=Compared.NOT)
+        output_dir: str = option("out", help="Folder.", compared=Compared.NOT)
+
+    assert changeable_of(Saving()) == {"save_steps": 200}
 
 
 def test_a_recipe_can_hand_on_a_groups_options_and_name_what_it_reads():
