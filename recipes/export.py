@@ -100,7 +100,7 @@ def main(args: ExportArguments) -> None:
             with folder.writing() as partial:
                 write(args, model, tokenizer, partial)
                 folder.begin(identity)
-            folder.finish()
+            folder.finish(files=folder.moved)
 
     # 3. Where it is, and commands that open it
     files = [folder.path / name for name in folder.record["finished"]["files"]]

@@ -147,7 +147,7 @@ def main(args: TokenizerArguments) -> None:
             write_json(partial / REPORT_FILE, report)
             folder.begin(made_from)
         if is_new:
-            folder.finish()
+            folder.finish(files=folder.moved)
     print(
         f"""{args.output_dir}/tokenizer.json         the tokenizer; ids 0 to {len(RESERVED_TOKENS) - 1} are reserved: \
 {" ".join(RESERVED_TOKENS)}

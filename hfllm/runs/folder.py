@@ -214,10 +214,12 @@ class RunFolder:
     def finish(self, *, step: int | None = None, files: Iterable[str] | None = None) -> None:
         """Note that the run is finished at `step` and that `files` are its result; the last thing that is written.
 
-        By default these are the files that the last `writing` moved in. What may fail without spoiling the result (the
-        page, a push) is noted by `note_done` when it is done.
+        By default these are the weights, `config.json` and `metrics.json` that the last `writing` moved in. Without one
+        of them the run is not finished. What may fail without spoiling the result (the page, a push) is noted by
+        `note_done` when it is done.
         """
-        names = self.moved if files is None else list(files)
+        result = (*WEIGHTS, "config.json", "metrics.json", "adapter/adapter_model.safetensors")
+        names = [name for name in self.moved if _matches([name], result)] if files is None else list(files)
         finished = on_main_process(self.accelerator, lambda: describe_finish(self.path, step=step, files=names))
         self._change(finished=finished)
 

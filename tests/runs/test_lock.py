@@ -3,10 +3,13 @@ import errno
 import json
 import logging
 import os
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,29 @@ def test_the_lock_of_a_killed_run_ends_with_it(tmp_path, caplog):
             assert json.loads((tmp_path / ".lock.json").read_text())["pid"] == os.getpid()
         assert f"from a run that ended without releasing it: process {process.pid}" in caplog.text
     assert names_in(tmp_path) == []
+
+
+@pytest.mark.fault(8, 30)
+@pytest.mark.skipif(not shutil.which("unshare"), reason="makes namespaces")
+def test_a_run_in_another_container_locks_the_folder_until_it_is_killed(tmp_path):
+    """Another host name, and the number 1 of a process: what a restarted container has as well."""
+    inside = f"hostname another-host && exec {sys.executable} -c {shlex.quote(HOLD)} {tmp_path}"
+    command = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "bash", "-c", inside]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        if process.stdout.readline() != "locked\n":
+            pytest.skip("making namespaces needs root")
+        with pytest.raises(RuntimeError, match="process 1 on another-host"), run_lock(tmp_path):
+            pass
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 10  # the kernel kills what is in the namespace a moment later
+    while True:
+        try:
+            with run_lock(tmp_path):
+                break
+        except RuntimeError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 HOLDER = {"pid": os.getpid(), "host": socket.gethostname(), "recipe": "x", "since": "2026-01-01", "token": "theirs"}
