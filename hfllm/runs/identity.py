@@ -16,8 +16,9 @@ from .files import sha256_of
 
 
 VOLATILE = ("transformers_version", "architectures", "auto_map", "dtype", "use_cache")
-# The files of a model's or an adapter's folder that decide what it computes, beside its config.
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "adapter_config.json")
+# The files of a model's or an adapter's folder that decide what it computes, beside its config; in a checkpoint there
+# are others.
+WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 
 
 def identify(config: PreTrainedConfig, **others: Any) -> dict[str, Any]:
@@ -74,7 +75,8 @@ def hash_rows(rows: Iterable[Any]) -> str:
 def hash_model(name: str | Path, *, revision: str | None = None) -> str:
     """What the weights of a model are: the sha256 of a folder's files, or the `revision` that an id of the Hub has.
 
-    The code and the config's volatile entries do not count, nor do tokenizer, card and pictures.
+    An adapter is its own weights and those of its base. The code and the config's volatile entries do not count, nor do
+    tokenizer, card and pictures.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -84,6 +86,10 @@ def hash_model(name: str | Path, *, revision: str | None = None) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kept = {key: value for key, value in config.items() if key not in (*VOLATILE, "_name_or_path", "torch_dtype")}
         digest.update(json.dumps(kept, sort_keys=True).encode())
+    elif (folder / "adapter_config.json").is_file():
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        digest.update(json.dumps(adapter, sort_keys=True).encode())
+        digest.update(hash_model(str(adapter.get("base_model_name_or_path"))).encode())
     for path in sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)}):
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()

@@ -63,5 +63,20 @@ def test_a_model_is_its_config_and_the_bytes_of_its_weights(tmp_path):
     assert len({hash_model(each) for each in (one, trained, wider)}) == 3
 
 
+@pytest.mark.fault(26)
+def test_an_adapter_is_its_weights_and_those_of_its_base(tmp_path):
+    base, adapter = make_model(tmp_path / "base"), tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 4, "base_model_name_or_path": str(base)}))
+    (adapter / "adapter_model.safetensors").write_bytes(b"lora")
+    hashes = [hash_model(adapter)]
+    (adapter / "optimizer.safetensors").write_bytes(b"of a checkpoint")
+    assert hash_model(adapter) == hashes[0]
+    (adapter / "adapter_model.safetensors").write_bytes(b"more")
+    hashes.append(hash_model(adapter))
+    (base / "model.safetensors").write_bytes(b"trained further")
+    assert len({*hashes, hash_model(adapter)}) == 3
+
+
 def test_a_model_of_the_hub_is_its_revision():
     assert hash_model("owner/name", revision="0123abc") == "0123abc"
