@@ -154,6 +154,7 @@ class ClassificationArguments(
     head_learning_rate: float | None = option(
         None,
         section="optimization",
+        at_most=10,
         help="Highest learning rate of the new head and, with method full, of the token embeddings.",
         default_is=HEAD_BY_METHOD,
         at_least=0,

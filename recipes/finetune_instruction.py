@@ -277,7 +277,7 @@ def main(args: InstructionArguments) -> None:
 
         # 6. What it says after
         metrics["eval_loss"] = response_loss(trainer, rows["eval"])
-        check_converged(metrics["eval_loss"], num_choices=len(tokenizer))
+        check_converged(metrics["eval_loss"], num_choices=len(tokenizer), before=metrics["eval_loss_before"])
         metrics["test_loss"] = response_loss(trainer, rows["test"])
         if args.check_answers if args.check_answers is not None else args.dataset == "stdlib":
             metrics |= {"test_questions": len(questions), **check_answers(args, questions, replies_to)}

@@ -116,7 +116,7 @@ def main(args: PreferenceArguments) -> None:
         before = trainer.evaluate()
         this_run.train(trainer)
         after = trainer.evaluate()
-        check_converged(after["eval_loss"], num_choices=2)
+        check_converged(after["eval_loss"], num_choices=2, before=before["eval_loss"])
 
         # 5. The adapter merged into the model, and beside it alone
         num_trained, num_parameters = count_parameters(trainer.accelerator.unwrap_model(trainer.model))

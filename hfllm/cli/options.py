@@ -469,7 +469,8 @@ class Training(MaxSteps, TrainBatch, Seed):
     gradient_accumulation_steps: int | None = option(
         1, help="Forward passes per optimizer step.", at_least=1, compared=Compared.BY_CONTENT
     )
-    learning_rate: float | None = option(None, help="Highest learning rate.", at_least=0)
+    # Nothing learns at a rate above 10: a slip of the finger is told before anything is written.
+    learning_rate: float | None = option(None, help="Highest learning rate.", at_least=0, at_most=10)
     warmup_steps: int = option(0, help="Steps over which the learning rate rises from 0.", at_least=0)
 
 
@@ -491,7 +492,7 @@ class Muon:
 
     optimizer: Literal["muon", "adamw"] | None = option("adamw", help="Optimizer.")
     adam_learning_rate: float | None = option(
-        None, help="With Muon, highest learning rate of embeddings, head, norms and biases.", at_least=0
+        None, help="With Muon, highest learning rate of embeddings, head, norms and biases.", at_least=0, at_most=10
     )
     max_grad_norm: float = option(1.0, help="Longest gradient, by its global norm; 0 does not clip.", at_least=0)
 

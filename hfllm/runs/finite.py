@@ -24,19 +24,22 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], *, what: str) -> N
             )
 
 
-def check_converged(loss: float, *, num_choices: int) -> None:
+def check_converged(loss: float, *, num_choices: int, before: float | None = None) -> None:
     """Raise if a trained model's loss shows that training has diverged.
 
-    `loss` is in nats, the mean over decisions among `num_choices`. A uniform guess has ln(num_choices); a model that
-    learned the wrong thing has more, but not ten times as much.
+    `loss` is in nats, the mean over decisions among `num_choices`, and `before` that of the model before training. A
+    uniform guess has ln(num_choices). A model that overfits has more, but not ten times as much; where `before` is
+    known, what was trained is refused if it is both worse than before and half again as bad as a guess.
 
     Raises:
         FloatingPointError: the loss is not finite, or far worse than a guess.
     """
     guess = math.log(num_choices)
-    if math.isfinite(loss) and loss <= 10 * guess:
+    limit = 10 * guess if before is None else max(before, 1.5 * guess)
+    if math.isfinite(loss) and loss <= limit:
         return
+    was = "" if before is None else f" It was {before:.4g} before."
     raise FloatingPointError(
-        f"Training has diverged: the loss is {loss:.4g} nats, and a uniform guess has {guess:.4g}. The model was not "
-        "saved. Start again with a lower learning_rate."
+        f"Training has diverged: the loss is {loss:.4g} nats, and a uniform guess has {guess:.4g}.{was} The model was "
+        "not saved. Start again with a lower learning_rate."
     )
