@@ -107,7 +107,7 @@ def test_another_run_is_refused_with_the_difference(base, finished, what, messag
         model.model.embed_tokens.weight.data[0, 0] += 1
         model.save_pretrained(folder)
     elif what == "tokenizer":
-        tokenizer = train_bpe(["another text"], 300)
+        tokenizer = train_bpe(["another text, another text"] * 9, 300)
     elif what == "template":
         tokenizer.chat_template = "{{ messages[0].content }}"
     with pytest.raises(ValueError, match=rf"belongs to another run:\n    {message}"):
