@@ -2,8 +2,8 @@
 
     python docs/measurements/tables.py
 
-A group of numbers whose raw file is not there keeps the text that stands in the documents, which says so. A test
-compares what this script would write with what the documents hold.
+A group of numbers without a raw file keeps the text that the documents have, which says so. A test compares what this
+script would write with what the documents hold.
 """
 
 import json
