@@ -74,18 +74,33 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
                 step=0.05,
                 label="Temperature",
                 info="0 takes the likeliest token, so that a retry gives the same reply.",
+                elem_id="temperature",
             )
             max_new_tokens = gradio.Slider(
-                1, longest, value=min(defaults.max_new_tokens, longest), step=1, label="Longest reply, in tokens"
+                1,
+                longest,
+                value=min(defaults.max_new_tokens, longest),
+                step=1,
+                label="Longest reply, in tokens",
+                elem_id="length",
             )
             system_message = gradio.Textbox(
-                value=system or "", lines=2, max_lines=8, label="System message", placeholder="None"
+                value=system or "", lines=2, max_lines=8, label="System message", placeholder="None", elem_id="system"
             )
         with chat_column:
             chat = gradio.ChatInterface(
                 respond,
                 # Without Gradio's button that posts the conversation to the Hub.
                 chatbot=gradio.Chatbot(buttons=["copy", "copy_all"], label=name, height="70vh", render=False),
+                textbox=gradio.Textbox(
+                    placeholder="Type a message",
+                    max_lines=8,
+                    submit_btn=True,
+                    stop_btn=True,
+                    autofocus=True,
+                    elem_id="message",
+                    render=False,
+                ),
                 additional_inputs=[temperature, max_new_tokens, system_message],
                 title=name,
                 concurrency_limit=None,  # the writer has a queue of its own

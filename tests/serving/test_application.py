@@ -380,3 +380,33 @@ def test_an_error_of_the_server_says_nothing_of_the_machine(app, model, stream, 
     assert status == (200 if stream else 500)
     assert "The reply could not be written." in text and "secret" not in text
     assert re.search(r'"type": ?"server_error"', text)
+
+
+def test_openais_client_understands_every_answer(app, ask):
+    openai, httpx = pytest.importorskip("openai"), pytest.importorskip("httpx2")
+
+    async def talk() -> None:
+        transport = httpx.AsyncClient(transport=httpx.ASGITransport(app))
+        client = openai.AsyncOpenAI(
+            base_url="http://127.0.0.1/v1", api_key="none", http_client=transport, max_retries=0
+        )
+        create = client.chat.completions.create
+        fields = {"model": "talker", "messages": HELLO, "max_tokens": 6, "logprobs": True, "top_logprobs": 1, "n": 2}
+        answer = await create(**fields, user="me", stop=["never"], seed=1, presence_penalty=0.5, logit_bias={"9": 1})
+        assert [choice.finish_reason for choice in answer.choices] == ["length", "length"]
+        assert len(answer.choices[0].logprobs.content) == 6
+        chunks = [chunk async for chunk in await create(**fields, stream=True, stream_options={"include_usage": True})]
+        assert chunks[-1].usage.completion_tokens == 12
+        again = await create(model="talker", messages=[*HELLO, answer.choices[0].message.model_dump()], max_tokens=1)
+        assert again.choices[0].message.role == "assistant"
+        assert [model.id async for model in await client.models.list()] == ["talker"]
+        for error, wrong in [
+            (openai.BadRequestError, {"temperature": -1}),
+            (openai.BadRequestError, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+            (openai.NotFoundError, {"model": "gpt-4"}),
+        ]:
+            with pytest.raises(error) as refused:
+                await create(**{**fields, **wrong})
+            assert refused.value.param == next(iter(wrong))
+
+    asyncio.run(talk())
