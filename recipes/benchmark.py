@@ -4,8 +4,8 @@
     python recipes/benchmark.py --measure decoding --num_key_value_heads 2
     python recipes/benchmark.py --measure scaling --output_dir out/scaling
     python recipes/benchmark.py --measure time_to_quality --dataset literature.txt
-    python recipes/benchmark.py --hidden_size 768 --num_hidden_layers 12 --num_attention_heads 12 --block_size 1024 \\
-        --vocab_size 50257 --bf16
+    accelerate launch --mixed_precision bf16 recipes/benchmark.py --hidden_size 768 --num_hidden_layers 12 \\
+        --num_attention_heads 12 --block_size 1024 --vocab_size 50257
     python recipes/benchmark.py --tokenizer out/tokenizer --dataset stdlib
 
 The models take turns, so that a machine whose speed drifts does so for all of them; the ratios are medians over those
@@ -17,12 +17,6 @@ heads, for what they save. With a tokenizer it also measures the data path: enco
 `--measure scaling` tells how a token's time grows with the model and with the context. `--measure time_to_quality` runs
 the commands of pretrain_time_to_quality.yaml on a text, and recipes/baseline.py beside them, imports and all.
 """
-
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
 
 import dataclasses
 import json
@@ -36,12 +30,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.hf_argparser import HfArg
-
-from hfllm.cli.arguments import check_numbers, run
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import run
+from hfllm.cli.options import arguments, check_numbers, differs, option
 from hfllm.data import load_corpus, prepare_rows, rows_of_step, split_documents
 from hfllm.model import GPTConfig, GPTForCausalLM
 from hfllm.report.benchmark import benchmark_table, plot_benchmark, plot_scaling
@@ -51,38 +42,50 @@ from hfllm.training.footprint import training_memory
 from hfllm.training.optimization import build_adamw
 from hfllm.training.throughput import flops_per_token, loss_options, peak_flops
 
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-@dataclasses.dataclass
-class BenchmarkArguments:
-    vocab_size: int = HfArg(default=8192, help="Token ids.")
-    hidden_size: int = HfArg(default=384, help="Width of the models.")
-    num_hidden_layers: int = HfArg(default=6, help="Blocks.")
-    num_attention_heads: int = HfArg(default=6, help="Heads.")
-    num_key_value_heads: int = HfArg(default=2, help="Of the grouped-query model that decoding is also measured with.")
-    block_size: int = HfArg(default=256, help="Tokens per row.")
-    measure: Literal["all", "training", "memory", "decoding", "scaling", "time_to_quality"] = HfArg(
-        default="all", help="What to measure; all is the first three of the others."
+
+@arguments
+class BenchmarkArguments(
+    groups.Dataset,
+    groups.Tokenizer,
+    groups.VocabSize,
+    groups.BlockSize,
+    groups.Shape,
+    groups.Compile,
+    groups.Precision,
+    groups.TrainBatch,
+    groups.OutputDir,
+    groups.Config,
+):
+    dataset = differs(help="Text for the data path; a text file for time_to_quality.")
+    tokenizer = differs(None, help="Also measure the data path with this tokenizer.")
+    vocab_size = differs(8192)
+    block_size = differs(256, help="Tokens per row.")
+    num_key_value_heads = differs(2, help="Key and value heads of the model with grouped heads, for decoding.")
+    torch_compile = differs(help="Compile each model for measure training only; compiling is not measured.")
+    per_device_train_batch_size = differs(help="Rows per step.")
+    measure: Literal["all", "training", "memory", "decoding", "scaling", "time_to_quality"] = option(
+        "all", help="What to measure; all is training, memory and decoding."
     )
-    per_device_train_batch_size: int = HfArg(default=8, help="Rows per step.")
-    num_steps: int = HfArg(default=10, help="Measured steps, and measured continuations, of each model.")
-    num_prompt_tokens: int = HfArg(default=32, help="Tokens that decoding starts from.")
-    num_new_tokens: int = HfArg(default=128, help="Tokens that each continuation has.")
-    keep_freed_memory: Literal["ours", "all", "none"] = HfArg(
-        default="ours", help="For which models a CPU's freed memory is kept for the next step."
+    num_steps: int = option(10, help="Measured steps, and continuations, of each model.", at_least=1)
+    num_prompt_tokens: int = option(32, help="Tokens of the prompt that is continued.", at_least=1)
+    num_new_tokens: int = option(128, help="Tokens of each continuation.", at_least=1)
+    keep_freed_memory: Literal["ours", "all", "none"] = option(
+        "ours", help="Models for which a CPU keeps freed memory for the next step."
     )
-    bf16: bool = HfArg(default=False, help="Multiply in bfloat16.")
-    torch_compile: bool = HfArg(
-        default=False, help="Compile each model for --measure training, and for that alone; compiling is not measured."
+    scaling_depths: list[int] = option(
+        default_factory=lambda: [1, 2, 4, 6, 8], help="Numbers of blocks to measure, each block 64 wider.", at_least=1
     )
-    tokenizer: str | None = HfArg(default=None, help="Also measure the data path with this tokenizer.")
-    dataset: str = HfArg(default="stdlib", help="Text for the data path; a text file for time_to_quality.")
-    scaling_depths: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 6, 8], help="Blocks, each 64 wider.")
-    scaling_contexts: list[int] = HfArg(default_factory=lambda: [64, 128, 256, 512, 1024], help="Tokens.")
-    output_dir: str | None = HfArg(default=None, help="Write numbers, a table and pictures there.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+    scaling_contexts: list[int] = option(
+        default_factory=lambda: [64, 128, 256, 512, 1024], help="Contexts to measure, in tokens.", at_least=1
+    )
+    output_dir = differs(help="Folder of numbers, table and pictures.", default_is="nothing is written")
 
     def check(self) -> None:
-        """Stop at the door what cannot be measured, or would be left out without a word."""
+        """Reject what cannot be measured or would be ignored."""
         check_numbers(self)
         if self.torch_compile and self.measure not in ("all", "training"):
             raise ValueError(
@@ -126,7 +129,7 @@ def main(args: BenchmarkArguments) -> None:
 
 
 def save(args: BenchmarkArguments, results: dict[str, Any]) -> None:
-    """The numbers as JSON, the models as a table, and the pictures."""
+    """Write the numbers as JSON, the models as a table, and the pictures."""
     if args.output_dir is None:
         return
     folder = Path(args.output_dir)
@@ -150,7 +153,7 @@ def build_models(args: BenchmarkArguments) -> dict[str, PreTrainedModel]:
         "num_attention_heads": args.num_attention_heads,
         "max_position_embeddings": args.block_size,
     }
-    # On a CPU dropout on the attention weights rules out the fast attention kernel, so GPT-2 runs without it too.
+    # On a CPU, dropout on the attention weights prevents the fast attention kernel, so GPT-2 also runs without it.
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     ours_without = {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0}
     ids = {"bos_token_id": 0, "eos_token_id": 0}
@@ -168,7 +171,7 @@ def build_models(args: BenchmarkArguments) -> dict[str, PreTrainedModel]:
 def training_step(
     model: PreTrainedModel, *, num_rows: int, block_size: int, dtype: torch.dtype, torch_compile: bool = False
 ) -> Callable[[], float]:
-    """A function that takes an AdamW step on the same random rows each time, and returns its seconds."""
+    """A function that takes an AdamW step, each time on the same random rows, and returns its seconds."""
     optimizer = build_adamw(model, learning_rate=1e-4, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
     if torch_compile:
         model.compile()
@@ -212,7 +215,7 @@ def measure_training(
         for name, step in steps.items():
             if device.type == "cpu":
                 keep_freed_memory(keeps_freed_memory(args, name))
-            step()  # brings its own memory into place, whatever the model before left behind
+            step()  # allocates its own memory again after the model before
             seconds[name].append(step())
 
     first = next(iter(models))
@@ -235,7 +238,7 @@ def measure_training(
 
 
 def measure_memory(args: BenchmarkArguments, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """The most bytes that each model's training holds, weights to activations, in a process of its own."""
+    """The peak memory of each model's training, from weights to activations, in a separate process."""
     batch = {"num_rows": args.per_device_train_batch_size, "block_size": args.block_size}
     print(f"\n{'memory of training':34s} {'at most':>14s} {'weights alone':>14s}")
     results = {}
@@ -250,7 +253,7 @@ def measure_memory(args: BenchmarkArguments, device: torch.device, dtype: torch.
 
 @torch.no_grad()
 def measure_decoding(args: BenchmarkArguments, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """Greedy continuations of one row by each model, in turns, and the bytes that the cache holds at their end."""
+    """Greedy continuations of one row by each model, in turns, and the size of the cache at their end."""
     num_tokens = args.num_prompt_tokens + args.num_new_tokens
     args = dataclasses.replace(args, block_size=max(args.block_size, num_tokens))
     models = build_models(args)
@@ -307,9 +310,9 @@ DECODING_ROUNDS = 4  # in turns: the first model's first tokens are slow, whiche
 
 
 def measure_scaling(args: BenchmarkArguments, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The seconds of a token in training and in decoding: of models of growing size, and in growing contexts.
+    """The seconds per token in training and in decoding, for growing models and growing contexts.
 
-    The fastest of several steps and tokens, for what else the machine does comes and goes between two points.
+    Each is the fastest of several steps or tokens, because other work of the machine differs between two points.
     """
     names = ("hfllm, modern", "transformers Llama", "transformers GPT-2, no dropout")
     shapes = [{"num_hidden_layers": depth, "hidden_size": 64 * depth} for depth in args.scaling_depths]
@@ -344,7 +347,7 @@ def measure_scaling(args: BenchmarkArguments, device: torch.device, dtype: torch
 
 @torch.no_grad()
 def decoding_seconds(model: PreTrainedModel, *, context: int, num_tokens: int = 16) -> float:
-    """The seconds of the fastest of the last `num_tokens` of a context, one row with the key/value cache."""
+    """The seconds of the fastest of a context's last `num_tokens` tokens, one row with the key/value cache."""
     ids = torch.randint(model.config.vocab_size, (1, context), device=model.device)
     start = max(1, context - num_tokens)
     output = model(ids[:, :start], use_cache=True, logits_to_keep=1)
@@ -358,13 +361,13 @@ def decoding_seconds(model: PreTrainedModel, *, context: int, num_tokens: int = 
 
 
 def measure_time_to_quality(args: BenchmarkArguments) -> dict[str, dict[str, float]]:
-    """The wall time of whole commands from a text to a model, and the bits per byte it reaches on what is held back."""
+    """The wall time of whole commands from a text to a model, and its bits per byte on held-out text."""
     recipes = Path(__file__).parent
     config = recipes / "configs" / "pretrain_time_to_quality.yaml"
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         text = ["--dataset", args.dataset]
-        ours = [*text, "--cache_dir", str(place / "cache")]  # nothing is there that an earlier run prepared
+        ours = [*text, "--cache_dir", str(place / "cache")]  # an empty one: earlier runs must not help
         tokenizer = [str(recipes / "train_tokenizer.py"), *ours, "--vocab_size", "2048"]
         pretrain = [str(recipes / "pretrain.py"), *ours, "--config", str(config), "--tokenizer", f"{place}/tokenizer"]
         seconds = {
@@ -389,7 +392,7 @@ def measure_time_to_quality(args: BenchmarkArguments) -> dict[str, dict[str, flo
 
 
 def run_timed(command: list[str]) -> float:
-    """The seconds of a command, imports and all; one that fails stops the benchmark with what it said."""
+    """The seconds of a command, imports included; if it fails, the benchmark stops with its output."""
     start = time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:

@@ -11,12 +11,6 @@ new conversation, /exit or Ctrl-D ends the chat; Ctrl-C ends a reply. When the c
 dropped.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import importlib.util
 import io
 import json
@@ -25,72 +19,62 @@ import random
 import re
 import socket
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.hf_argparser import HfArg
-from transformers.utils.logging import disable_progress_bar
-
 from hfllm.adapters import load_adapter, merge_adapter, tokenizer_source
-from hfllm.cli.arguments import check_numbers, run
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import run
 from hfllm.cli.opening import open_causal_lm
+from hfllm.cli.options import arguments, check_numbers, differs, option
 from hfllm.data.conversations import Messages
 from hfllm.data.templates import check_template
-from hfllm.serving.replies import (
-    LOWEST_TEMPERATURE,
-    Reply,
-    ReplyWriter,
-    Sampling,
-    context_length,
-    encode_newest,
-)
+from hfllm.serving.replies import LOWEST_TEMPERATURE, Reply, ReplyWriter, Sampling, context_length, encode_newest
 from hfllm.serving.text import LONE_SURROGATE
 from hfllm.tokenization import load_tokenizer
 
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
-@dataclass
-class ChatArguments:
-    model: str = HfArg(default="out/chat", help="Folder or Hub id of the model. The default is only a folder.")
-    adapter: str | None = HfArg(default=None, help="Folder or Hub id of a LoRA adapter to put on it.")
-    trust_remote_code: bool = HfArg(default=False, help="Run Python code that comes with the model.")
-    system: str | None = HfArg(default=None, help="The system message; it stays when old turns are dropped.")
-    max_new_tokens: int = HfArg(
-        default=256, help="Longest reply, in tokens; in the terminal and the browser at most half of the context."
+
+@arguments
+class ChatArguments(
+    groups.Model, groups.Adapter, groups.Dtype, groups.NewTokens, groups.Sampling, groups.Seed, groups.Config
+):
+    model = differs("out/chat")
+    trust_remote_code: bool = option(False, section="model", help="Run Python code that comes with the model.")
+    system: str | None = option(
+        None, section="generation", help="System message; it is kept when old turns are dropped."
     )
-    temperature: float = HfArg(default=0.0, help="0 takes the likeliest token; above, tokens are drawn.")
-    top_p: float = HfArg(default=1.0, help="Draw from the likeliest tokens that together have this probability.")
-    seed: int = HfArg(default=42, help="Sampling seed.")
-    web: bool = HfArg(default=False, help="Chat in the browser, by Gradio.")
-    serve: bool = HfArg(
-        default=False, help="Answer HTTP requests in OpenAI's form. The options above are the defaults of a request."
+    max_new_tokens = differs(256, help="Longest reply in tokens; without --serve at most half of the context.")
+    temperature = differs(0.0, help="Sampling temperature; 0 takes the likeliest token.")
+    seed = differs(section="generation", help="Sampling seed.")
+    web: bool = option(False, section="server", help="Chat in the browser, with Gradio.")
+    serve: bool = option(
+        False, section="server", help="Answer HTTP requests in OpenAI's format; the options above are their defaults."
     )
-    host: str = HfArg(default="127.0.0.1", help="Address of --web and --serve.")
-    port: int = HfArg(default=8000, help="Port of --web and --serve.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+    host: str = option("127.0.0.1", section="server", help="Address of web and serve.")
+    port: int = option(8000, section="server", help="Port of web and serve.", at_least=1, at_most=65535)
 
     def check(self) -> None:
         check_numbers(self)
-        is_local_default = self.model == ChatArguments.model and not Path(self.model).is_dir()
+        is_missing = self.model == ChatArguments.model and not Path(self.model).is_dir()
         problems = [
             (
-                is_local_default,
+                is_missing,  # and not looked for on the Hub, where anybody may have the name
                 f"There is no folder {self.model}. `make demo` and recipes/finetune_instruction.py write one; or give "
                 "another folder or a Hub id as --model.",
             ),
             (self.web and self.serve, "--web and --serve: give one of the two."),
-            (not 0 < self.port < 65536, f"--port {self.port}: give one from 1 to 65535."),
             (
-                self.temperature < 0 or 0 < self.temperature < LOWEST_TEMPERATURE,
+                0 < self.temperature < LOWEST_TEMPERATURE,
                 f"--temperature {self.temperature}: give 0 or at least {LOWEST_TEMPERATURE}.",
             ),
-            (not 0 < self.top_p <= 1, f"--top_p {self.top_p}: it is a probability, above 0 and at most 1."),
             (
                 self.temperature == 0 and self.top_p != 1 and not (self.web or self.serve),
                 f"--top_p {self.top_p}: nothing is drawn at temperature 0. Set --temperature.",
             ),
-            (LONE_SURROGATE.search(self.system or ""), "--system holds bytes that are not UTF-8. Give it in UTF-8."),
         ]
         needed = ["gradio"] if self.web else ["fastapi", "uvicorn"] if self.serve else []
         missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -128,7 +112,8 @@ def check_address(args: ChatArguments) -> None:
 
 def load_model(args: ChatArguments) -> PreTrainedModel:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = open_causal_lm(args.model, trust_remote_code=args.trust_remote_code)
+    dtype = {"dtype": args.dtype} if args.dtype else {}
+    model = open_causal_lm(args.model, trust_remote_code=args.trust_remote_code, **dtype)
     if args.adapter is not None:
         model = merge_adapter(load_adapter(model, args.adapter))
     return model.to(device).eval()

@@ -17,45 +17,19 @@ On the GPUs of one machine:
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 recipes/finetune_classification.py \\
         --config recipes/configs/classification_sms.yaml --model openai-community/gpt2 --output_dir out/spam
 
-The same command again goes on where the run was interrupted. `--help` explains every option.
+The same command again resumes an interrupted run. `--help` explains every option.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
-import contextlib
 import dataclasses
-import json
 import os
-import sys
-import time
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from datasets import Dataset
-from transformers import (
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.hf_argparser import HfArg
-from transformers.utils import logging as transformers_logging
-
-from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
-from hfllm.cli.arguments import check_numbers, check_recipe, run, save_arguments
+from hfllm.adapters import add_lora, count_parameters, describe_trained
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import check_recipe, run
 from hfllm.cli.opening import check_fit, open_config
+from hfllm.cli.options import Location, arguments, check_numbers, differs, option
 from hfllm.data.labelled_texts import (
     LabelledTexts,
     balance_labels,
@@ -65,16 +39,24 @@ from hfllm.data.labelled_texts import (
     load_labelled_texts,
     split_by_text,
 )
-from hfllm.evaluation.classification import describe_scores, score_beside_baselines, score_predictions
+from hfllm.evaluation.classification import describe_scores, predict_logits, score_beside_baselines, score_predictions
 from hfllm.fine_tuning.classification import ClassifierTrainer, freeze_all_but
-from hfllm.fine_tuning.run import Course, LogFile, newest_checkpoint, prepare_folder, trackers
-from hfllm.hub import write_page_and_card
+from hfllm.fine_tuning.run import open_run, training_arguments
 from hfllm.model import GPTConfig
-from hfllm.report import save_environment
 from hfllm.report.confusion import plot_confusion
-from hfllm.runs.lock import run_lock
 from hfllm.tokenization import load_classifier_tokenizer
-from hfllm.training.devices import keep_freed_memory
+from hfllm.training.devices import check_precision
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 # By method, for models of fewer than 512 channels and for larger ones. The first are for the demo's model: `lora` and
@@ -88,93 +70,113 @@ BY_METHOD, HEAD_BY_METHOD = (
     ", ".join(f"{method} {small:g} / {large:g}" for method, (small, large) in rates.items())
     for rates in (LEARNING_RATES, HEAD_LEARNING_RATES)
 )
-PARTS = ("train", "eval", "test")  # as the numbers of metrics.json call them
-
-
 EVALUATION = (
     "epoch {epoch:.1f}, validation loss {eval_loss:.4f}, accuracy {eval_accuracy:.2%}, macro-F1 {eval_f1_macro:.3f}"
 )
 
 
-@dataclasses.dataclass
-class ClassificationArguments:
-    # Texts
-    dataset: str = HfArg(default="stdlib", help="A file of labelled texts, an id on the Hub, or 'stdlib' (docstrings).")
-    dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
-    split: str = HfArg(default="train", help="Split of the Hub dataset to train on.")
-    validation_split: str | None = HfArg(default=None, help="Hub split to choose the epoch by; default: hold back.")
-    test_split: str | None = HfArg(default=None, help="Hub split to test on; default: hold texts back.")
-    validation_dataset: str | None = HfArg(default=None, help="File to choose the epoch by; default: hold texts back.")
-    test_dataset: str | None = HfArg(default=None, help="File to test on; default: hold texts back.")
-    text_column: str = HfArg(default="text", help="Column or JSON key of the text.")
-    label_column: str = HfArg(default="label", help="Column or JSON key of the label, a word or a whole number.")
-    validation_fraction: float = HfArg(default=0.1, help="Share of the texts held back for validation.")
-    test_fraction: float = HfArg(default=0.2, help="Share of the texts held back for the test.")
-    balance: bool = HfArg(default=False, help="Use as many texts of each label as the rarest has, as the book does.")
-    split_seed: int = HfArg(default=0, help="Of the balanced sample and the split, which belong to the data.")
-    on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with a record that is broken.")
-    block_size: int | None = HfArg(default=None, help="Tokens of a text that are read; default: the model's context.")
+@arguments
+class ClassificationArguments(
+    groups.TrainingDataset,
+    groups.ValidationSplit,
+    groups.TestFraction,
+    groups.TextColumn,
+    groups.LabelColumn,
+    groups.BlockSize,
+    groups.Model,
+    groups.Method,
+    groups.LoRA,
+    groups.GradientCheckpointing,
+    groups.Precision,
+    groups.Training,
+    groups.Schedule,
+    groups.EvalBatch,
+    groups.Run,
+    groups.Trackers,
+    groups.Config,
+):
+    # Text
+    dataset = differs(help="File of labelled texts, Hub id, or 'stdlib': docstrings and their packages.")
+    validation_fraction = differs(
+        0.1, help="Share of the texts held out to choose the epoch by.", at_least=None, above=0
+    )
+    validation_split = differs(help="Split of the Hub dataset to choose the epoch by.")
+    validation_dataset: str | None = option(
+        None,
+        section="text",
+        help="File of labelled texts to choose the epoch by.",
+        default_is="see validation_fraction",
+        location=Location.READ_OR_NAMED,
+    )
+    test_fraction = differs(0.2, help="Share of the texts held out for the test.")
+    test_split: str | None = option(
+        None, section="text", help="Split of the Hub dataset to test on.", default_is="see test_fraction"
+    )
+    test_dataset: str | None = option(
+        None,
+        section="text",
+        help="File of labelled texts to test on.",
+        default_is="see test_fraction",
+        location=Location.READ_OR_NAMED,
+    )
+    label_column = differs(help="Column or JSON key of the label, a word or a whole number.")
+    balance: bool = option(
+        False, section="text", help="Use as many texts of each label as the rarest label has, as the book does."
+    )
+    split_seed: int = option(
+        0, section="text", help="Random seed of the split and of balance.", at_least=0, at_most=2**32 - 1
+    )
+    block_size = differs(help="Tokens of a text that are read; a longer one loses its end.", at_least=2)
 
     # Model
-    model: str = HfArg(default="out/demo", help="Folder or Hub id of the pretrained model, with its tokenizer.")
-    pooling: Literal["last", "mean", "mean_first_last"] | None = HfArg(
-        default=None,
-        help="The head stands on the last token, on the mean of all, or on that and the mean of their embeddings, the "
-        "default for models of ours; the Hub's other classes have the last token only.",
+    model = differs(help="Folder or Hub id of the pretrained model, with its tokenizer.")
+    pooling: Literal["last", "mean", "mean_first_last"] | None = option(
+        None,
+        section="model",
+        help="Input of the classification head: the last token's state, the mean of all states, or that mean beside "
+        "the mean of the embeddings. Other architectures than ours have the last token's only.",
+        default_is="mean_first_last for our models, last for others",
     )
-    method: Literal["lora", "full", "last_block", "head"] = HfArg(default="lora", help="What is trained.")
-    lora_r: int = HfArg(default=16, help="LoRA's rank.")
-    lora_alpha: float = HfArg(default=16, help="LoRA's scale: its output is multiplied by lora_alpha / lora_r.")
-    lora_dropout: float = HfArg(default=0.0, help="Dropout of LoRA's input.")
-    lora_target_modules: list[str] | None = HfArg(default=None, help="Layers with LoRA; default: all in the blocks.")
-    gradient_checkpointing: bool = HfArg(default=False, help="Less memory for more time.")
+    lora_target_modules: list[str] | None = option(
+        None, section="LoRA", help="Layers with LoRA.", default_is="all linear layers of the blocks"
+    )
 
     # Optimization
-    num_train_epochs: float = HfArg(default=5.0, help="Passes over the training texts.")
-    max_steps: int | None = HfArg(default=None, help="Optimizer steps, instead of num_train_epochs.")
-    per_device_train_batch_size: int = HfArg(default=8, help="Texts per device and forward pass.")
-    per_device_eval_batch_size: int = HfArg(default=32, help="Texts per device in evaluation.")
-    gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
-    learning_rate: float | None = HfArg(
-        default=None,
-        help="Highest learning rate of what is pretrained, or LoRA's; default by method, for models of fewer than "
-        f"{SMALL} channels / larger ones: {BY_METHOD}.",
+    num_train_epochs = differs(5.0, help="Passes over the training texts, unless max_steps is given.")
+    per_device_train_batch_size = differs(help="Texts per device and forward pass.")
+    per_device_eval_batch_size = differs(32, help="Texts per device in evaluation.")
+    learning_rate = differs(
+        None,
+        help="Highest learning rate of the pretrained weights, or of LoRA's.",
+        default_is=f"by method, for fewer than {SMALL} channels / for more: {BY_METHOD}",
     )
-    head_learning_rate: float | None = HfArg(
-        default=None,
-        help=f"Of the new head and, with --method full, of the token embeddings; default: {HEAD_BY_METHOD}.",
+    head_learning_rate: float | None = option(
+        None,
+        section="optimization",
+        help="Highest learning rate of the new head and, with method full, of the token embeddings.",
+        default_is=HEAD_BY_METHOD,
+        at_least=0,
     )
-    lr_scheduler_type: Course = HfArg(default="linear", help="Course of the learning rate after warm-up.")
-    warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
-    weight_decay: float = HfArg(default=0.1, help="Decoupled decay of the matrices.")
-    label_smoothing_factor: float = HfArg(default=0.0, help="Share of the target that all labels have, in training.")
-    train_sampling_strategy: Literal["group_by_length", "random"] = HfArg(
-        default="group_by_length", help="Batches of about equal lengths, or as chance has it."
+    label_smoothing_factor: float = option(
+        0.0, section="optimization", help="Share of the target spread over all labels.", at_least=0, below=1
     )
-    bf16: bool = HfArg(default=False, help="Compute in bfloat16, where the device is fast at it.")
-    seed: int = HfArg(default=42, help="Of the head, LoRA, the order of texts and dropout.")
+    train_sampling_strategy: Literal["group_by_length", "random"] = option(
+        "group_by_length", section="optimization", help="Batches of texts of similar lengths, or of random ones."
+    )
+    seed = differs(help="Random seed of head, LoRA, order of texts and dropout.")
 
-    # What is written, and when
-    output_dir: str = HfArg(default="out/classifier", help="The run's folder. A run that stands there goes on.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Delete the run that stands there and start anew.")
-    logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
-    save_total_limit: int = HfArg(default=2, help="Checkpoints kept; one is written after every epoch.")
-    report_to: list[str] | None = HfArg(
-        default=None, help="Trackers, by transformers' names: tensorboard trackio wandb"
-    )
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+    # Output
+    output_dir = differs("out/classifier")
+    save_total_limit = differs(help="Number of checkpoints to keep; one is saved after each epoch.")
+    report_to = differs(help="Experiment trackers, by transformers' names, e.g. tensorboard trackio wandb.")
 
     def check(self) -> None:
         check_numbers(self)
         check_recipe(self)
-        if self.block_size is not None and self.block_size < 2:
-            raise ValueError(f"--block_size {self.block_size}: a text needs at least two tokens.")
-        for name, split in (("validation", self.validation_split), ("test", self.test_split)):
-            if split is not None and getattr(self, f"{name}_dataset") is not None:
+        check_precision()
+        for name in ("validation", "test"):
+            if getattr(self, f"{name}_split") is not None and getattr(self, f"{name}_dataset") is not None:
                 raise ValueError(f"--{name}_split and --{name}_dataset both say what to use for {name}. Leave one out.")
-            fraction = getattr(self, f"{name}_fraction")
-            if not 0 < fraction < 1:
-                raise ValueError(f"--{name}_fraction {fraction}: it is more than 0 and less than 1.")
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("--validation_fraction and --test_fraction leave nothing to train on.")
         defaults = ClassificationArguments()
@@ -186,42 +188,38 @@ class ClassificationArguments:
             raise ValueError("--learning_rate: --method head trains the new head alone. Give --head_learning_rate.")
         if (os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_USE_DEEPSPEED") or "") == "true":
             raise ValueError(
-                "The accelerate file cuts the model among the processes (FSDP, DeepSpeed), and this recipe tests and "
-                "saves whole models. Use accelerate_configs/ddp.yaml or multi_cpu.yaml; LoRA needs little memory."
+                "The accelerate file shards the model (FSDP, DeepSpeed), and this recipe tests and saves whole models. "
+                "Use accelerate_configs/ddp.yaml or multi_cpu.yaml; LoRA needs little memory."
             )
 
 
 def main(args: ClassificationArguments) -> None:
     args.check()
     args.pooling, args.learning_rate, args.head_learning_rate = choose_for_model(args)
-    output_dir = Path(args.output_dir)
-    is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # of loading and writing; training has its own
-    keep_freed_memory()
-    with run_lock(output_dir) if is_main else contextlib.nullcontext():
-        # Whether the run is finished is the main process's answer, for all of them.
-        [is_finished] = broadcast_object_list([is_main and prepare_folder(args)])
-        if is_finished:
+    with open_run(args) as this_run:
+        if this_run.is_finished:
             return
-        # 1. The texts: read, checked and split before anything is trained.
+
+        # 1. The texts: read, checked and split before anything is trained
         train, validation, test = load_parts(args)
         names = label_names(train.labels)
         check_labels_known(names, validation=validation, test=test)
 
-        # 2. The model, with a new head of one output a label. It stands on the last token of a text, which alone has
-        #    seen all of it, or on a mean of all tokens; which of them are text, the attention mask says.
-        set_seed(args.seed)
+        # 2. The model, with a new head that has one output for each label. The head reads the last token of a text,
+        #    the only one that has seen all of it, or a mean over all tokens; the attention mask says which are text.
         tokenizer = load_classifier_tokenizer(args.model)
         model = open_model(args, tokenizer, names)
         block_size = args.block_size or model.config.max_position_embeddings
         tokenizer.model_max_length = block_size
-        parts = [encode(part, tokenizer, names, block_size) for part in (train, validation, test)]
-        if is_main:
+        rows = {
+            name: encode(part, tokenizer, names, block_size)
+            for name, part in (("train", train), ("eval", validation), ("test", test))
+        }
+        if this_run.is_main:
             print(describe_labelled_texts(train, validation, test, names))
-            print(describe_lengths(parts, block_size))
+            print(describe_lengths(list(rows.values()), block_size))
 
-        # 3. What is trained of it.
+        # 3. What is trained: LoRA's matrices and the head, or the part of the model that the method names
         if args.method == "lora":
             model = add_lora(
                 model,
@@ -234,70 +232,52 @@ def main(args: ClassificationArguments) -> None:
         else:
             freeze_all_but(model, args.method)
         num_trained, _ = count_parameters(model)
-        if is_main:
+        if this_run.is_main:
             print(describe_trained(model))
 
-        # 4. Training. Texts of about equal lengths share a batch, padded to the longest of them.
-        trainer = ClassifierTrainer(
-            model=model,
-            args=training_arguments(args),
-            train_dataset=parts[0],
-            eval_dataset=parts[1],
-            data_collator=collate_with(tokenizer),
-            compute_metrics=lambda prediction: score_for_trainer(prediction, names),
-            head_learning_rate=args.head_learning_rate,
-            callbacks=[LogFile(output_dir / "log.jsonl", EVALUATION.format_map)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        if is_main:
-            save_arguments(args, output_dir / "arguments.yaml")
-            save_environment(output_dir, num_processes=PartialState().num_processes)
-        [last] = broadcast_object_list([newest_checkpoint(output_dir) if is_main else None])
-        start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=last)
-        seconds = time.perf_counter() - start
+        # 4. Training. Texts of similar lengths share a batch, padded to the longest of them. After each epoch the
+        #    validation loss is measured, and at the end the best epoch is loaded.
+        trainer = make_trainer(args, model, tokenizer, rows, names)
+        this_run.begin(trainer, EVALUATION.format_map)
+        seconds = this_run.train(trainer)
 
-        # 5. What was trained is merged into the model, and that model is saved, and tested as it was saved.
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if args.method == "lora":
-            if is_main:
-                save_adapter(model, output_dir / "adapter")
-            model = merge_adapter(model)
-        if is_main:
-            model.save_pretrained(output_dir)
-            tokenizer.save_pretrained(output_dir)
-        collate = collate_with(tokenizer)
-        logits = {name: predict(args, model, part, collate) for name, part in zip(PARTS[1:], parts[1:])}
-        num_tokens, num_places = trainer.count_tokens()
-        if is_main:
-            evaluating = sum(entry.get("eval_runtime", 0) for entry in trainer.state.log_history)
-            metrics = {
-                "method": args.method,
-                "num_trained_parameters": num_trained,
-                "num_parameters": count_parameters(model)[1],
-                "train_texts": len(train),
-                "train_tokens": num_tokens,  # since the last start, as are the next three
-                "padding_waste": 1 - num_tokens / num_places if num_tokens else None,
-                "train_seconds": round(seconds, 1),
-                "tokens_per_second": num_tokens / (seconds - evaluating) if num_tokens else None,
-                "train_steps": trainer.state.global_step,
-                "best_checkpoint": Path(trainer.state.best_model_checkpoint or "").name or None,
-                "seed": args.seed,
-            }
-            finish(args, names, (train, validation, test), logits, metrics)
+        # 5. The model with LoRA merged into it is saved, and tested as it was saved.
+        model = this_run.save_model(trainer, tokenizer)
+        logits = {
+            name: predict_logits(
+                model,
+                list(rows[name]["input_ids"]),
+                num_labels=len(names),
+                batch_size=args.per_device_eval_batch_size,
+                pad_token_id=tokenizer.pad_token_id,
+                accelerator=trainer.accelerator,
+            )
+            for name in ("eval", "test")
+        }
+
+        # 6. The numbers, beside those of a logistic regression
+        metrics = describe_training(args, trainer, seconds)
+        metrics |= {"num_trained_parameters": num_trained, "num_parameters": count_parameters(model)[1]}
+        if this_run.is_main:
+            parts = {"train": train, "eval": validation, "test": test}
+            ids = {name: (part.texts, [names.index(label) for label in part.labels]) for name, part in parts.items()}
+            metrics |= score_beside_baselines(logits, ids, names)
+            draw_confusion(metrics, names, this_run.output_dir)
+            this_run.finish(metrics)
+            report(args, metrics, this_run.output_dir, example=test.texts[0])
 
 
 def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
-    """The pooling and the two learning rates: what was asked for, or the defaults for this model.
+    """The pooling and the two learning rates, as given or by default for this model.
 
-    A mean of a text's tokens is for models of ours; the Hub's other classes have the last token only.
+    Only hfllm's own classifiers can use a mean over a text's tokens; others of transformers use the last token.
     """
     config = open_config(args.model)
     is_ours = isinstance(config, GPTConfig)
     if args.pooling not in (None, "last") and not is_ours:
         raise ValueError(
-            f"--pooling {args.pooling}: {args.model} is a {config.model_type}, whose classifier in transformers stands "
-            "on the last token. Leave --pooling out, or make a model of ours of it first: recipes/export.py --to hfllm."
+            f"--pooling {args.pooling}: {args.model} is a {config.model_type}, whose classifier in transformers reads "
+            "the last token. Leave --pooling out, or convert the model first: recipes/export.py --to hfllm."
         )
     size = int(config.hidden_size >= SMALL)
     head_learning_rate = args.head_learning_rate
@@ -312,7 +292,7 @@ def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
 
 
 def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTexts, LabelledTexts]:
-    """The texts to train on, to validate on and to test on: given ones, or parts of the dataset."""
+    """The texts to train on, to validate on and to test on: given files or splits, or parts of the dataset."""
     options = {name: getattr(args, name) for name in ("text_column", "label_column", "on_bad_record")}
     data = load_labelled_texts(args.dataset, dataset_config=args.dataset_config, split=args.split, **options)
     label_names(data.labels)
@@ -336,13 +316,13 @@ def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTe
     for name, part in zip(("train on", "validate on", "test on"), parts):
         if not len(part):
             raise ValueError(
-                f"{len(data):,} texts are too few: none is left to {name}. Give more, or larger fractions."
+                f"{len(data):,} texts are too few: none is left to {name}. Give more texts, or larger fractions."
             )
     return parts
 
 
 def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> PreTrainedModel:
-    """The pretrained model with a new head, in float32, whatever precision the checkpoint was exported in."""
+    """The pretrained model with a new head, in float32 for training, whatever precision it was saved in."""
     config = open_config(args.model)
     check_fit(config, num_ids=len(tokenizer), block_size=args.block_size)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -359,8 +339,7 @@ def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase
 
 
 def encode(data: LabelledTexts, tokenizer: PreTrainedTokenizerBase, names: list[str], block_size: int) -> Dataset:
-    """Token ids as `pipeline` will make them; a text longer than block_size loses its end, and its last token is a
-    token of the text still."""
+    """Token ids as `pipeline` makes them. A text longer than block_size loses its end, and no token is added to it."""
     ids = tokenizer(data.texts, truncation=False, verbose=False)["input_ids"]
     return Dataset.from_dict(
         {
@@ -377,99 +356,86 @@ def describe_lengths(parts: list[Dataset], block_size: int) -> str:
     cut = np.concatenate([part["num_cut"] for part in parts])
     text = f"Lengths in tokens: median {np.median(lengths):.0f}, 95 % at most {np.quantile(lengths, 0.95):.0f}"
     if not cut.any():
-        return f"{text}, longest {lengths.max():,}; none is cut (block_size {block_size:,})."
+        return f"{text}, longest {lengths.max():,}; no text is cut (block_size {block_size:,})."
     return (
         f"{text}. {np.count_nonzero(cut):,} texts are longer than block_size {block_size:,} and lose their end, "
         f"{cut.sum():,} of {lengths.sum() + cut.sum():,} tokens."
     )
 
 
-def training_arguments(args: ClassificationArguments) -> TrainingArguments:
-    own = {field.name for field in dataclasses.fields(TrainingArguments)}
-    shared = {name: value for name, value in vars(args).items() if name in own - {"gradient_checkpointing"}}
-    return TrainingArguments(
-        **{
-            **shared,
-            "output_dir": str(Path(args.output_dir) / "checkpoints"),
-            "max_steps": args.max_steps or -1,
-            "report_to": trackers(args.report_to),
-            "activation_checkpointing": args.gradient_checkpointing,
-            "activation_checkpointing_kwargs": {"use_reentrant": False},
-            "eval_strategy": "epoch",
-            "save_strategy": "epoch",
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "eval_loss",
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "disable_tqdm": not sys.stderr.isatty(),
-            "use_cpu": not torch.accelerator.is_available(),
-            "remove_unused_columns": False,
-        }
+def make_trainer(
+    args: ClassificationArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: dict[str, Dataset],
+    names: list[str],
+) -> ClassifierTrainer:
+    pad = DataCollatorWithPadding(tokenizer)
+    return ClassifierTrainer(
+        model=model,
+        args=training_arguments(
+            args,
+            activation_checkpointing=args.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+        ),
+        train_dataset=rows["train"],
+        eval_dataset=rows["eval"],
+        data_collator=lambda batch: pad([{name: row[name] for name in ("input_ids", "labels")} for row in batch]),
+        compute_metrics=lambda prediction: score_for_trainer(prediction, names),
+        head_learning_rate=args.head_learning_rate,
     )
 
 
-def collate_with(tokenizer: PreTrainedTokenizerBase):
-    """Rows -> a batch padded to its longest text."""
-    pad = DataCollatorWithPadding(tokenizer)
-    return lambda rows: pad([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
-
-
-def score_for_trainer(prediction, names: list[str]) -> dict[str, float]:
+def score_for_trainer(prediction: EvalPrediction, names: list[str]) -> dict[str, float]:
     scores = score_predictions(prediction.predictions, prediction.label_ids, names)
     return {name: scores[name] for name in ("accuracy", "f1_macro")}
 
 
-def predict(args: ClassificationArguments, model: PreTrainedModel, rows: Dataset, collate) -> np.ndarray:
-    """The model's logits (rows, labels), each row once, however many processes share the work."""
-    arguments = TrainingArguments(
-        output_dir=str(Path(args.output_dir) / "checkpoints"),
-        per_device_eval_batch_size=args.per_device_eval_batch_size,
-        bf16=args.bf16,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        use_cpu=not torch.accelerator.is_available(),
-        report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    logits = Trainer(model=model, args=arguments, data_collator=collate).predict(rows).predictions
-    assert len(logits) == len(rows)
-    return logits
+def describe_training(args: ClassificationArguments, trainer: ClassifierTrainer, seconds: float) -> dict[str, Any]:
+    """What training took, for `metrics.json`; of a run that was resumed, tokens and seconds since then."""
+    num_tokens, num_places = trainer.count_tokens()
+    evaluating = sum(entry.get("eval_runtime", 0) for entry in trainer.state.log_history)
+    return {
+        "method": args.method,
+        "train_texts": len(trainer.train_dataset),
+        "train_tokens": num_tokens,
+        "padding_waste": 1 - num_tokens / num_places if num_tokens else None,
+        "train_seconds": round(seconds, 1),
+        "tokens_per_second": num_tokens / (seconds - evaluating) if num_tokens else None,
+        "train_steps": trainer.state.global_step,
+        "best_checkpoint": Path(trainer.state.best_model_checkpoint or "").name or None,
+        "seed": args.seed,
+    }
 
 
-def finish(
-    args: ClassificationArguments,
-    names: list[str],
-    parts: tuple[LabelledTexts, ...],
-    logits: dict[str, np.ndarray],
-    metrics: dict[str, Any],
-) -> None:
-    """Score the predictions beside the baselines, write `metrics.json` and the picture, and tell."""
-    output_dir = Path(args.output_dir)
-    texts = {name: (part.texts, [names.index(label) for label in part.labels]) for name, part in zip(PARTS, parts)}
-    metrics |= score_beside_baselines(logits, texts, names)
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+def draw_confusion(metrics: dict[str, Any], names: list[str], output_dir: Path) -> None:
     title = f"{output_dir.resolve().name}: {metrics['test_texts']:,} test texts"
     test = {name.removeprefix("test_"): value for name, value in metrics.items() if name.startswith("test_")}
     plot_confusion(test, names, output_dir / "confusion.png", title=title)
-    write_page_and_card(output_dir)
 
+
+def report(args: ClassificationArguments, metrics: dict[str, Any], output_dir: Path, *, example: str) -> None:
     print(f"\n{describe_scores(metrics)}")
-    text = parts[2].texts[0].split("\n")[0][:60]
+    speed = ""
+    if metrics["train_tokens"]:
+        speed = (
+            f", {metrics['tokens_per_second']:,.0f} tokens/s; {metrics['padding_waste']:.1%} of the batches was padding"
+        )
     adapter = (
-        f"\n{output_dir}/adapter          what LoRA learned, to stand on its base" if args.method == "lora" else ""
+        f"\n{output_dir}/adapter          LoRA's matrices alone, to load on the base" if args.method == "lora" else ""
     )
-    waste = metrics["padding_waste"]
-    speed = (
-        ""
-        if waste is None
-        else f", {metrics['tokens_per_second']:,.0f} tokens/s; {waste:.1%} of the batches was padding"
-    )
+    text = example.split("\n")[0][:60]
     print(f"""
 {metrics["train_tokens"]:,} tokens in {metrics["train_seconds"]:,.0f} seconds{speed}.
 
-{output_dir}                  the model with what it learned merged in, and its tokenizer{adapter}
-{output_dir}/confusion.png    what it confuses, and how far its confidence can be believed
+{output_dir}                  the model, with everything it learned merged in, and its tokenizer{adapter}
+{output_dir}/confusion.png    which labels it confuses, and how far its confidence can be trusted
 {output_dir}/report.html      the run's page, to open in a browser
-{output_dir}/metrics.json     all numbers; log.jsonl has the course
+{output_dir}/metrics.json     all numbers; log.jsonl has the losses of each step
 
 Next, in Python:
     import hfllm; from transformers import pipeline

@@ -10,68 +10,68 @@
 Ctrl-C ends it; several are continued side by side, and printed when all are done.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import json
 import logging
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel, StoppingCriteriaList, set_seed
-from transformers.hf_argparser import HfArg
-from transformers.utils.logging import disable_progress_bar
-
 import hfllm
-from hfllm.cli.arguments import check_numbers, run
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import run
 from hfllm.cli.opening import open_causal_lm
+from hfllm.cli.options import Location, arguments, check_numbers, differs, option
 from hfllm.serving.text import LONE_SURROGATE, FollowTexts, TextStream
 from hfllm.tokenization import load_tokenizer
 
+import torch
+from transformers import PreTrainedModel, StoppingCriteriaList, set_seed
+from transformers.utils.logging import disable_progress_bar
 
-@dataclass
-class GenerateArguments:
-    model: str = HfArg(default="out/demo", help="Folder or Hub id of the model.")
-    prompt: list[str] | None = HfArg(
-        default=None, help="What the text begins with, or several such; default: the start of a document."
+
+@arguments
+class GenerateArguments(
+    groups.Model,
+    groups.Dtype,
+    groups.Prompt,
+    groups.NewTokens,
+    groups.NumSamples,
+    groups.Sampling,
+    groups.TopK,
+    groups.Seed,
+    groups.Config,
+):
+    prompt_file: str | None = option(
+        None,
+        section="generation",
+        help="File of prompts: one per line, or .jsonl with a 'prompt' each, which may have newlines.",
+        location=Location.READ,
     )
-    prompt_file: str | None = HfArg(
-        default=None, help="Prompts from a file: a line each, or .jsonl with a 'prompt' each, which may have newlines."
+    max_new_tokens = differs(128, help="Most tokens to write.")
+    stop: list[str] | None = option(
+        None,
+        section="generation",
+        help="End a text at the first of these that it writes; in a shell, a newline is $'\\n'.",
     )
-    max_new_tokens: int = HfArg(default=128, help="Most tokens to write.")
-    stop: list[str] | None = HfArg(
-        default=None, help="End a text with the first of these that it writes; in a shell, a newline is $'\\n'."
+    do_sample: bool = option(
+        True, section="generation", help="Draw each token from its probabilities; false takes the likeliest."
     )
-    num_samples: int = HfArg(default=1, help="How many texts for each prompt.")
-    do_sample: bool = HfArg(default=True, help="Draw each token from its probabilities; false takes the likeliest.")
-    temperature: float = HfArg(default=0.8, help="Below 1 favours likely tokens, above 1 unlikely ones.")
-    top_k: int = HfArg(default=50, help="Draw from so many of the likeliest tokens; 0: from all.")
-    top_p: float = HfArg(default=1.0, help="Draw from the likeliest tokens that together have this probability.")
-    repetition_penalty: float = HfArg(default=1.0, help="Above 1 makes tokens that occurred less likely.")
-    seed: int = HfArg(default=42, help="Of the draws; sample n of a call has seed + n.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+    repetition_penalty: float = option(
+        1.0, section="generation", help="Above 1: tokens that occurred are less likely.", above=0
+    )
+    seed = differs(section="generation", help="Sampling seed; sample n of a call has seed + n.")
 
     def check(self) -> None:
-        """Stop at the door what cannot be, all of it at once."""
+        """Reject out-of-range values and options that exclude each other, all at once."""
         check_numbers(self)
         defaults = GenerateArguments()
         drawing = [name for name in ("temperature", "top_k", "top_p") if getattr(self, name) != getattr(defaults, name)]
         greedy = not self.do_sample
         last_seed = self.seed + self.num_samples - 1
         problems = [
-            (self.num_samples < 1, f"--num_samples {self.num_samples}: it must be at least 1."),
             (
                 self.temperature < 1e-4,
                 f"--temperature {self.temperature}: it must be at least 0.0001; --do_sample false is greedy.",
             ),
-            (self.top_k < 0, f"--top_k {self.top_k}: it counts tokens; 0 is all of them."),
-            (not 0 < self.top_p <= 1, f"--top_p {self.top_p}: it is a probability, above 0 and at most 1."),
-            (not self.repetition_penalty > 0, f"--repetition_penalty {self.repetition_penalty}: it must be above 0."),
             (last_seed >= 2**32, f"--seed {self.seed}: that of the last sample would be above 4,294,967,295."),
             (greedy and drawing, f"--do_sample false draws nothing: leave out --{', --'.join(drawing)}."),
             (
@@ -88,35 +88,34 @@ class GenerateArguments:
 
 def main(args: GenerateArguments) -> None:
     args.check()
-    check_texts("--stop", args.stop or [])
     prompts = read_prompts(args)
 
     # 1. The model and its tokenizer
     disable_progress_bar()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = open_causal_lm(args.model).to(device).eval()
+    model = open_causal_lm(args.model, **({"dtype": args.dtype} if args.dtype else {})).to(device).eval()
     tokenizer = load_tokenizer(args.model)
 
-    # 2. Text to token ids: the tokenizer puts its start token first, as each document in training had it. Prompts of
-    # different lengths are padded on the left, so that each row ends where its next token comes.
+    # 2. Text to token ids. The tokenizer adds its start token, as at the beginning of each document in training.
+    #    Prompts of different lengths are padded on the left, so that each row ends where its next token comes.
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # only a filling: the attention mask says where the text is
+        tokenizer.pad_token = tokenizer.eos_token  # any token will do: the attention mask says where the text is
     inputs = tokenizer(prompts or [tokenizer.bos_token], add_special_tokens=bool(prompts), padding=True)
     input_ids = torch.tensor(inputs.input_ids, device=model.device)  # (B, T)
     attention_mask = torch.tensor(inputs.attention_mask, device=model.device)
     if input_ids.max() >= model.config.vocab_size:
         raise ValueError(
             f"The tokenizer gives the prompt the id {input_ids.max()}, but the model's vocabulary has only "
-            f"{model.config.vocab_size:,}. They do not belong together."
+            f"{model.config.vocab_size:,} ids: the tokenizer belongs to another model."
         )
     if note := explain_length(model, int(attention_mask.sum(-1).max()), args.max_new_tokens):
         print(note)
-    # What is said above, the libraries would say again in the middle of the text.
+    # The libraries would repeat this note in the middle of the text.
     for name in ("hfllm.model", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
-    # 3. Token after token; a single text is printed as it comes, each piece as soon as it is certain how it reads
+    # 3. Token after token. A single text is printed as it is written, each piece once its characters are complete.
     choice = {"do_sample": False}
     if args.do_sample:
         choice = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
@@ -160,53 +159,46 @@ def print_piece(text: str) -> None:
 
 
 def read_prompts(args: GenerateArguments) -> list[str]:
-    """The prompts of --prompt or --prompt_file; none to begin a document."""
+    """The prompts of --prompt or --prompt_file; an empty list means the start of a document."""
     if args.prompt_file is None:
-        check_texts("--prompt", args.prompt or [])
         return args.prompt or []
     path = Path(args.prompt_file)
     if not path.is_file():
-        raise ValueError(f"--prompt_file {path} is no file. Give a text file with a prompt in each line, or a .jsonl.")
+        raise ValueError(f"--prompt_file {path} is not a file. Give a text file with one prompt per line, or a .jsonl.")
     try:
         prompts = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         if path.suffix == ".jsonl":
             prompts = [json.loads(line)["prompt"] for line in prompts]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"--prompt_file {path} must be UTF-8, with a prompt in each line, or .jsonl with a 'prompt' each: {error!r}"
+            f"--prompt_file {path} must be UTF-8 with one prompt per line, or .jsonl with a 'prompt' in each: {error!r}"
         ) from error
     if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
-        raise ValueError(f"--prompt_file {path} holds no prompt, or one that is empty or no text.")
-    check_texts(f"--prompt_file {path}", prompts)
+        raise ValueError(f"--prompt_file {path} holds no prompts, or one that is empty or not a text.")
+    if lone := next((prompt for prompt in prompts if LONE_SURROGATE.search(prompt)), None):
+        raise ValueError(f"--prompt_file {path} has the prompt {lone!a}, which has half of a surrogate pair in it.")
     return prompts
 
 
-def check_texts(option: str, texts: list[str]) -> None:
-    """Refuse bytes that are not UTF-8, which Python reads as halves of surrogate pairs."""
-    for text in texts:
-        if LONE_SURROGATE.search(text):
-            raise ValueError(f"{option} has the text {text!a}, which is not UTF-8. Give it in UTF-8.")
-
-
 def explain_length(model: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> str | None:
-    """What happens past the model's context, if the text may get there; an error if the model cannot go there."""
+    """A note on what happens past the model's context, if the text may get there; an error if the model cannot."""
     context = getattr(model.config, "max_position_embeddings", None)
     if context is None or prompt_length + max_new_tokens <= context:
         return None
     if getattr(model.config, "position_embedding_type", None) == "learned" and isinstance(model, hfllm.GPTForCausalLM):
         return (
-            f"(Past the context of {context:,} tokens, each one is predicted from the last {context:,}: the beginning "
-            "falls out of sight, and a token takes as long as that many.)"
+            f"(Past the context of {context:,} tokens, each token is predicted from the last {context:,} alone, and "
+            "takes as long as a pass over all of them.)"
         )
     if getattr(model.config, "rope_parameters", None):
         return (
-            f"(Past the context of {context:,} tokens the model goes on at positions that it did not see in training: "
-            "how well is not promised.)"
+            f"(Past the context of {context:,} tokens the model continues at positions that it did not see in "
+            "training: the text may get worse.)"
         )
     room = f" --max_new_tokens {context - prompt_length}" if prompt_length < context else " a shorter prompt"
     raise ValueError(
-        f"{model.config.model_type} models end at their context, here {context:,} tokens, of which the prompt takes "
-        f"{prompt_length:,}. Give{room}, or make it a model of ours, whose window slides: "
+        f"A {model.config.model_type} cannot write past its context, here {context:,} tokens, of which the prompt "
+        f"takes {prompt_length:,}. Give{room}, or convert it into an hfllm model, whose context slides: "
         "python recipes/export.py --to hfllm (gpt2, llama and qwen3)."
     )
 

@@ -10,28 +10,22 @@ from 0, as in Python. `--model` is a folder that a recipe of ours wrote, or any 
 layers are attention.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import run
+from hfllm.cli.opening import open_causal_lm
+from hfllm.cli.options import arguments, check_numbers, differs, option
+from hfllm.report import plot_attention, plot_probabilities
+from hfllm.tokenization import load_tokenizer
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
-
-from hfllm.cli.arguments import run
-from hfllm.cli.opening import open_causal_lm
-from hfllm.report import plot_attention, plot_probabilities
-from hfllm.tokenization import load_tokenizer
 
 
 PROMPT = "def read(self, size):\n    data = self.file.read(size)\n    return data\n"
@@ -39,29 +33,31 @@ MOST_LAYERS, MOST_HEADS = 12, 16  # in one picture
 MOST_CANDIDATES = 100  # at each place: more of them can be neither read nor drawn
 
 
-@dataclass
-class InspectArguments:
-    model: str = HfArg(default="out/demo", help="Folder or Hub id of the model.")
-    prompt: str = HfArg(default=PROMPT, help="The text to look into; '' for the start of a document.")
-    output_dir: str = HfArg(default="out/inspect", help="Where the pictures and numbers go.")
-    layer: int | None = HfArg(default=None, help="Draw the heads of this layer only, larger; counted from 0.")
-    head: int | None = HfArg(default=None, help="Draw this head of --layer only, with its tokens; counted from 0.")
-    top_k: int = HfArg(default=5, help="So many of the likeliest tokens are shown at each place.")
-    max_tokens: int = HfArg(default=48, help="Tokens of the prompt to look into; what is beyond is left out.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+@arguments
+class InspectArguments(groups.Model, groups.Dtype, groups.Prompt, groups.TopK, groups.OutputDir, groups.Config):
+    dtype = differs("float32")
+    prompt: str = differs(PROMPT, help="Text to look into; '' for the start of a document.")
+    max_tokens: int = option(
+        48, section="generation", help="Tokens of the prompt to look into; the rest is left out.", at_least=1
+    )
+    layer: int | None = option(
+        None, section="output", help="Draw the heads of this layer only, larger; counted from 0."
+    )
+    head: int | None = option(None, section="output", help="Draw this head of layer only, with its tokens.")
+    top_k = differs(5, help="Number of the likeliest tokens shown at each place.", at_least=1, at_most=MOST_CANDIDATES)
+    output_dir = differs("out/inspect", help="Folder of the pictures and numbers.")
+
+    def check(self) -> None:
+        check_numbers(self)
+        if self.head is not None and self.layer is None:
+            raise ValueError(f"--head {self.head} of which layer? Give --layer too; both are counted from 0.")
 
 
 def main(args: InspectArguments) -> None:
-    if not 1 <= args.top_k <= MOST_CANDIDATES or args.max_tokens < 1:
-        raise ValueError(
-            f"--top_k {args.top_k}, --max_tokens {args.max_tokens}: both must be at least 1, and --top_k at most "
-            f"{MOST_CANDIDATES}."
-        )
-    if args.head is not None and args.layer is None:
-        raise ValueError(f"--head {args.head} of which layer? Give --layer too; both are counted from 0.")
+    args.check()
 
     # 1. The model and its tokenizer
-    model = load_model(args.model)
+    model = load_model(args.model, args.dtype)
     tokenizer = load_tokenizer(args.model, require_eos=False)
 
     # 2. The prompt's tokens, with the start token in front if the tokenizer puts one there
@@ -90,52 +86,54 @@ def main(args: InspectArguments) -> None:
     if len(tokens) > 1:
         written.append(draw_attention(args, attentions, heads, [token["token"] for token in tokens]))
 
-    # 6. In words
+    # 6. A summary on the terminal
     print_tokens(tokens, next_tokens)
     print_heads(heads, even, len(tokens))
     print("\nWritten: " + ", ".join(map(str, written)))
 
 
-def load_model(name: str) -> PreTrainedModel:
-    """The model in float32, with the attention that keeps its weights."""
+def load_model(name: str, dtype: str) -> PreTrainedModel:
+    """The model, with the attention that keeps its weights."""
     disable_progress_bar()
     try:
-        model = open_causal_lm(name, dtype=torch.float32, attn_implementation="eager")
+        model = open_causal_lm(name, dtype=dtype, attn_implementation="eager")
     except ValueError as error:
-        if "--model" in str(error):
+        if str(error).startswith("model="):
             raise
-        raise ValueError(f"--model {name!r} is no causal language model with attention to look at: {error}") from error
+        raise ValueError(
+            f"--model {name!r} is not a causal language model whose attention can be shown: {error}"
+        ) from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval()
 
 
 def encode_prompt(args: InspectArguments, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> torch.Tensor:
-    """The ids (1, T) that are looked into."""
+    """The ids (1, T) to inspect."""
     input_ids = tokenizer(args.prompt, return_tensors="pt", verbose=False).input_ids.long()
     if input_ids.shape[1] == 0:
         if tokenizer.eos_token_id is None:
-            raise ValueError("The prompt is empty, and this tokenizer has no token to begin with. Give a --prompt.")
+            raise ValueError("The prompt is empty, and this tokenizer has no start token. Give a --prompt.")
         input_ids = torch.tensor([[tokenizer.eos_token_id]])
     if (num_tokens := input_ids.shape[1]) > args.max_tokens:
-        print(f"(of the prompt's {num_tokens:,} tokens the first {args.max_tokens:,} are looked into: --max_tokens)")
+        print(f"(Only the first {args.max_tokens:,} of the prompt's {num_tokens:,} tokens are shown: --max_tokens.)")
         input_ids = input_ids[:, : args.max_tokens]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and input_ids.shape[1] > context:
         raise ValueError(
-            f"{input_ids.shape[1]:,} tokens are to be looked into, and the model's context is {context:,}. "
-            f"Shorten the prompt, or give --max_tokens {context} to look into its beginning."
+            f"The prompt has {input_ids.shape[1]:,} tokens, and the model's context is {context:,}. "
+            f"Shorten the prompt, or give --max_tokens {context} to inspect its beginning."
         )
     return input_ids
 
 
 def stack_attentions(attentions: tuple[torch.Tensor | None, ...] | None, model: PreTrainedModel) -> torch.Tensor:
-    """The weights (layers, H, T, T) of the only row, on the CPU."""
+    """The attention weights (layers, H, T, T) of the only row, on the CPU."""
     maps = [layer[0].float().cpu() for layer in attentions or () if layer is not None]
     num_layers = model.config.get_text_config().num_hidden_layers
     if not maps or len(maps) != num_layers or len({layer.shape for layer in maps}) != 1:
         raise ValueError(
             f"{type(model).__name__} gives attention weights of one shape for {len(maps)} of its {num_layers} layers. "
-            "This recipe looks into models of which every layer is attention, with equally many heads."
+            "This recipe is for models in which every layer is attention, with the same number of heads."
         )
     return torch.stack(maps)
 
@@ -151,10 +149,11 @@ HABITS = {"to_previous": "the previous token", "to_first": "the first token", "t
 
 
 def describe_heads(attentions: torch.Tensor) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
-    """What each head does, on average over the tokens from the third on: for those first, previous and own differ.
+    """What each head attends to, on average over the tokens from the third on.
 
+    Only from the third token on are the first token, the previous one and the token itself three different ones.
     `to_previous`, `to_first` and `to_itself` are shares of the attention, `distance` is in tokens, `entropy` in nats.
-    The second result is the same of a head that spreads its attention evenly. Without a third token all are None.
+    The second result has the same numbers for a head with uniform attention. With fewer tokens all are None.
     """
     num_layers, num_heads, num_tokens, _ = attentions.shape
     places = [{"layer": layer, "head": head} for layer in range(num_layers) for head in range(num_heads)]
@@ -187,7 +186,7 @@ def describe_heads(attentions: torch.Tensor) -> tuple[list[dict[str, Any]], dict
 
 
 def name_habit(head: dict[str, float], even: dict[str, float]) -> str | None:
-    """What takes more than half of a head's attention, or that nothing does; None: neither."""
+    """What gets more than half of a head's attention, or "everything evenly"; None if neither is true."""
     share, habit = max((head[name], habit) for name, habit in HABITS.items())
     if share > 0.5:
         return habit
@@ -197,7 +196,7 @@ def name_habit(head: dict[str, float], even: dict[str, float]) -> str | None:
 def describe_tokens(
     input_ids: list[int], log_probabilities: torch.Tensor, tokenizer: PreTrainedTokenizerBase, top_k: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Each token (T) with its probability, nats and rank, given those before it; and the likeliest after them all."""
+    """Each token (T) with its probability, nats and rank, given those before it; and the likeliest next tokens."""
     order = log_probabilities.argsort(dim=-1, descending=True, stable=True)  # (T, V)
 
     def describe(position: int, token_id: int) -> dict[str, Any]:
@@ -207,7 +206,7 @@ def describe_tokens(
     def likeliest(position: int) -> list[dict[str, Any]]:
         return [describe(position, token_id) for token_id in order[position, :top_k].tolist()]
 
-    # Nothing stands before the first token, so nothing predicts it.
+    # Nothing precedes the first token, so nothing predicts it.
     tokens = [{"id": input_ids[0], "token": label_token(tokenizer, input_ids[0]), "probability": None}]
     for position, token_id in enumerate(input_ids[1:]):
         tokens.append(
@@ -226,7 +225,7 @@ VISIBLE = {" ": "␣", "\n": "↵", "\r": "←", "\t": "→"}
 
 
 def label_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """A token as one can read it: ␣ is a space, ↵ a line's end, → a tab, <E2> a byte of a character cut in two."""
+    """A token in readable form: ␣ is a space, ↵ a line's end, → a tab, <E2> a byte of a character cut in two."""
     piece = tokenizer.convert_ids_to_tokens(token_id)
     if piece is None:  # a row of the embedding that the tokenizer does not use
         return f"<unused {token_id}>"
@@ -265,7 +264,7 @@ def draw_attention(
         if len(places) < num_layers * num_heads:
             print(
                 f"(attention.png shows {len(places)} of {num_layers * num_heads:,} heads: at most {MOST_LAYERS} layers "
-                f"and {MOST_HEADS} heads of each; --layer shows all heads of one)"
+                f"and {MOST_HEADS} heads of each; --layer shows all heads of a layer.)"
             )
     elif args.head is None:
         name, num_columns = f"attention_layer{args.layer}.png", min(num_heads, 4 if num_heads <= 16 else 8)
@@ -287,7 +286,7 @@ def draw_attention(
 
 
 def spread(size: int, most: int) -> list[int]:
-    """At most so many of the numbers from 0 to size - 1, evenly, with both ends."""
+    """At most `most` of the numbers from 0 to size - 1, evenly spaced, with both ends."""
     return sorted({round(index) for index in torch.linspace(0, size - 1, min(size, most)).tolist()})
 
 
@@ -296,7 +295,7 @@ def print_tokens(tokens: list[dict[str, Any]], next_tokens: list[dict[str, Any]]
     print(f"\n  {'token':{width}}  probability     rank   nats  likeliest there")
     for token in tokens:
         if token["probability"] is None:
-            print(f"  {token['token']:{width}}  (nothing stands before it)")
+            print(f"  {token['token']:{width}}  (the first token)")
         else:
             print(
                 f"  {token['token']:{width}}  {token['probability']:11.2%}  {token['rank']:7,}  {token['nats']:5.2f}  "
@@ -315,11 +314,11 @@ def list_candidates(candidates: list[dict[str, Any]]) -> str:
 
 def print_heads(heads: list[dict[str, Any]], even: dict[str, Any], num_tokens: int) -> None:
     if num_tokens < 3:
-        print("\nWhat a head looks at shows from three tokens on: give a longer --prompt.")
+        print("\nWhat a head attends to can be said from three tokens on: give a longer --prompt.")
         return
     print(
-        f"\nWhere the {len(heads):,} heads look, on average over the tokens from the third on. One that looked at all "
-        f"alike would give\neach token {even['to_first']:.0%}, look {even['distance']:.1f} tokens back, and have an "
+        f"\nWhat the {len(heads):,} heads attend to, on average over the tokens from the third on. Uniform attention "
+        f"would give\neach token {even['to_first']:.0%}, at a mean distance of {even['distance']:.1f} tokens, with an "
         f"entropy of {even['entropy']:.2f} nats."
     )
     if len(heads) <= MOST_HEADS:
@@ -339,7 +338,7 @@ def print_heads(heads: list[dict[str, Any]], even: dict[str, Any], num_tokens: i
 
 
 def list_heads(heads: list[dict[str, Any]], name: str, number: str, most: int = 3) -> str:
-    """The heads with the largest values, the largest first."""
+    """The heads with the largest values, in descending order."""
     shown = sorted(heads, key=lambda head: -head[name])[:most]
     return ", ".join(f"layer {head['layer']} head {head['head']} {head[name]:{number}}" for head in shown)
 

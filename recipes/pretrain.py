@@ -2,17 +2,17 @@
 
 On a laptop, offline, on the source of Python's standard library (three to five minutes on two cores):
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
         --config recipes/configs/pretrain_demo.yaml --tokenizer out/tokenizer --output_dir out/demo
 
 On your own text, with a model and a run sized for half an hour on this machine (`--depth 4` is the same dial):
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
         --max_train_minutes 30 --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
 
 On your own text, on one GPU:
 
-    accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/pretrain.py \\
+    accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml recipes/pretrain.py \\
         --max_train_minutes 60 --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
 
 On the GPUs of one machine, each with the whole model (`ddp.yaml`) or each with a part of it (`fsdp2.yaml`):
@@ -20,15 +20,10 @@ On the GPUs of one machine, each with the whole model (`ddp.yaml`) or each with 
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 recipes/pretrain.py \\
         --max_train_minutes 60 --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
 
-The same command again goes on where the run was interrupted. `--help` explains every option; how many devices, how they
-share the work and in which precision is the accelerate file's business alone.
+The same command again resumes an interrupted run. `--help` explains every option. How many devices there are, how they
+share the work and in which precision they compute is said to accelerate, in its file or as an option of the launcher,
+for example `accelerate launch --mixed_precision bf16`.
 """
-
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
 
 import dataclasses
 import json
@@ -38,15 +33,10 @@ import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import torch
-from accelerate import Accelerator, DistributedType
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.hf_argparser import HfArg
-from transformers.utils.logging import disable_progress_bar
-
-from hfllm.cli.arguments import check_numbers, check_recipe, parse_overrides, run, save_arguments
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import check_recipe, parse_overrides, run, save_arguments
 from hfllm.cli.opening import check_fit, open_causal_lm, open_config
+from hfllm.cli.options import Compared, arguments, check_numbers, differs, identity_of, option, values_of
 from hfllm.data.inspection import describe_row
 from hfllm.data.packing import Rows
 from hfllm.data.training_text import TrainingText, prepare_text
@@ -71,95 +61,144 @@ from hfllm.training.spikes import SpikeDetector, stop_if_hopeless
 from hfllm.training.summary import describe_result, describe_run, final_metrics
 from hfllm.training.throughput import ThroughputMeter, compile_blocks, flops_per_token, loss_options
 
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
-@dataclasses.dataclass
-class PretrainArguments:
+
+# What neither the user nor a dial says.
+DEFAULT_SHAPE = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6}
+DEFAULTS = {"num_train_epochs": 1.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+DEFAULTS |= {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "eval_steps": 100, "save_steps": 200}
+
+
+@arguments
+class PretrainArguments(
+    groups.TrainingDataset,
+    groups.ValidationSplit,
+    groups.TextColumn,
+    groups.Tokenizer,
+    groups.BlockSize,
+    groups.Stride,
+    groups.Cache,
+    groups.Model,
+    groups.Shape,
+    groups.Sizing,
+    groups.Compile,
+    groups.Training,
+    groups.Muon,
+    groups.AdamW,
+    groups.Schedule,
+    groups.EvalSteps,
+    groups.EvalBatch,
+    groups.Run,
+    groups.SaveSteps,
+    groups.Trackers,
+    groups.Hub,
+    groups.Config,
+):
     # Text
-    dataset: str = HfArg(default="stdlib", help="A Hub id, a local file or folder, or 'stdlib': this Python's library.")
-    dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
-    split: str = HfArg(default="train", help="Split of the Hub dataset to train on.")
-    validation_split: str | None = HfArg(default=None, help="Split to evaluate on; default: hold documents back.")
-    validation_fraction: float = HfArg(default=0.05, help="Share of the bytes held back, by whole documents.")
-    text_column: str = HfArg(default="text", help="Column or JSON key of the text.")
-    on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with a record that is broken.")
-    tokenizer: str | None = HfArg(default=None, help="Folder or Hub id; default: that of --model, or out/tokenizer.")
-    block_size: int = HfArg(default=256, help="Tokens per training row; also the longest context the model learns.")
-    stride: int | None = HfArg(default=None, help="Cut windows every so many tokens (chapter 2), instead of packing.")
-    cache_dir: str | None = HfArg(default=None, help="Where prepared documents and rows are kept.")
-    streaming: bool = HfArg(default=False, help="Read and encode while training, for text larger than the disk.")
+    tokenizer = differs(None, default_is="that of model, or out/tokenizer")
+    block_size = differs(256, help="Tokens per row; also the longest context the model learns.")
+    stride = differs(help="Cut windows this many tokens apart (chapter 2) instead of packing documents.")
+    validation_fraction = differs(help="Share of the bytes held out for validation, by whole documents.")
+    streaming: bool = option(
+        False,
+        section="text",
+        help="Read and encode while training, for text larger than the disk.",
+        compared=Compared.BY_CONTENT,
+    )
 
-    # Model
-    model: str | None = HfArg(default=None, help="Folder or Hub id of a model to go on from; default: random weights.")
-    preset: Literal["modern", "book"] = HfArg(default="modern", help="'modern' is a Qwen3, 'book' is a GPT-2.")
-    depth: int | None = HfArg(default=None, help="One dial: so many blocks; sizes, rates and steps follow from it.")
-    num_hidden_layers: int | None = HfArg(default=None, help="Blocks. Default: 6.")
-    hidden_size: int | None = HfArg(default=None, help="Width of the model. Default: 384.")
-    num_attention_heads: int | None = HfArg(default=None, help="Query heads. Default: 6.")
-    num_key_value_heads: int | None = HfArg(default=None, help="Key and value heads; default: as many.")
-    config_overrides: list[str] | None = HfArg(default=None, help="Fields of GPTConfig, e.g. attention_bias=false")
+    # Model. What a dial (see Sizing) can set is None until then; `resolve` fills in the defaults.
+    model = differs(None, help="Folder or Hub id of a model to train further.", default_is="random weights")
+    preset: Literal["modern", "book"] = option(
+        "modern", section="model", help="'modern' is a Qwen3, 'book' a GPT-2.", compared=Compared.BY_CONTENT
+    )
+    num_hidden_layers = differs(None, default_is=DEFAULT_SHAPE["num_hidden_layers"])
+    hidden_size = differs(None, default_is=DEFAULT_SHAPE["hidden_size"])
+    num_attention_heads = differs(None, default_is=DEFAULT_SHAPE["num_attention_heads"])
+    config_overrides: list[str] | None = option(
+        None,
+        section="model",
+        help="Fields of GPTConfig, e.g. attention_bias=false norm_eps=1e-5",
+        compared=Compared.BY_CONTENT,
+    )
 
-    # Optimization
-    max_steps: int | None = HfArg(default=None, help="Optimizer steps; default: num_train_epochs.")
-    num_train_epochs: float | None = HfArg(default=None, help="Passes over the rows, without max_steps. Default: 1.")
-    max_train_tokens: int | None = HfArg(
-        default=None, help="Size the run for so many tokens; its depth too, if that is not given."
+    # Optimization. A run may be resumed with another end, and with other steps between evaluations and checkpoints.
+    num_train_epochs = differs(None, default_is=DEFAULTS["num_train_epochs"], compared=Compared.NOT)
+    max_steps = differs(compared=Compared.NOT)
+    per_device_train_batch_size = differs(None, default_is=DEFAULTS["per_device_train_batch_size"])
+    gradient_accumulation_steps = differs(None, default_is=DEFAULTS["gradient_accumulation_steps"])
+    learning_rate = differs(
+        None, help="Highest learning rate; with Muon, of the hidden matrices.", default_is="muon 0.02, adamw 0.001"
     )
-    max_train_minutes: float | None = HfArg(
-        default=None, help="The same for minutes of training and evaluating on this machine, whose speed is measured."
+    optimizer = differs(None, default_is="muon for random weights of the modern preset, adamw for all others")
+    adam_learning_rate = differs(None, default_is="learning_rate")
+    muon_momentum: float = option(0.85, section="optimization", help="Muon's decay of the mean.", at_least=0, below=1)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] | None = differs(
+        None, default_is=DEFAULTS["lr_scheduler_type"]
     )
-    per_device_train_batch_size: int | None = HfArg(default=None, help="Rows per device and forward pass. Default: 8.")
-    gradient_accumulation_steps: int | None = HfArg(default=None, help="Forward passes per optimizer step. Default: 1.")
-    optimizer: Literal["muon", "adamw"] | None = HfArg(
-        default=None, help="Default: muon for random weights of the modern preset, adamw for all else."
+    decay_steps: int | None = option(
+        None,
+        section="optimization",
+        help="Steps of warmup_stable_decay's final decay.",
+        default_is="a fifth of max_steps",
+        at_least=0,
     )
-    learning_rate: float | None = HfArg(
-        default=None, help="Highest learning rate; with muon, of the hidden matrices. Default: muon 0.02, adamw 0.001."
+    min_lr_ratio: float | None = option(
+        None,
+        section="optimization",
+        help="Lowest learning rate, as a share of the highest.",
+        default_is=DEFAULTS["min_lr_ratio"],
     )
-    adam_learning_rate: float | None = HfArg(
-        default=None, help="With muon: that of embeddings, head, norms and biases. Default: learning_rate."
+    weight_decay = differs(help="Decoupled weight decay of matrices and embeddings.")
+    skip_spikes: float | None = option(
+        None,
+        section="optimization",
+        help="Skip updates whose loss or gradient is this many standard deviations above the last 128.",
+        above=0,
     )
-    muon_momentum: float = HfArg(default=0.85, help="Decay of Muon's mean.")
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] | None = HfArg(
-        default=None, help="Course of the learning rate after warm-up. Default: cosine."
-    )
-    warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
-    decay_steps: int | None = HfArg(default=None, help="Steps of warmup_stable_decay's final fall; default: a fifth.")
-    min_lr_ratio: float | None = HfArg(
-        default=None, help="Lowest learning rate, as a share of the highest. Default: 0.1."
-    )
-    weight_decay: float = HfArg(default=0.1, help="Decoupled decay of matrices and embeddings.")
-    adam_beta1: float = HfArg(default=0.9, help="Decay of AdamW's mean.")
-    adam_beta2: float = HfArg(default=0.95, help="Decay of AdamW's variance.")
-    adam_epsilon: float = HfArg(default=1e-8, help="AdamW's epsilon.")
-    max_grad_norm: float = HfArg(default=1.0, help="Longest gradient, by its global norm; 0 does not clip.")
-    skip_spikes: float | None = HfArg(
-        default=None, help="Skip updates whose loss or gradient is so many standard deviations above the last 128."
-    )
-    seed: int = HfArg(default=42, help="Of the initial weights, the order of rows and dropout.")
-    torch_compile: bool = HfArg(default=False, help="Compile the blocks: slower to start, faster to train.")
+    seed = differs(help="Random seed of initial weights, order of rows and dropout.")
 
-    # What is written, and when
-    output_dir: str = HfArg(default="out/pretrain", help="The run's folder. A run that stands there goes on.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Delete the run that stands there and start anew.")
-    dry_run: bool = HfArg(default=False, help="Check and compute everything, take a few steps, tell, write nothing.")
-    logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
-    eval_steps: int | None = HfArg(default=None, help="Steps between two evaluations. Default: 100.")
-    eval_on_start: bool = HfArg(default=True, help="Also evaluate before the first step.")
-    per_device_eval_batch_size: int = HfArg(default=16, help="Rows per device in evaluation.")
-    eval_train_rows: int = HfArg(default=0, help="Also evaluate on so many training rows, without dropout.")
-    save_steps: int | None = HfArg(default=None, help="Steps between two checkpoints. Default: 200.")
-    save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept.")
-    sample_prompt: str = HfArg(default="", help="What the samples begin with; default: the start of a document.")
-    sample_tokens: int = HfArg(default=64, help="Tokens of the sample after each evaluation; 0: none.")
-    report_to: list[str] | None = HfArg(default=None, help="Trackers, by accelerate's names: tensorboard trackio wandb")
-    push_to_hub: bool = HfArg(default=False, help="Push the model to the Hub; a push that fails is only a warning.")
-    hub_model_id: str | None = HfArg(default=None, help="owner/name there; default: the name of output_dir.")
-    hub_strategy: Literal["every_save", "end"] = HfArg(default="every_save", help="Push each checkpoint, or the end.")
-    hub_private_repo: bool = HfArg(default=False, help="Make the repository there a private one.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+    # Evaluation
+    eval_steps = differs(None, default_is=DEFAULTS["eval_steps"], compared=Compared.NOT)
+    per_device_eval_batch_size = differs(compared=Compared.NOT)
+    eval_on_start: bool = option(
+        True, section="evaluation", help="Also evaluate before the first step.", compared=Compared.NOT
+    )
+    eval_train_rows: int = option(
+        0,
+        section="evaluation",
+        help="Also evaluate on this many training rows, without dropout.",
+        at_least=0,
+        compared=Compared.NOT,
+    )
+    sample_prompt: str = option(
+        "",
+        section="evaluation",
+        help="Beginning of the sample written after each evaluation.",
+        default_is="the start of a document",
+        compared=Compared.NOT,
+    )
+    sample_tokens: int = option(
+        64, section="evaluation", help="Tokens of the sample; 0: no sample.", at_least=0, compared=Compared.NOT
+    )
+
+    # Output
+    output_dir = differs("out/pretrain")
+    save_steps = differs(None, default_is=DEFAULTS["save_steps"], compared=Compared.NOT)
+    report_to = differs(help="Experiment trackers, by accelerate's names, e.g. tensorboard trackio wandb.")
+    dry_run: bool = option(
+        False,
+        section="output",
+        help="Check everything, measure a few steps, report memory and time; write nothing.",
+        compared=Compared.NOT,
+    )
 
     def resolve(self) -> None:
-        """Fill in the defaults; not those that the dial, if one is given, decides later (see `size_model_and_run`)."""
+        """Fill in the defaults, except those that a dial decides later (see `size_model_and_run`)."""
         if self.optimizer is None:
             self.optimizer = "muon" if self.preset == "modern" and self.model is None else "adamw"
         if self.is_sized:
@@ -178,29 +217,31 @@ class PretrainArguments:
             self.adam_learning_rate = self.learning_rate
 
     def check(self) -> None:
-        """Stop at the door what is wrong whatever the text and the tokenizer are."""
+        """Validate options that need neither text nor tokenizer."""
         check_numbers(self)
         check_recipe(self)
         if self.is_sized:
             check_dials(vars(self))
         elif self.streaming and self.max_steps is None:
-            raise ValueError("A stream has no end that is known beforehand: with --streaming give --max_steps.")
+            raise ValueError("The length of a stream is not known in advance: with --streaming, give --max_steps.")
         if self.streaming and self.eval_train_rows:
-            raise ValueError("--eval_train_rows reads rows again, and a stream is read once. Leave one of them out.")
+            raise ValueError(
+                "--eval_train_rows reads rows again, and --streaming reads them once. Leave one of them out."
+            )
         if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo or self.hub_strategy == "end"):
             raise ValueError(
-                "--hub_model_id, --hub_private_repo, --hub_strategy are for --push_to_hub: give it as well."
+                "--hub_model_id, --hub_private_repo and --hub_strategy are for --push_to_hub: give it as well."
             )
         if self.max_steps is not None and not self.is_sized:
             self.height_at(0, self.max_steps)
 
     @property
     def is_sized(self) -> bool:
-        """Whether a dial is given, so that sizes follow from it."""
+        """Whether a dial is given that sets the sizes."""
         return any(getattr(self, name) is not None for name in DIALS)
 
     def height_at(self, step: int, max_steps: int) -> float:
-        """The share of its highest learning rate that each group of parameters has in a step."""
+        """Learning-rate multiplier at a step."""
         return learning_rate_at(
             step,
             learning_rate=1.0,
@@ -212,26 +253,12 @@ class PretrainArguments:
         )
 
 
-# What neither the user nor a dial says.
-DEFAULT_SHAPE = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6}
-DEFAULTS = {"num_train_epochs": 1.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-DEFAULTS |= {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "eval_steps": 100, "save_steps": 200}
-# A resumed run is the same run only with the same of these (and the same data, tokenizer and model).
-FIXED_ARGUMENTS = ("block_size", "stride", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "decay_steps")
-FIXED_ARGUMENTS += ("min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
-FIXED_ARGUMENTS += ("skip_spikes", "optimizer", "adam_learning_rate", "muon_momentum")
-SHAPE_ARGUMENTS = ("preset", "num_hidden_layers", "hidden_size", "num_attention_heads")
-SHAPE_ARGUMENTS += ("num_key_value_heads", "config_overrides")
-TEXT_ARGUMENTS = ("dataset_config", "split", "validation_split", "validation_fraction", "text_column")
-TEXT_ARGUMENTS += ("on_bad_record", "block_size", "stride", "cache_dir", "streaming", "seed")
-
-
 def main(args: PretrainArguments) -> None:
     args.resolve()
     args.check()
-    disable_progress_bar()  # of loading and writing a model; training has its own
+    disable_progress_bar()  # of loading and saving a model; training has its own
 
-    # 1. Devices: how many processes there are, and what they share, is what `accelerate launch` was told.
+    # 1. Devices: `accelerate launch` says how many processes there are, and what they share.
     accelerator = start_accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps or 1,
         per_device_train_batch_size=args.per_device_train_batch_size or 1,
@@ -246,76 +273,90 @@ def main(args: PretrainArguments) -> None:
     )
     with leaving_at_once(accelerator), folder, StopRequest(accelerator) as stop_request:
         is_finished = pretrain(args, accelerator, stop_request)
-    # DDP has to let go of the process group before it is destroyed: the other way round, gloo waits for Python's lock
-    # while Python waits for gloo, and now and then a process never ends.
+    # DDP has to release the process group before it is destroyed. The other way round, gloo waits for Python's lock
+    # while Python waits for gloo, and sometimes a process never ends.
     accelerator.free_memory()
     accelerator.end_training()
     if not is_finished:
         sys.exit(EXIT_CODE)
 
 
+@dataclasses.dataclass
+class TrainingState:
+    """What changes from step to step, and what a checkpoint keeps beside the weights and the optimizer."""
+
+    identity: dict[str, Any]  # what makes a run this run, compared on resume
+    step: int  # optimizer steps taken
+    train_tokens: int
+    seconds: float  # in steps
+    save_seconds: float
+    skipped_updates: int
+    evaluation: dict[str, Any] | None = None  # the last one
+    text: dict[str, Any] | None = None  # the position in a stream
+    spike_history: list[list[float]] | None = None
+
+
 class Setup(NamedTuple):
-    """What every step works with; model and optimizer are what `accelerator.prepare` made of them."""
+    """What every step works with; model and optimizer are those that `accelerator.prepare` returned."""
 
     accelerator: Accelerator
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     text: TrainingText
     max_steps: int
+    rows_per_step: int  # rows per device x accumulation x processes
     loss_options: dict[str, bool]  # what the model's forward takes besides the batch
-    sizes: dict[str, int]  # num_parameters and flops_per_token, counted before devices share the model out
-    hub: TrainingPush | None  # with --push_to_hub
+    sizes: dict[str, int]  # num_parameters and flops_per_token, counted before the model is sharded
+    hub: TrainingPush | None = None  # with --push_to_hub
 
 
 def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: StopRequest) -> bool:
     """From text to a saved model; False if the run was told to stop before its end."""
-    # 2. The tokenizer and the model's shape: what cannot work together stops here, before the work starts.
+    # 2. The tokenizer, and what can be checked before the text is read
     tokenizer = load_tokenizer(args.tokenizer or args.model or "out/tokenizer")
-    config = None if args.is_sized else build_config(args, tokenizer)
+    if not args.is_sized:
+        build_config(args, tokenizer)
     hub = None
-    if args.push_to_hub and not args.dry_run:  # a token that may not write there stops the run before it starts
+    if args.push_to_hub and not args.dry_run:
         place = {"repo_id": args.hub_model_id, "private": args.hub_private_repo}
         hub = on_main_process(accelerator, lambda: TrainingPush(args.output_dir, **place))
 
-    # 3. Text to rows; with a dial, sizes follow from it and from how much text there is
+    # 3. Text to rows
     text = load_text(args, tokenizer, accelerator)
     accelerator.print(text.summary)
-    if config is None:
-        size_model_and_run(args, accelerator, text)
-        config = build_config(args, tokenizer)
-    num_rows = len(text.train) if isinstance(text.train, Rows) else None  # a stream has no end
-    max_steps = args.max_steps or math.ceil(args.num_train_epochs * num_rows / rows_per_step(args, accelerator))
-    args.height_at(0, max_steps)  # a schedule that does not fit stops here
-    if args.max_steps and args.num_train_epochs not in (None, DEFAULTS["num_train_epochs"]):
-        accelerator.print(f"--max_steps {max_steps:,} ends the run; not used: --num_train_epochs.")
 
-    # 4. Random weights, or those of --model
+    # 4. Sizes: of the model, of a step and of the run. With a dial they follow from it and from the text.
+    if args.is_sized:
+        args = size_model_and_run(args, accelerator, text)
+    config = build_config(args, tokenizer)
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    num_rows = len(text.train) if isinstance(text.train, Rows) else None  # None: a stream
+    max_steps = args.max_steps or math.ceil(args.num_train_epochs * num_rows / rows_per_step)
+    args.height_at(0, max_steps)  # raises if the schedule does not fit into so many steps
+    report_unused_options(args, accelerator)
+
+    # 5. The model, with random weights or those of --model, and its optimizer
     torch.manual_seed(args.seed)
     model = build_model(args, config)
-    flops = flops_per_token(model, block_size=args.block_size)
-    sizes = {"num_parameters": model.num_parameters(), "flops_per_token": flops}
-    batch = {"rows_per_step": rows_per_step(args, accelerator), "block_size": args.block_size}
+    batch = {"rows_per_step": rows_per_step, "block_size": args.block_size}
     accelerator.print(describe_run(model, accelerator=accelerator, max_steps=max_steps, num_rows=num_rows, **batch))
-
-    # 5. The optimizer, and what model and optimizer become on these devices
-    options = loss_options(model)
-    model, optimizer = accelerator.prepare(model, build_optimizer(args, model, accelerator))
-    setup = Setup(accelerator, model, optimizer, text, max_steps, options, sizes, hub)
+    setup = prepare(args, model, text, accelerator, max_steps=max_steps, hub=hub)
     if args.dry_run:
         rehearse_run(args, setup)
         text.close()
         return True
 
-    # 6. Where this folder's run stopped, or the beginning; a checkpoint of another run is refused
-    fixed = {name: getattr(args, name) for name in FIXED_ARGUMENTS}
-    identity = identify(config, **text.identity, rows_per_step=batch["rows_per_step"], **fixed)
-    state = find_state(args.output_dir, model=model, optimizer=optimizer, accelerator=accelerator, identity=identity)
-    if state["step"] > 0:
-        text.load_state(state.get("text"))
+    # 6. The newest checkpoint of this run, or the beginning; a checkpoint of another run is refused
+    own = identity_of(args, by_content=True)
+    identity = identify(config, **text.identity, rows_per_step=rows_per_step, **own)
+    restore = {"model": setup.model, "optimizer": setup.optimizer, "accelerator": accelerator, "identity": identity}
+    state = TrainingState(**find_state(args.output_dir, **restore))
+    if state.step > 0:
+        text.load_state(state.text)
 
-    # 7. The loop, and at its end the model as everybody's tools open it, with the numbers
-    if state["step"] >= max_steps and (Path(args.output_dir) / "metrics.json").exists():
-        accelerator.print(f"The run in {args.output_dir} ended at step {state['step']:,}: nothing to do.")
+    # 7. The loop, and then the model in the form that other tools open, with its numbers
+    if state.step >= max_steps and (Path(args.output_dir) / "metrics.json").exists():
+        accelerator.print(f"The run in {args.output_dir} ended at step {state.step:,}: nothing to do.")
     else:
         accelerator.init_trackers("hfllm", config={name: str(value) for name, value in vars(args).items()})
         if accelerator.is_main_process:
@@ -323,111 +364,80 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
             tokenizer.save_pretrained(args.output_dir)
             save_environment(args.output_dir, num_processes=accelerator.num_processes)
         tokens_per_second = train(args, setup, state, stop_request)
-        if state["step"] >= max_steps:
+        if state.step >= max_steps:
             finish(args, setup, state, tokens_per_second)
         else:
-            accelerator.print(
-                f"Stopped at step {state['step']:,} of {max_steps:,}; the same command goes on from here."
-            )
+            accelerator.print(f"Stopped at step {state.step:,} of {max_steps:,}; the same command resumes from here.")
     text.close()
-    return state["step"] >= max_steps
+    return state.step >= max_steps
 
 
-def train(args: PretrainArguments, setup: Setup, state: dict, stop_request: StopRequest) -> float | None:
-    """Take the steps from `state["step"]` to `max_steps`, with `state` kept up to date; returns tokens per second."""
+def train(args: PretrainArguments, setup: Setup, state: TrainingState, stop_request: StopRequest) -> float | None:
+    """Take the steps from `state.step` to `max_steps`, and keep `state` up to date; returns tokens per second."""
     accelerator, max_steps = setup.accelerator, setup.max_steps
-    detector = SpikeDetector(args.skip_spikes, history=state.get("spike_history")) if args.skip_spikes else None
-    interval_nats = torch.zeros((), device=accelerator.device)
+    tokens_per_step = setup.rows_per_step * args.block_size
+    detector = SpikeDetector(args.skip_spikes, history=state.spike_history) if args.skip_spikes else None
+    interval_nats = torch.zeros((), device=accelerator.device)  # since the last line of the log
     interval_targets = num_skipped_in_a_row = 0
     meter = ThroughputMeter(accelerator.device)
-    with RunLog(args.output_dir, accelerator=accelerator, step=state["step"], max_steps=max_steps) as log:
-        if state["step"] == 0 and args.eval_on_start:
+    with RunLog(args.output_dir, accelerator=accelerator, step=state.step, max_steps=max_steps) as log:
+        if state.step == 0 and args.eval_on_start:
             evaluate(args, setup, state, log)
         setup.model.train()
-        for step in range(state["step"], max_steps):
+        for step in range(state.step, max_steps):
             step_start = time.perf_counter()
-            batches, num_targets = setup.text.read_step(step, **cut_of_step(args, accelerator))
+            batches, num_targets = read_step(args, setup, step)
             taken = take_step(args, setup, batches, num_targets, step, detector)
 
-            # The step is done: count it, and tell.
-            num_tokens = rows_per_step(args, accelerator) * args.block_size
-            meter.step(num_tokens)
-            state["step"] = step + 1
-            state["train_tokens"] += num_tokens
-            state["seconds"] += time.perf_counter() - step_start
-            state["skipped_updates"] += not taken.is_update
+            # Counts
+            meter.step(tokens_per_step)
+            state.step = step + 1
+            state.train_tokens += tokens_per_step
+            state.seconds += time.perf_counter() - step_start
+            state.skipped_updates += not taken.is_update
             num_skipped_in_a_row = 0 if taken.is_update else num_skipped_in_a_row + 1
             interval_nats += taken.nats
             interval_targets += num_targets
             log.advance()
-            is_last = state["step"] == max_steps
+
+            # Log, evaluation and checkpoint
+            is_last = state.step == max_steps
             is_stopping = stop_request.agreed()
-            if state["step"] % args.logging_steps == 0 or is_last:
+            if state.step % args.logging_steps == 0 or is_last:
                 record = {
-                    "step": state["step"],
+                    "step": state.step,
                     "loss": accelerator.reduce(interval_nats).item() / interval_targets,
                     "learning_rate": args.learning_rate * args.height_at(step, max_steps),
                     "grad_norm": taken.grad_norm,
                     "tokens_per_second": meter.read(),
-                    "train_tokens": state["train_tokens"],
+                    "train_tokens": state.train_tokens,
                 }
                 log.write(record)
                 interval_nats.zero_()
                 interval_targets = 0
             stop_if_hopeless(num_skipped_in_a_row, step=step + 1, learning_rate=args.learning_rate, detector=detector)
             with meter.paused():
-                if state["step"] % args.eval_steps == 0 or is_last:
+                if state.step % args.eval_steps == 0 or is_last:
                     evaluate(args, setup, state, log)
-                if state["step"] % args.save_steps == 0 or is_last or is_stopping:
+                if state.step % args.save_steps == 0 or is_last or is_stopping:
                     save(args, setup, state, detector)
             if is_stopping:
                 break
     return meter.overall()
 
 
-def size_model_and_run(args: PretrainArguments, accelerator: Accelerator, text: TrainingText) -> None:
-    """Set every option of SIZED that was not given: from --depth or a budget, or as the run that goes on has it."""
-    sizes, told = choose_sizes(
-        vars(args),
-        vocab_size=len(text.tokenizer),
-        text_tokens=len(text.train) * args.block_size if isinstance(text.train, Rows) else None,
-        num_processes=accelerator.num_processes,
-        measure=lambda sizes: measure_speed(dataclasses.replace(args, **sizes), accelerator, text),
+def read_step(args: PretrainArguments, setup: Setup, step: int) -> tuple[list[dict[str, torch.Tensor]], int]:
+    """This process's batches of a step, one for each forward pass, and the number of targets of all processes."""
+    return setup.text.read_step(
+        step,
+        batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        seed=args.seed,
+        accelerator=setup.accelerator,
     )
-    accelerator.print(told)
-    for name, value in sizes.items():
-        setattr(args, name, value)
-    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
 
 
-def measure_speed(args: PretrainArguments, accelerator: Accelerator, text: TrainingText) -> Speed:
-    """The seconds of a step and of an evaluation, by a model of these sizes that is thrown away."""
-    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
-    model = build_model(args, build_config(args, text.tokenizer))
-    options = loss_options(model)
-    model, optimizer = accelerator.prepare(model, build_optimizer(args, model, accelerator))
-    max_steps = args.warmup_steps + (args.decay_steps or 0) + 10  # more than are taken; the rate does not matter here
-    setup = Setup(accelerator, model, optimizer, text, max_steps, options, sizes={}, hub=None)
-
-    seconds_per_step = try_steps(args, setup, num_steps=5).seconds_per_step
-    scoring = {"batch_size": args.per_device_eval_batch_size, "accelerator": accelerator}
-    seconds_per_evaluation = time_evaluation(model, text.validation, **scoring)
-    accelerator.free_memory(model, optimizer)
-    return slowest(Speed(seconds_per_step, seconds_per_evaluation))
-
-
-def rows_per_step(args: PretrainArguments, accelerator: Accelerator) -> int:
-    """The effective batch: rows per device x accumulation x processes, however it is cut."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-
-
-def cut_of_step(args: PretrainArguments, accelerator: Accelerator) -> dict[str, Any]:
-    """Which rows a step has, and how they are dealt to forward passes and processes."""
-    batch = {"batch_size": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps}
-    return {**batch, "seed": args.seed, "accelerator": accelerator}
-
-
-class Taken(NamedTuple):
+class StepResult(NamedTuple):
     nats: torch.Tensor  # this process's part of the step's loss, summed over its targets
     grad_norm: float
     is_update: bool  # False: the gradient was not finite, or the step a spike
@@ -440,16 +450,16 @@ def take_step(
     num_targets: int,
     step: int,
     detector: SpikeDetector | None = None,
-) -> Taken:
+) -> StepResult:
     """Forward, backward, clip, update."""
     accelerator, model, optimizer = setup.accelerator, setup.model, setup.optimizer
     scale_learning_rates(optimizer, args.height_at(step, setup.max_steps))
     # Dropout, like the order of rows, is a function of seed and step, so that a resumed run repeats it exactly.
     torch.manual_seed(np.random.SeedSequence((args.seed, step, accelerator.process_index)).generate_state(1)[0])
 
-    # The loss of a step is the sum over its targets divided by their count, however its rows are cut into parts: each
-    # part divides its own sum by the whole step's count. accelerate then divides by the accumulation steps and DDP by
-    # the number of processes, so the count is that much smaller.
+    # The loss of a step is the sum over its targets divided by their number, however its rows are cut into parts: each
+    # part divides its own sum by the whole step's number. accelerate then divides by the accumulation steps and DDP by
+    # the number of processes, so the number given here is that much smaller.
     num_parts = args.gradient_accumulation_steps * accelerator.num_processes
     nats = torch.zeros((), device=accelerator.device)
     for batch in batches:
@@ -470,98 +480,90 @@ def take_step(
                     optimizer.zero_grad()  # an update without gradients changes nothing
             optimizer.step()
             optimizer.zero_grad()
-    return Taken(nats, grad_norm, is_update)
+    return StepResult(nats, grad_norm, is_update)
 
 
-def evaluate(args: PretrainArguments, setup: Setup, state: dict, log: RunLog) -> None:
-    """Nats per token and bits per byte over every validation token, and a sample of what the model writes."""
+def evaluate(args: PretrainArguments, setup: Setup, state: TrainingState, log: RunLog) -> None:
+    """Log nats per token and bits per byte over every validation token, and a sample of what the model writes."""
     accelerator, text = setup.accelerator, setup.text
     scoring = {"batch_size": args.per_device_eval_batch_size, "accelerator": accelerator}
     result = evaluate_rows(setup.model, text.validation, **scoring)
-    state["evaluation"] = dataclasses.asdict(result)  # part of the checkpoint, for the final numbers
-    record = {"step": state["step"], "eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
+    state.evaluation = dataclasses.asdict(result)
+    record = {"step": state.step, "eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
     if args.eval_train_rows:
         rows = np.arange(min(args.eval_train_rows, len(text.train)))
         record["eval_train_loss"], _ = score_rows(setup.model, text.train, rows, **scoring)
     log.write(record)
-    # Generating with a sharded model takes all processes together, so such a run has no samples.
+    # A sharded model generates only with all processes together, so such a run has no samples.
     is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if args.sample_tokens and state["step"] > 0 and accelerator.is_main_process and not is_sharded:
+    if args.sample_tokens and state.step > 0 and accelerator.is_main_process and not is_sharded:
         model = accelerator.unwrap_model(setup.model)
         sample = draw_sample(model, text.tokenizer, args.sample_prompt, num_tokens=args.sample_tokens)
-        log.write_sample(state["step"], sample)
+        log.write_sample(state.step, sample)
 
 
-def save(args: PretrainArguments, setup: Setup, state: dict, detector: SpikeDetector | None) -> None:
-    """A checkpoint: the run goes on from it as if it had not been interrupted."""
+def save(args: PretrainArguments, setup: Setup, state: TrainingState, detector: SpikeDetector | None) -> None:
+    """Save a checkpoint, from which the run resumes as if it had not been interrupted."""
     start = time.perf_counter()
-    state["text"] = setup.text.state()
-    if detector is not None:
-        state["spike_history"] = detector.history
+    state.text = setup.text.state()
+    state.spike_history = detector.history if detector is not None else None
     checkpoint = save_checkpoint(
         Path(args.output_dir) / "checkpoints",
         model=setup.model,
         optimizer=setup.optimizer,
-        state=state,
+        state=dataclasses.asdict(state),
         accelerator=setup.accelerator,
         keep=args.save_total_limit,
     )
-    is_pushed = args.hub_strategy == "every_save" and state["step"] < setup.max_steps  # the end has a push of its own
+    is_pushed = args.hub_strategy == "every_save" and state.step < setup.max_steps  # `finish` pushes the end
     if setup.hub is not None and setup.accelerator.is_main_process and is_pushed:
-        setup.hub.push_checkpoint(checkpoint, setup.accelerator.unwrap_model(setup.model), step=state["step"])
-    state["save_seconds"] += time.perf_counter() - start
+        setup.hub.push_checkpoint(checkpoint, setup.accelerator.unwrap_model(setup.model), step=state.step)
+    state.save_seconds += time.perf_counter() - start
 
 
-def try_steps(args: PretrainArguments, setup: Setup, **options: int) -> Rehearsal:
-    """What the run's first steps take, in memory and in time; they change the weights."""
-
-    def step(index: int) -> None:
-        take_step(args, setup, *setup.text.read_step(index, **cut_of_step(args, setup.accelerator)), index)
-
-    setup.model.train()
-    return rehearse(setup.model, setup.optimizer, step, **options)
-
-
-def rehearse_run(args: PretrainArguments, setup: Setup) -> None:
-    """What the run would need and do: memory by part, time, the learning rate's course, and a row as text."""
-    accelerator, text, max_steps = setup.accelerator, setup.text, setup.max_steps
-    [first, *_], _ = text.read_step(0, **cut_of_step(args, accelerator))
-    needed = describe_rehearsal(
-        try_steps(args, setup),
-        max_steps=max_steps,
-        tokens_per_step=rows_per_step(args, accelerator) * args.block_size,
-        flops_per_token=setup.sizes["flops_per_token"],
-        learning_rate_at=lambda step: args.learning_rate * args.height_at(step, max_steps),
-        warmup_steps=args.warmup_steps,
+def finish(args: PretrainArguments, setup: Setup, state: TrainingState, tokens_per_second: float | None) -> None:
+    """Save the model, `metrics.json`, the curves, the run's page and the model card, and print where they are."""
+    output_dir, text = Path(args.output_dir), setup.text
+    save_model(output_dir, model=setup.model, accelerator=setup.accelerator)
+    if not setup.accelerator.is_main_process:
+        return
+    metrics = final_metrics(
+        dataclasses.asdict(state), accelerator=setup.accelerator, tokens_per_second=tokens_per_second, **setup.sizes
     )
-    accelerator.print(f"\n{needed}\n\nThe first row of the first step, of {args.block_size} tokens:")
-    accelerator.print(describe_row(first, 0, text.tokenizer.decode))
-    accelerator.print(f"{describe_start(args.output_dir)}\nThis was a dry run: nothing was written.")
+    metrics |= {"dataset": args.dataset, "corpus_sha256": text.fingerprint}
+    metrics |= {"tokenizer_sha256": text.tokenizer_sha256, "seed": args.seed}
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=output_dir.resolve().name)
+    write_page_and_card(output_dir)
+    prompt = args.sample_prompt or ("import " if args.dataset == "stdlib" else "The ")
+    print(describe_result(output_dir, metrics, prompt=prompt))
+    if setup.hub is not None and (address := setup.hub.push_result()):
+        print(f"\nOn the Hub: {address}")
 
 
-def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> GPTConfig:
+def load_text(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> TrainingText:
+    own = (groups.TrainingDataset, groups.ValidationSplit, groups.TextColumn)
+    reading = values_of(args, *own, groups.BlockSize, groups.Stride, groups.Cache)
+    order = {"streaming": args.streaming, "seed": args.seed}
+    encoding = {"encode": document_encoder(tokenizer), "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
+    return prepare_text(tokenizer=tokenizer, accelerator=accelerator, **encoding, **reading, **order)
+
+
+def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The config of --model, or of the preset with the sizes that are given; the tokenizer must fit it."""
     if args.model is not None:
         config = open_config(args.model)
-        ignored = [name for name in SHAPE_ARGUMENTS if getattr(args, name) != getattr(PretrainArguments, name)]
-        if ignored:
-            print(f"--model {args.model} brings its own shape; not used: {', '.join(ignored)}.")
     else:
         overrides = parse_overrides(args.config_overrides or [], GPTConfig().to_dict())
         special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        shape = {name: getattr(args, name) for name in SHAPE_ARGUMENTS if name not in ("preset", "config_overrides")}
+        shape = values_of(args, groups.Shape)
         sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": args.block_size}
         config = GPTConfig.from_preset(args.preset, **{**shape, **sizes, **special_ids, **overrides})
     check_fit(config, num_ids=len(tokenizer), block_size=args.block_size)
     return config
 
 
-def load_text(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> TrainingText:
-    reading = {name: getattr(args, name) for name in TEXT_ARGUMENTS}
-    encoding = {"encode": document_encoder(tokenizer), "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
-    return prepare_text(args.dataset, tokenizer, accelerator=accelerator, **encoding, **reading)
-
-
-def build_model(args: PretrainArguments, config: GPTConfig) -> PreTrainedModel:
+def build_model(args: PretrainArguments, config: PreTrainedConfig) -> PreTrainedModel:
     if args.model is not None:
         # Training needs float32 weights, whatever precision the checkpoint was exported in.
         model = open_causal_lm(args.model, dtype=torch.float32)
@@ -582,22 +584,87 @@ def build_optimizer(args: PretrainArguments, model: PreTrainedModel, accelerator
     return build_muon(model, **rates, **adam, momentum=args.muon_momentum, dtype=dtype)
 
 
-def finish(args: PretrainArguments, setup: Setup, state: dict, tokens_per_second: float | None) -> None:
-    """Save the model, `metrics.json`, the curves, the run's page and the model card, and tell where they lie."""
-    output_dir, text = Path(args.output_dir), setup.text
-    save_model(output_dir, model=setup.model, accelerator=setup.accelerator)
-    if not setup.accelerator.is_main_process:
-        return
-    metrics = final_metrics(state, accelerator=setup.accelerator, tokens_per_second=tokens_per_second, **setup.sizes)
-    metrics |= {"dataset": args.dataset, "corpus_sha256": text.fingerprint}
-    metrics |= {"tokenizer_sha256": text.tokenizer_sha256, "seed": args.seed}
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=output_dir.resolve().name)
-    write_page_and_card(output_dir)
-    prompt = args.sample_prompt or ("import " if args.dataset == "stdlib" else "The ")
-    print(describe_result(output_dir, metrics, prompt=prompt))
-    if setup.hub is not None and (address := setup.hub.push_result()):
-        print(f"\nOn the Hub: {address}")
+def prepare(
+    args: PretrainArguments,
+    model: PreTrainedModel,
+    text: TrainingText,
+    accelerator: Accelerator,
+    *,
+    max_steps: int,
+    hub: TrainingPush | None = None,
+) -> Setup:
+    """The model and an optimizer for it, on these devices."""
+    num_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    flops = flops_per_token(model, block_size=args.block_size)
+    sizes = {"num_parameters": model.num_parameters(), "flops_per_token": flops}
+    options = loss_options(model)
+    model, optimizer = accelerator.prepare(model, build_optimizer(args, model, accelerator))
+    return Setup(accelerator, model, optimizer, text, max_steps, num_rows, options, sizes, hub)
+
+
+def report_unused_options(args: PretrainArguments, accelerator: Accelerator) -> None:
+    if args.max_steps and args.num_train_epochs not in (None, DEFAULTS["num_train_epochs"]):
+        accelerator.print(f"--max_steps {args.max_steps:,} ends the run; not used: --num_train_epochs.")
+    shape = ("preset", *values_of(args, groups.Shape), "config_overrides")
+    unused = [name for name in shape if getattr(args, name) != getattr(PretrainArguments, name)]
+    if args.model is not None and unused:
+        accelerator.print(f"--model {args.model} has its own shape; not used: {', '.join(unused)}.")
+
+
+def size_model_and_run(args: PretrainArguments, accelerator: Accelerator, text: TrainingText) -> PretrainArguments:
+    """The arguments with every option of SIZED: from --depth or a budget, or as the run being resumed has it."""
+    sizes, description = choose_sizes(
+        vars(args),
+        vocab_size=len(text.tokenizer),
+        text_tokens=len(text.train) * args.block_size if isinstance(text.train, Rows) else None,
+        num_processes=accelerator.num_processes,
+        measure=lambda sizes: measure_speed(dataclasses.replace(args, **sizes), accelerator, text),
+    )
+    accelerator.print(description)
+    args = dataclasses.replace(args, **sizes)
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+    return args
+
+
+def measure_speed(args: PretrainArguments, accelerator: Accelerator, text: TrainingText) -> Speed:
+    """The seconds of a step and of an evaluation, measured with a model of these sizes that is then thrown away."""
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+    model = build_model(args, build_config(args, text.tokenizer))
+    max_steps = args.warmup_steps + (args.decay_steps or 0) + 10  # more than are taken; the rate does not matter here
+    setup = prepare(args, model, text, accelerator, max_steps=max_steps)
+    seconds_per_step = try_steps(args, setup, num_steps=5).seconds_per_step
+    scoring = {"batch_size": args.per_device_eval_batch_size, "accelerator": accelerator}
+    seconds_per_evaluation = time_evaluation(setup.model, text.validation, **scoring)
+    accelerator.free_memory(setup.model, setup.optimizer)
+    return slowest(Speed(seconds_per_step, seconds_per_evaluation))
+
+
+def try_steps(args: PretrainArguments, setup: Setup, **options: int) -> Rehearsal:
+    """The memory and the time of the run's first steps; they change the weights."""
+    setup.model.train()
+    return rehearse(
+        setup.model,
+        setup.optimizer,
+        lambda step: take_step(args, setup, *read_step(args, setup, step), step),
+        **options,
+    )
+
+
+def rehearse_run(args: PretrainArguments, setup: Setup) -> None:
+    """Print what the run would need and do: memory by part, time, learning rates, and a row as text."""
+    accelerator, text, max_steps = setup.accelerator, setup.text, setup.max_steps
+    [first, *_], _ = read_step(args, setup, 0)
+    needed = describe_rehearsal(
+        try_steps(args, setup),
+        max_steps=max_steps,
+        tokens_per_step=setup.rows_per_step * args.block_size,
+        flops_per_token=setup.sizes["flops_per_token"],
+        learning_rate_at=lambda step: args.learning_rate * args.height_at(step, max_steps),
+        warmup_steps=args.warmup_steps,
+    )
+    accelerator.print(f"\n{needed}\n\nThe first row of the first step, of {args.block_size} tokens:")
+    accelerator.print(describe_row(first, 0, text.tokenizer.decode))
+    accelerator.print(f"{describe_start(args.output_dir)}\nThis was a dry run: nothing was written.")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,6 @@ A tokenizer uses all cores of one machine and no accelerator, so `accelerate lau
 `--help` explains every option.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import hashlib
 import json
 import logging
@@ -32,15 +26,12 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import datasets
-from transformers import PreTrainedTokenizerBase
-from transformers.hf_argparser import HfArg
-
-from hfllm.cli.arguments import check_numbers, run, save_arguments
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import run, save_arguments
+from hfllm.cli.options import Location, arguments, check_numbers, differs, option, values_of
 from hfllm.data.corpus import count_documents, load_corpus, split_documents
 from hfllm.tokenization import (
     CHAT_TEMPLATE,
@@ -54,28 +45,25 @@ from hfllm.tokenization import (
     train_bpe,
 )
 
+import datasets
+from transformers import PreTrainedTokenizerBase
 
-@dataclass
-class TokenizerArguments:
-    dataset: str = HfArg(
-        default="stdlib", help="A Hub id, local files or a folder, or 'stdlib': this Python's library."
+
+@arguments
+class TokenizerArguments(
+    groups.TrainingDataset, groups.TextColumn, groups.VocabSize, groups.Cache, groups.Overwrite, groups.Config
+):
+    validation_fraction = differs(help="Share of the bytes held out, by whole documents. Give pretrain.py the same.")
+    vocab_size = differs(help="Number of token ids, with the reserved tokens and the 256 bytes.")
+    max_bytes: int = option(2**30, section="text", help="Most bytes of text to train on.", at_least=1)
+    compare_with: list[str] | None = option(
+        None,
+        section="text",
+        help="Folders or Hub ids of other tokenizers to measure on the held-out text.",
+        location=Location.READ_OR_NAMED,
     )
-    dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
-    split: str = HfArg(default="train", help="Split of the Hub dataset.")
-    text_column: str = HfArg(default="text", help="Column or JSON key of the text.")
-    on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with a record that is broken.")
-    validation_fraction: float = HfArg(
-        default=0.05, help="Share of the bytes held back, by whole documents. Give pretrain.py the same."
-    )
-    vocab_size: int = HfArg(default=4096, help="Number of ids, with the reserved tokens and the 256 bytes.")
-    max_bytes: int = HfArg(default=2**30, help="Train on at most so many bytes of text.")
-    compare_with: list[str] | None = HfArg(
-        default=None, help="Other tokenizers to measure on the held-out text: folders or Hub ids."
-    )
-    cache_dir: str | None = HfArg(default=None, help="Where prepared documents are kept.")
-    output_dir: str = HfArg(default="out/tokenizer", help="The tokenizer's folder.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Replace another tokenizer that stands there.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+    output_dir = differs("out/tokenizer", help="Folder of the tokenizer.")
+    overwrite_output_dir = differs(help="Replace another tokenizer in output_dir.")
 
 
 REPORT_FILE = "tokenizer_report.json"
@@ -84,8 +72,6 @@ TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "arguments.yaml", REPORT_FILE),
 }
-# What the command printed at the end names of the text; pretrain.py has the same options with the same defaults.
-TEXT_ARGUMENTS = ("dataset", "dataset_config", "split", "text_column", "on_bad_record", "validation_fraction")
 PRETRAIN_DEMO = {"dataset": "stdlib", "validation_fraction": 0.02}  # as pretrain_demo.yaml says already
 MEASURED_BYTES = 20_000_000  # of held-out text: enough for three digits, and seconds rather than minutes
 
@@ -100,7 +86,7 @@ def main(args: TokenizerArguments) -> None:
     check_output_dir(output_dir)
     others = {name: load_tokenizer(name, require_eos=False) for name in args.compare_with or []}
 
-    # 1. Text to documents. What is held back here is what pretrain.py validates on, so the tokenizer has not seen it.
+    # 1. Text to documents. The same documents are held back as in pretrain.py, so the tokenizer has not seen them.
     corpus = load_corpus(
         args.dataset,
         dataset_config=args.dataset_config,
@@ -116,7 +102,7 @@ def main(args: TokenizerArguments) -> None:
         flush=True,
     )
 
-    # 2. The tokenizer: the one that stands there, if it was made from the same text in the same way, or a new one
+    # 2. The tokenizer: the one in the folder, if it was made from the same text in the same way, or a new one
     made_from = {
         "corpus_sha256": corpus.fingerprint,
         "validation_fraction": args.validation_fraction,
@@ -134,7 +120,7 @@ def main(args: TokenizerArguments) -> None:
         )
         print(f"Trained {len(tokenizer):,} ids in {time.perf_counter() - started:.1f} s.", flush=True)
     else:
-        print(f"{args.output_dir} holds this very tokenizer already.", flush=True)
+        print(f"{args.output_dir} holds this tokenizer already.", flush=True)
 
     # 3. How well it compresses text it has not seen
     measured_on = "held-out documents" if len(held_out) else "training documents"
@@ -148,7 +134,7 @@ def main(args: TokenizerArguments) -> None:
     }
     print(f"\nOn {measured_on}:\n{format_tokenizer_report(report)}\n")
 
-    # 4. The tokenizer as everybody's tools open it, with the numbers beside it
+    # 4. The tokenizer in the form that other tools open, with the numbers beside it
     if is_new:
         write_tokenizer(output_dir, tokenizer, report, args)
     else:
@@ -159,14 +145,14 @@ def main(args: TokenizerArguments) -> None:
 {args.output_dir}/{REPORT_FILE}  the numbers above
 
 Next, pretrain a model on it:
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
         {pretrain_options(args)} --tokenizer {shlex.quote(args.output_dir)} \
 --output_dir {"out/demo" if args.dataset == "stdlib" else "out/mine"}"""
     )
 
 
 def texts_of(documents: datasets.Dataset) -> Iterator[str]:
-    """The documents' texts, long ones in the parts they are stored in, which are cut between two words."""
+    """The documents' texts; long documents are stored, and given here, in parts that are cut between two words."""
     for batch in documents.iter(batch_size=256):
         yield from batch["text"]
 
@@ -181,17 +167,17 @@ def first_bytes(texts: Iterator[str], max_bytes: int) -> Iterator[str]:
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Fail now rather than after the work: the folder must be one that can be written, and that is ours to replace."""
+    """Fail now rather than after the work, if the folder cannot be written or holds anything but a tokenizer."""
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file; name a folder, e.g. out/tokenizer.")
     if output_dir.is_dir() and (foreign := sorted({child.name for child in output_dir.iterdir()} - TOKENIZER_FILES)):
         raise ValueError(
-            f"--output_dir {output_dir} holds other things than a tokenizer ({', '.join(foreign[:5])}). "
-            "A tokenizer has a folder of its own: name a new one, e.g. out/tokenizer."
+            f"--output_dir {output_dir} holds other files than a tokenizer's ({', '.join(foreign[:5])}). "
+            "A tokenizer needs its own folder: name a new one, e.g. out/tokenizer."
         )
     partial = partial_folder(output_dir)
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # left behind by a run that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
         partial.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir} cannot be written: {error}. Name another folder.") from error
@@ -203,7 +189,7 @@ def partial_folder(output_dir: Path) -> Path:
 
 
 def find_tokenizer(output_dir: Path, made_from: dict[str, Any], *, overwrite: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the folder if it is the one asked for; None if there is none, or it is to be overwritten."""
+    """The tokenizer in the folder, if it is the requested one; None if there is none, or it is to be overwritten."""
     if overwrite or not output_dir.is_dir() or not any(output_dir.iterdir()):
         return None
     try:
@@ -226,7 +212,7 @@ def find_tokenizer(output_dir: Path, made_from: dict[str, Any], *, overwrite: bo
 def write_tokenizer(
     output_dir: Path, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any], args: TokenizerArguments
 ) -> None:
-    """Write into a folder beside, then rename: a run that is interrupted leaves no half a tokenizer."""
+    """Write into another folder, then rename it: an interrupted run leaves no incomplete tokenizer."""
     partial = partial_folder(output_dir)
     partial.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(partial)
@@ -249,12 +235,13 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def pretrain_options(args: TokenizerArguments) -> str:
-    """The demo's configuration or, for another text, minutes to size a run for; and what does not follow from that."""
+    """Options for pretrain.py: the demo's configuration or, for another text, five minutes; and what differs."""
     known, size = vars(TokenizerArguments()), "--max_train_minutes 5"
     if args.dataset == "stdlib":
         known, size = known | PRETRAIN_DEMO, "--config recipes/configs/pretrain_demo.yaml"
-    given = [name for name in TEXT_ARGUMENTS if getattr(args, name) != known[name]]
-    return " ".join([size, *(f"--{name} {shlex.quote(str(getattr(args, name)))}" for name in given)])
+    text = values_of(args, groups.TrainingDataset, groups.TextColumn)
+    given = {name: value for name, value in text.items() if value != known[name]}
+    return " ".join([size, *(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())])
 
 
 if __name__ == "__main__":
