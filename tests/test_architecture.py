@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": {"runs"},
     "data": {"data", "tokenization"},
     "evaluation": {"data", "evaluation"},
+    "serving": {"data", "evaluation", "model", "serving", "tokenization"},
     "training": {"evaluation", "runs", "training"},
     "fine_tuning": {"adapters", "cli", "data", "evaluation", "fine_tuning", "hub", "report", "runs", "training"},
     "conversion": {"conversion", "model", "tokenization"},
