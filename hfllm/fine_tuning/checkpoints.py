@@ -28,7 +28,8 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from ..runs.manifest import find_fault, flush, set_aside, write_manifest
@@ -88,11 +89,18 @@ class CheckpointedTrainer(Trainer):
         )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed after its last step: Trainer would take another
+        if self._is_at_end():  # resumed after its last step, where Trainer would take another
             self.control.should_training_stop = True
             return
         set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
+
+    def _is_at_end(self) -> bool:
+        return self.state.global_step >= self.state.max_steps or any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if not self.was_stopped:
@@ -213,6 +221,14 @@ class CheckpointedTrainer(Trainer):
         if best := self.state.best_global_step:  # the run's folder may have moved since
             self.state.best_model_checkpoint = str(Path(self.args.output_dir) / f"checkpoint-{best}")
         return result
+
+    def _load_callback_state(self) -> None:
+        # Trainer does this only if it is asked to, and early stopping would count again from zero.
+        for callback in self.callback_handler.callbacks:
+            saved = self.state.stateful_callbacks.get(type(callback).__name__)
+            if isinstance(callback, ExportableState) and isinstance(saved, dict):
+                for name, value in saved["attributes"].items():
+                    setattr(callback, name, value)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._is_sharded:

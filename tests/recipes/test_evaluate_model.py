@@ -23,7 +23,7 @@ TEXTS = [*make_sentences(6, seed=1), "an ümlaut, and <|endoftext|> as text"]
 
 @pytest.fixture(scope="module")
 def recipe():
-    return load_recipe("evaluate")
+    return load_recipe("evaluate_model")
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def test_conversations_have_the_numbers_that_the_instruction_recipe_wrote_for_th
     AcceleratorState._reset_state(reset_partial_state=True)
     recipe.main(args)
     trained = metrics_of(run)
-    (_, _, test), _ = recipe.load_data(args)
+    test = recipe.load_data(args)[0]["test"]
     held_out = tmp_path / "test.jsonl"
     held_out.write_text("".join(json.dumps({"messages": row.messages}) + "\n" for row in test))
 
