@@ -329,7 +329,7 @@ def test_a_save_that_fails_leaves_the_older_checkpoints_and_no_half_one(interrup
 def test_a_save_that_is_killed_at_any_file_leaves_the_checkpoint_before(interrupted):
     """The process ends at the n-th file that is flushed to the disk."""
     folder = interrupted(2)
-    for number in range(1, 12, 2):
+    for number in range(1, 10, 2):
         child = os.fork()
         if child == 0:
             count = 0
@@ -347,6 +347,14 @@ def test_a_save_that_is_killed_at_any_file_leaves_the_checkpoint_before(interrup
         assert newest_checkpoint(folder) == str(folder / "checkpoint-2")
     assert train_from_newest(make_trainer(folder, max_steps=4))
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
+@pytest.mark.fault(1)
+def test_a_checkpoint_that_only_lacked_its_name_when_the_run_was_killed_is_used(interrupted):
+    folder = interrupted(4)
+    (folder / "writing").mkdir()
+    (folder / "checkpoint-4").rename(folder / "writing" / "checkpoint-4")
+    assert newest_checkpoint(folder) == str(folder / "checkpoint-4")
 
 
 def test_an_optimizer_of_another_kind_is_refused(interrupted):
