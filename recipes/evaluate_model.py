@@ -45,6 +45,7 @@ from hfllm.cli.opening import open_causal_lm, open_config
 from hfllm.data import load_corpus, split_documents
 from hfllm.data.conversations import Conversation, load_conversations
 from hfllm.data.labelled_texts import LabelledTexts, load_labelled_texts
+from hfllm.data.sources import local_paths
 from hfllm.evaluation.classification import score_labelled_texts
 from hfllm.evaluation.kinds import Kind, check_labels, find_kind
 from hfllm.evaluation.replies import score_conversations
@@ -217,7 +218,7 @@ def load_data(
     """Documents (parts in the columns `text` and `document`), conversations, or labelled texts."""
     if args.dataset is None:
         return None
-    is_local = args.dataset == "stdlib" or Path(args.dataset.split(",")[0].strip()).expanduser().exists()
+    is_local = local_paths(args.dataset, dataset_config=None, split="train") is not None
     if is_local and args.split != "test":
         raise ValueError(
             f"--split {args.split}: only datasets on the Hub have splits; {args.dataset} is local and read whole. "

@@ -227,7 +227,7 @@ def main(args: ClassificationArguments) -> None:
         logits = {
             name: predict_logits(
                 model,
-                rows[name]["input_ids"],
+                list(rows[name]["input_ids"]),
                 num_labels=len(names),
                 batch_size=args.per_device_eval_batch_size,
                 pad_token_id=tokenizer.pad_token_id,
@@ -249,16 +249,16 @@ def main(args: ClassificationArguments) -> None:
 
 
 def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
-    """The pooling and the two learning rates: what was asked for, or the defaults for this model.
+    """The pooling and the two learning rates, as given or by default for this model.
 
-    A mean of a text's tokens is for models of ours; the Hub's other classes have the last token only.
+    Only hfllm's own classifiers can use a mean over a text's tokens; others of transformers use the last token.
     """
     config = open_config(args.model)
     is_ours = isinstance(config, GPTConfig)
     if args.pooling not in (None, "last") and not is_ours:
         raise ValueError(
-            f"--pooling {args.pooling}: {args.model} is a {config.model_type}, whose classifier in transformers stands "
-            "on the last token. Leave --pooling out, or make a model of ours of it first: recipes/export.py --to hfllm."
+            f"--pooling {args.pooling}: {args.model} is a {config.model_type}, whose classifier in transformers reads "
+            "the last token. Leave --pooling out, or convert the model first: recipes/export.py --to hfllm."
         )
     size = int(config.hidden_size >= SMALL)
     head_learning_rate = args.head_learning_rate
@@ -273,7 +273,7 @@ def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
 
 
 def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTexts, LabelledTexts]:
-    """The texts to train on, to validate on and to test on: given ones, or parts of the dataset."""
+    """The texts to train on, to validate on and to test on: given files or splits, or parts of the dataset."""
     options = {name: getattr(args, name) for name in ("text_column", "label_column", "on_bad_record")}
     data = load_labelled_texts(args.dataset, dataset_config=args.dataset_config, split=args.split, **options)
     label_names(data.labels)
@@ -297,13 +297,13 @@ def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTe
     for name, part in zip(("train on", "validate on", "test on"), parts):
         if not len(part):
             raise ValueError(
-                f"{len(data):,} texts are too few: none is left to {name}. Give more, or larger fractions."
+                f"{len(data):,} texts are too few: none is left to {name}. Give more texts, or larger fractions."
             )
     return parts
 
 
 def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> PreTrainedModel:
-    """The pretrained model with a new head, in float32, whatever precision the checkpoint was exported in."""
+    """The pretrained model with a new head, in float32 for training, whatever precision it was saved in."""
     config = open_config(args.model)
     check_fit(config, num_ids=len(tokenizer), block_size=args.block_size)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -320,8 +320,7 @@ def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase
 
 
 def encode(data: LabelledTexts, tokenizer: PreTrainedTokenizerBase, names: list[str], block_size: int) -> Dataset:
-    """Token ids as `pipeline` will make them; a text longer than block_size loses its end, and its last token is a
-    token of the text still."""
+    """Token ids as `pipeline` makes them. A text longer than block_size loses its end, and no token is added to it."""
     ids = tokenizer(data.texts, truncation=False, verbose=False)["input_ids"]
     return Dataset.from_dict(
         {
@@ -338,7 +337,7 @@ def describe_lengths(parts: list[Dataset], block_size: int) -> str:
     cut = np.concatenate([part["num_cut"] for part in parts])
     text = f"Lengths in tokens: median {np.median(lengths):.0f}, 95 % at most {np.quantile(lengths, 0.95):.0f}"
     if not cut.any():
-        return f"{text}, longest {lengths.max():,}; none is cut (block_size {block_size:,})."
+        return f"{text}, longest {lengths.max():,}; no text is cut (block_size {block_size:,})."
     return (
         f"{text}. {np.count_nonzero(cut):,} texts are longer than block_size {block_size:,} and lose their end, "
         f"{cut.sum():,} of {lengths.sum() + cut.sum():,} tokens."

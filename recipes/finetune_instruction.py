@@ -188,9 +188,9 @@ class InstructionArguments:
 
 
 class InstructionTrainer(CheckpointedTrainer):
-    """transformers' Trainer, which computes logits where something is learned, and evaluates by a sum over tokens.
+    """Trainer that computes logits only where something is learned, and evaluates by a sum over tokens.
 
-    Its own evaluation is a mean of batch means, which is another number for any other batch size.
+    Trainer's own evaluation is a mean of batch means, which depends on the batch size.
     """
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs):
@@ -360,6 +360,7 @@ def make_trainer(
         eval_steps=eval_steps,
         save_steps=eval_steps if args.load_best_model_at_end else args.save_steps,
         metric_for_best_model="eval_loss",
+        restore_callback_states_from_checkpoint=args.early_stopping_patience is not None,
     )
     stopping = [EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience else []
     return InstructionTrainer(
@@ -404,7 +405,7 @@ def response_loss(trainer: InstructionTrainer, rows: ConversationRows) -> float:
 
 
 def pick_samples(questions: list[Conversation], number: int) -> list[Conversation]:
-    """Some test questions, of each kind as many as there are kinds to share them."""
+    """Some test questions, as evenly from all kinds as possible."""
     seen: Counter[str | None] = Counter()
     order = []
     for position, question in enumerate(questions):

@@ -76,8 +76,8 @@ def test_a_recipe_never_imports_another_recipe():
         assert not {name.split(".")[0] for name in names if name} & (recipes | {"recipes"})
 
 
-def test_every_command_of_a_recipes_docstring_and_of_the_readme_names_files_that_exist():
-    texts = [(ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()]
+def test_every_command_of_a_recipes_docstring_and_of_the_documents_names_files_that_exist():
+    texts = [path.read_text() for path in (ROOT / "Makefile", *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))]
     texts += [path.read_text() for path in (ROOT / "recipes").rglob("*.*") if path.suffix in (".py", ".yaml")]
     named = {
         name for text in texts for name in re.findall(r"(?:recipes|accelerate_configs)/[\w/.-]+\.(?:py|yaml)", text)

@@ -106,6 +106,13 @@ def test_the_numbers_are_those_of_a_sum_by_hand_and_stand_beside_those_of_traini
     assert again["test_loss"] == 7.0
 
 
+def test_a_file_whose_name_has_a_comma_is_one_file(evaluate, save_model, text, tmp_path):
+    folder = save_model(build())
+    text.rename(tmp_path / "a, b.jsonl")
+    evaluate("--model", folder, "--dataset", tmp_path / "a, b.jsonl")
+    assert metrics_of(folder)["test_documents"] == len(TEXTS)
+
+
 def test_the_card_and_the_page_of_a_run_tell_the_new_numbers(evaluate, save_model, text):
     folder = save_model(build())
     evaluate("--model", folder, "--dataset", text, "--block_size", 16)

@@ -238,7 +238,7 @@ def test_options_that_do_not_go_together_are_refused(export, make_model, tmp_pat
         with pytest.raises(ValueError, match=words):
             export(model=make_model(), output_dir=tmp_path / "out", **options)
     export(model=make_model(), to="qwen3", output_dir=tmp_path / "native")
-    with pytest.raises(ValueError, match=r"is a native qwen3 already\. It can go to hfllm"):
+    with pytest.raises(ValueError, match=r"is a native qwen3 already\. Export it to hfllm"):
         export(model=tmp_path / "native", to="llama", output_dir=tmp_path / "out")
 
 
@@ -267,7 +267,7 @@ def test_the_tokenizer_must_be_there_and_be_the_models(export, make_model, token
     source = make_model()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).unlink()
-    with pytest.raises(ValueError, match=r"No tokenizer in .*Say with --tokenizer where it is"):
+    with pytest.raises(ValueError, match=r"No tokenizer in .*Give its folder or Hub id as --tokenizer"):
         export(model=source, to="qwen3", output_dir=tmp_path / "out")
     export(model=source, to="qwen3", tokenizer=tokenizer_folder, output_dir=tmp_path / "out")
     expected = AutoTokenizer.from_pretrained(tokenizer_folder)

@@ -287,7 +287,7 @@ def test_the_other_methods_train_only_what_they_name(method, finished, classify,
         ({"method": "head", "learning_rate": 0.1}, "Give --head_learning_rate"),
         (
             {"model": "GPT2", "pooling": "mean"},
-            "--pooling mean: .* is a gpt2, whose classifier in transformers stands",
+            "--pooling mean: .* is a gpt2, whose classifier in transformers reads",
         ),
         ({"test_fraction": 0.95}, "leave nothing to train on"),
         ({"text_column": "massage", "dataset": "CSV"}, "did you mean --text_column message"),

@@ -292,11 +292,15 @@ def test_the_best_checkpoint_on_validation_is_kept_and_a_run_stops_early_if_aske
     last = run(**{**options, "output_dir": tmp_path / "last"}, load_best_model_at_end=False)
     assert last["eval_loss"] == pytest.approx(losses[8], rel=1e-5) and last["best_checkpoint"] is None
 
-    stopped = run(**{**options, "output_dir": tmp_path / "stopped"}, early_stopping_patience=1)
-    rises = [step for step in range(2, 9) if losses[step] > min(losses[each] for each in range(1, step))]
-    assert stopped["train_steps"] == rises[0] < 8 and stopped["eval_loss"] == pytest.approx(
-        min(losses[step] for step in range(1, rises[0])), rel=1e-5
-    )
+    patient = {**options, "output_dir": tmp_path / "stopped", "early_stopping_patience": 2, "save_total_limit": 9}
+    gains = [step for step in losses if losses[step] == min(losses[each] for each in losses if each <= step)]
+    expected = next(step for step in losses if step - max(gain for gain in gains if gain <= step) == 2)
+    stopped = run(**patient)
+    assert stopped["train_steps"] == expected < 8
+    assert stopped["eval_loss"] == pytest.approx(min(losses[step] for step in range(1, expected + 1)), rel=1e-5)
+    (tmp_path / "stopped" / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / f"checkpoint-{expected}")
+    assert run(**patient)["train_steps"] == expected  # it is still as impatient when it is resumed
 
 
 def test_without_a_number_of_epochs_small_data_is_repeated(options):

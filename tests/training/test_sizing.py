@@ -148,7 +148,7 @@ def test_time_beyond_the_passes_that_help_is_not_spent(depth):
     sizes = size_run(short, depth=depth, budget=Budget(minutes=30, measure=measure))
     assert sizes["max_steps"].value == MOST_PASSES * 40
     assert sizes["eval_steps"].value == sizes["save_steps"].value == MOST_PASSES * 10
-    assert f"{MOST_PASSES} passes over the text, beyond which" in sizes["max_steps"].because
+    assert f"{MOST_PASSES} passes over the text, because more" in sizes["max_steps"].because
     assert "there is time for 45,000. Give more text, or max_steps" in sizes["max_steps"].because
     assert set(measured) == {4}  # the batch is that of the tokens that are read, not of those there is time for
     # Less time than that is spent, and so is a number of tokens that was asked for.
