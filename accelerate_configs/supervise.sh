@@ -22,17 +22,14 @@ if [ $# -eq 0 ]; then
     exit 2
 fi
 
-signal=""      # the last one that came
-interrupted="" # whether one came while we waited for the run
-child=""       # the run's launcher
-told=" "       # the processes that were sent SIGTERM, each between spaces
-remember() {
-    signal=$1 interrupted=yes told=" "
-    [ -z "$child" ] || tell_workers # before `child` is known, the main loop does it
-}
-trap 'remember TERM' TERM
-trap 'remember INT' INT
-trap 'remember HUP' HUP
+# A trap only remembers; the loops below look several times a second. So it does not matter what a signal interrupts.
+LOOK_SECONDS=0.2
+signal="" # the last one that came
+child=""  # the run's launcher
+told=" "  # the processes that were sent SIGTERM since then, each between spaces
+trap 'signal=TERM told=" "' TERM
+trap 'signal=INT told=" "' INT
+trap 'signal=HUP told=" "' HUP
 
 # `accelerate launch` ends with 1 whatever its workers ended with, so each recipe also adds its exit code to this file.
 HFLLM_EXIT_CODES=$(mktemp) || exit 1
@@ -56,11 +53,10 @@ processes() {
 }
 
 child_is_at_rest() { # stopped, or over
-    processes | while read -r pid _ state; do [ "$pid" != "$child" ] || echo "$state"; done | grep -q '^[^TtZ]' && return 1
-    return 0
+    ! processes | grep -q "^ *$child  *[0-9]*  *[^TtZ]"
 }
 
-workers() {
+workers() { # of the launcher, without those that are over
     processes | while read -r pid parent state; do
         [ "$parent" != "$child" ] || [ "${state:0:1}" = Z ] || echo "$pid"
     done
@@ -71,6 +67,7 @@ workers() {
 # it starts none meanwhile.
 tell_workers() {
     local pids pid
+    case $told in *" $child "*) return ;; esac # it had no worker, and starts none any more
     kill -STOP "$child" 2>/dev/null || return 0
     for _ in {1..50}; do
         child_is_at_rest && break
@@ -79,8 +76,8 @@ tell_workers() {
     pids=$(workers)
     for pid in ${pids:-$child}; do
         case $told in *" $pid "*) continue ;; esac
+        told="$told$pid " # first: a signal that comes now makes it untold again
         kill -TERM "$pid" 2>/dev/null
-        told="$told$pid "
     done
     kill -CONT "$child" 2>/dev/null
 }
@@ -97,22 +94,14 @@ while true; do
     [ -z "$signal" ] || finish $((128 + $(kill -l "$signal")))
     started=$SECONDS
     : >"$HFLLM_EXIT_CODES"
-    interrupted=""
     ${own_session:+"$own_session"} "$@" &
     child=$!
-    [ -z "$signal" ] || tell_workers
-    while true; do
-        wait "$child"
-        code=$?
-        [ -n "$interrupted" ] || break
-        # A signal ends `wait` early. A worker may have started after we looked, or what we told was none.
-        while kill -0 "$child" 2>/dev/null; do
-            tell_workers
-            sleep 0.1
-        done
-        interrupted=""
+    while kill -0 "$child" 2>/dev/null; do
+        [ -z "$signal" ] || tell_workers # again and again: a worker may have started since we looked
+        sleep "$LOOK_SECONDS"
     done
-    child=""
+    wait "$child"
+    code=$?
     took=$((SECONDS - started))
     for noted in 143 2; do
         [ "$code" -eq 0 ] || ! grep -qx "$noted" "$HFLLM_EXIT_CODES" || code=$noted
@@ -132,6 +121,8 @@ while true; do
     fi
     echo "supervise: the run ended with exit code $code after $took s; starting it again in $WAIT_SECONDS s." >&2
     sleep "$WAIT_SECONDS" >/dev/null 2>&1 &
-    wait $!
-    kill $! 2>/dev/null # a signal ends `wait` early
+    while kill -0 $! 2>/dev/null && [ -z "$signal" ]; do
+        sleep "$LOOK_SECONDS"
+    done
+    kill $! 2>/dev/null
 done

@@ -74,7 +74,7 @@ def main(args: PreferenceArguments) -> None:
     from trl import DPOConfig, DPOTrainer
 
     class PreferenceTrainer(CheckpointedTrainer, DPOTrainer):
-        """TRL's trainer, with checkpoints that are whole and resume exactly."""
+        """TRL's trainer with this project's checkpoints."""
 
     with open_run(args, recipe="finetune_preference") as this_run:
         # 1. The model, which is also the reference, and its tokenizer

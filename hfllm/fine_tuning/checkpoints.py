@@ -29,7 +29,8 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from ..runs.files import flush
@@ -94,11 +95,18 @@ class CheckpointedTrainer(Trainer):
         )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed after its last step: Trainer would take another
+        if self._is_at_end():  # resumed after its last step, where Trainer would take another
             self.control.should_training_stop = True
             return
         set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
+
+    def _is_at_end(self) -> bool:
+        return self.state.global_step >= self.state.max_steps or any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if not self.was_stopped:
@@ -131,11 +139,12 @@ class CheckpointedTrainer(Trainer):
         def finish() -> None:
             with _disk_errors_explained(folder / name, folder / WRITING):
                 write_manifest(folder / WRITING / name)
-                if (folder / name).exists():  # a resume from an older one took the same steps again
-                    _delete(folder / name)
+                if (folder / name).exists():  # saved twice in a step; the new one is whole, see `newest_checkpoint`
+                    _set_for_deletion(folder / name)
                 (folder / WRITING / name).rename(folder / name)
                 (folder / WRITING).rmdir()
                 flush(folder)
+                shutil.rmtree(folder / f"{DELETING}{name}", ignore_errors=True)
             _delete_old(
                 folder, keep=self.args.save_total_limit, kept=[name, f"checkpoint-{self.state.best_global_step}"]
             )
@@ -225,6 +234,14 @@ class CheckpointedTrainer(Trainer):
             self.state.best_model_checkpoint = str(Path(self.args.output_dir) / f"checkpoint-{best}")
         return result
 
+    def _load_callback_state(self) -> None:
+        # Trainer does this only if it is asked to, and early stopping would count again from zero.
+        for callback in self.callback_handler.callbacks:
+            saved = self.state.stateful_callbacks.get(type(callback).__name__)
+            if isinstance(callback, ExportableState) and isinstance(saved, dict):
+                for name, value in saved["attributes"].items():
+                    setattr(callback, name, value)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -299,6 +316,9 @@ def newest_checkpoint(checkpoints: str | Path) -> str | None:
 
     Broken ones are set aside, and named on the terminal. For the main process.
     """
+    for path in (Path(checkpoints) / WRITING).glob("checkpoint-*"):
+        if find_fault(path) is None and not (Path(checkpoints) / path.name).exists():
+            path.rename(Path(checkpoints) / path.name)  # all that was missing when the run was killed
     for path in reversed(list_checkpoints(checkpoints)):
         fault = find_fault(path)
         if fault is None:
@@ -359,6 +379,7 @@ class _StopWhenAsked(TrainerCallback):
 
     def __init__(self, trainer: CheckpointedTrainer, request: StopRequest):
         self.trainer, self.request = trainer, request
+        self.step_saved: int | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self.request.agreed():
@@ -372,10 +393,13 @@ class _StopWhenAsked(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if not self.trainer.was_stopped:
             return
-        is_at_end = self._is_at_end_of_epoch(state)
-        control.should_save = is_at_end
-        if not is_at_end:  # Trainer comes here too when it stops within an epoch
-            control.should_evaluate = control.should_log = False
+        if not self._is_at_end_of_epoch(state):  # Trainer comes here too when it stops within an epoch
+            control.should_save = control.should_evaluate = control.should_log = False
+        elif control.should_evaluate or self.step_saved != state.global_step:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.step_saved = state.global_step
 
     def _is_at_end_of_epoch(self, state: Any) -> bool:
         return state.epoch == int(state.epoch) or state.global_step >= state.max_steps
@@ -401,16 +425,16 @@ def _delete_old(folder: Path, *, keep: int | None, kept: list[str]) -> None:
     older = [path for path in paths if path.name not in kept]
     for path in older[: max(0, len(paths) - keep)]:
         try:
-            _delete(path)
+            shutil.rmtree(_set_for_deletion(path))
         except OSError as error:
             logger.warning("The old checkpoint %s could not be deleted: %s.", path, error)
 
 
-def _delete(path: Path) -> None:
-    # Renamed first: if this process is killed here, half a folder is taken for what it is.
+def _set_for_deletion(path: Path) -> Path:
+    """Rename a checkpoint: if this process is killed while it is deleted, half a folder is taken for what it is."""
     aside = path.with_name(f"{DELETING}{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(path.rename(aside))
+    return path.rename(aside)
 
 
 def _with_tuples(group: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The order of rows in fine-tuning: a function of seed and epoch, whatever process asks, and whenever."""
+"""The order of rows in fine-tuning: a function of seed and epoch, so that a resumed run has the same."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,16 +6,16 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 
-BATCHES_IN_A_POOL = 50  # of which batches of about equal lengths are made
+BATCHES_IN_A_POOL = 50  # rows of so many batches are sorted by length together
 
 
 class RowOrder(Sampler[int]):
-    """The order of an epoch's rows, in whole batches: a function of seed and epoch, whatever process asks.
+    """The order of an epoch's rows, in whole batches; a function of seed and epoch, the same in every process.
 
-    `by_length` puts rows of about equal lengths into a batch, and the batches in random order: where length goes with
-    the label (spam is long), going from long texts to short ones would go from one label to another. The rows beyond
-    the last whole batch, others in each epoch, are left out with `drop_last`, so that every step is the mean over as
-    many rows; otherwise they come last.
+    `by_length` puts rows of similar lengths into a batch, and the batches in random order. Batches from long to short
+    would go from one label to another where length depends on the label (spam is long). Rows beyond the last whole
+    batch, different ones in each epoch, are left out with `drop_last`, so that every step is the mean over the same
+    number of rows; without it they come last.
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, by_length: bool, seed: int, drop_last: bool = True):

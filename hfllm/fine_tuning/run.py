@@ -36,7 +36,7 @@ from ..runs.log import append_to_log
 from ..runs.processes import on_main_process
 from ..runs.signals import EXIT_CODE
 from ..tokenization import tokenizer_fingerprint
-from ..training.devices import keep_freed_memory
+from ..training.devices import keep_freed_memory, leaving_at_once
 from .checkpoints import CheckpointedTrainer, train_from_newest
 
 
@@ -118,12 +118,12 @@ class FineTuningRun:
     def train(self, trainer: CheckpointedTrainer) -> float:
         """Train from the newest sound checkpoint, or from the start; returns the seconds it took.
 
-        A run that is told to stop by SIGTERM or Ctrl-C saves a checkpoint, and the process ends.
+        If the run is told to stop (SIGTERM, Ctrl-C), it saves after the step, and the process exits with EXIT_CODE.
         """
         start = time.perf_counter()
         if not train_from_newest(trainer):
-            trainer.accelerator.end_training()
-            sys.exit(EXIT_CODE)
+            with leaving_at_once(trainer.accelerator):
+                sys.exit(EXIT_CODE)
         return time.perf_counter() - start
 
     @contextlib.contextmanager

@@ -11,7 +11,7 @@ step is a function of the step alone, and a resumed run takes the same steps.
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 from accelerate.utils import broadcast_object_list
 
@@ -54,17 +54,23 @@ def last_step_in_time(
         num_evaluations += 1
 
 
+class State(Protocol):
+    """What a run keeps in its checkpoints, as far as its end goes."""
+
+    step: int
+    plans: Plans
+    elapsed_seconds: float
+
+
 class Deadline:
     """How many steps a run has and where each stands in its schedule, by the clock if `minutes` are given.
 
-    `state` is the run's; `plans` and `elapsed_seconds` are kept in it. Every process calls every method.
+    `state` is the run's, in which plans and elapsed time are kept. Every process calls every method.
     """
 
-    def __init__(self, state: dict[str, Any], *, planned_steps: int, minutes: float | None, eval_steps: int):
+    def __init__(self, state: State, *, planned_steps: int, minutes: float | None, eval_steps: int):
         self.state, self.planned_steps, self.eval_steps = state, planned_steps, eval_steps
         self.seconds = None if minutes is None else 60 * minutes
-        self.plans: Plans = state.setdefault("plans", [])
-        state.setdefault("elapsed_seconds", 0.0)
         self.looks_every = max(1, planned_steps // NUM_LOOKS)
         self.num_steps = 0  # of this process
         self.step_seconds: list[float] = []  # since the last look
@@ -73,11 +79,11 @@ class Deadline:
 
     @property
     def max_steps(self) -> int:
-        return self.plans[-1][1] if self.plans else self.planned_steps
+        return self.state.plans[-1][1] if self.state.plans else self.planned_steps
 
     def position(self, step: int) -> float:
         """Where the step stands in the schedule of `planned_steps`."""
-        return position_in_schedule(step, self.planned_steps, self.plans)
+        return position_in_schedule(step, self.planned_steps, self.state.plans)
 
     def start(self) -> None:
         """The clock runs from here, on top of what it ran before the run was interrupted."""
@@ -96,12 +102,12 @@ class Deadline:
 
     def look(self) -> str | None:
         """Plan the steps again if the run would not end in time; what was decided, in words, or None."""
-        step = self.state["step"]
+        step = self.state.step
         if self.seconds is None or step % self.looks_every or not self.step_seconds or step >= self.max_steps:
             return None
         pace = sum(self.step_seconds) / len(self.step_seconds)
         self.step_seconds.clear()
-        left = self.seconds - self.state["elapsed_seconds"]
+        left = self.seconds - self.state.elapsed_seconds
         times = {"seconds_per_step": pace, "seconds_per_evaluation": self.evaluation_seconds}
         in_time = min(self.planned_steps, last_step_in_time(step, left, **times, eval_steps=self.eval_steps))
         [in_time, pace] = broadcast_object_list([in_time, pace])  # the main process's clock is everybody's
@@ -109,7 +115,7 @@ class Deadline:
         if -LATE * self.seconds <= change <= EARLY * self.seconds:
             return None
         before = self.max_steps
-        self.plans.append([step, in_time])
+        self.state.plans.append([step, in_time])
         return (
             f"step {step:,}: a step takes {pace:.3f} s now, so the run ends at step {in_time:,} instead of {before:,}, "
             "and the learning rate falls accordingly."
@@ -118,5 +124,5 @@ class Deadline:
     def _lap(self) -> float:
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        self.state["elapsed_seconds"] += seconds
+        self.state.elapsed_seconds += seconds
         return seconds

@@ -77,7 +77,7 @@ def test_the_supervisor_needs_neither_pkill_nor_ps(tmp_path):
 
 def terminate_after(seconds: float) -> tuple[int, str, str]:
     """SIGTERM to a supervisor that began so long ago: its exit code, and what it and its run printed."""
-    process = supervise("bash", "-c", LAUNCHER, env={"MARK": str(seconds)})
+    process = supervise("bash", "-c", LAUNCHER, env={"MARK": f"{os.getpid()} {seconds}"})
     time.sleep(seconds)
     process.terminate()
     printed, told = process.communicate(timeout=60)  # it ends only when nobody holds its output any more
@@ -93,7 +93,7 @@ def check_no_signal_is_lost(num_signals: int) -> None:
         assert code in (143, -signal.SIGTERM), (code, printed, told)  # the latter before the supervisor's first line
         assert printed in ("", "ready\n", "ready\nsaved\n") and "starting it again" not in told
     assert len({printed for _, printed, _ in ends}) > 1 or num_signals < 50
-    marks = {str(delay) for delay in delays}
+    marks = {f"{os.getpid()} {delay}" for delay in delays}
     left = [
         process for process in psutil.process_iter(["environ"]) if (process.info["environ"] or {}).get("MARK") in marks
     ]

@@ -1,5 +1,6 @@
 """A run for so many minutes ends in them, with the learning rate down, whatever becomes of the machine."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -30,6 +31,13 @@ def test_steps_in_time_leave_time_for_evaluations():
     assert last_step_in_time(20, -3.0, **options, seconds_per_evaluation=2.0) == 21  # always one
 
 
+@dataclasses.dataclass
+class State:
+    step: int = 0
+    plans: list[list[int]] = dataclasses.field(default_factory=list)
+    elapsed_seconds: float = 0.0
+
+
 class Clock:
     now = 0.0
 
@@ -45,18 +53,18 @@ def clock(monkeypatch):
 
 
 def train(
-    state: dict, clock: Clock, seconds_of_step, *, minutes: float = 10.0, until: int | None = None
+    state: State, clock: Clock, seconds_of_step, *, minutes: float = 10.0, until: int | None = None
 ) -> list[float]:
     """A run planned for 560 steps of 1 s and an evaluation of 5 s after every 150; where its steps stand."""
     plan = Deadline(state, planned_steps=560, minutes=minutes, eval_steps=150)
     plan.start()
     positions = []
-    while state["step"] < (until or plan.max_steps):
-        positions.append(plan.position(state["step"]))
-        clock.now += seconds_of_step(state["step"])
-        state["step"] += 1
+    while state.step < (until or plan.max_steps):
+        positions.append(plan.position(state.step))
+        clock.now += seconds_of_step(state.step)
+        state.step += 1
         plan.count_step()
-        if state["step"] % 150 == 0 or state["step"] == plan.max_steps:
+        if state.step % 150 == 0 or state.step == plan.max_steps:
             clock.now += 5
             plan.count_evaluation()
         plan.look()
@@ -64,18 +72,18 @@ def train(
 
 
 def test_a_machine_as_fast_as_measured_takes_the_planned_steps(clock):
-    state = {"step": 0}
+    state = State()
     positions = train(state, clock, lambda step: 1.0)
-    assert state["step"] == 560 and state["plans"] == []
+    assert state.step == 560 and state.plans == []
     assert positions == list(range(560))
 
 
 @pytest.mark.parametrize("slower", [1.5, 4.0])
 @pytest.mark.parametrize("since", [0, 200, 450])
 def test_a_machine_that_becomes_slower_ends_in_time_with_the_rate_down(clock, slower, since):
-    state = {"step": 0}
+    state = State()
     positions = train(state, clock, lambda step: slower if step >= since else 1.0)
-    assert state["step"] < 560
+    assert state.step < 560
     assert 0.9 * 600 < clock.now < 1.03 * 600
     assert positions == sorted(positions)
     assert positions[-1] + (positions[-1] - positions[-2]) == pytest.approx(560)
@@ -83,25 +91,25 @@ def test_a_machine_that_becomes_slower_ends_in_time_with_the_rate_down(clock, sl
 
 
 def test_a_machine_that_was_slow_for_a_while_gets_steps_back_but_never_more_than_planned(clock):
-    state = {"step": 0}
+    state = State()
     train(state, clock, lambda step: 3.0 if 50 <= step < 100 else 1.0)
-    assert 400 < state["step"] <= 560
+    assert 400 < state.step <= 560
     assert 0.85 * 600 < clock.now < 1.03 * 600
 
 
 def test_a_resumed_run_keeps_its_plans_and_what_is_left_of_its_time(clock):
-    whole, pieces = {"step": 0}, {"step": 0}
+    whole, pieces = State(), State()
     positions = train(whole, clock, lambda step: 2.0)
     start = clock.now
     first = train(pieces, clock, lambda step: 2.0, until=101)
     clock.now += 1e6  # between the two, nobody waits
-    second = train(dict(pieces), clock, lambda step: 2.0)
+    second = train(pieces, clock, lambda step: 2.0)
     assert first == positions[:101]
     assert second[0] == positions[101]
     assert clock.now - start - 1e6 < 1.03 * 600
 
 
 def test_without_minutes_nobody_looks_at_the_clock(clock):
-    state = {"step": 0}
+    state = State()
     train(state, clock, lambda step: 9.0, minutes=None)
-    assert state["step"] == 560 and state["plans"] == []
+    assert state.step == 560 and state.plans == []
