@@ -64,6 +64,7 @@ class EvaluateArguments(
     groups.Model,
     groups.Adapter,
     groups.Dtype,
+    groups.RemoteCode,
     groups.EvalBatch,
     groups.Replies,
     groups.NewTokens,
@@ -91,7 +92,6 @@ class EvaluateArguments(
         default_factory=lambda: ["out/demo"], help="Folders or Hub ids, all causal models or all classifiers."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = differs("float32")
-    trust_remote_code: bool = option(False, section="model", help="Run the code that comes with a model.")
 
     # Evaluation and output
     per_device_eval_batch_size = differs(8, help="Windows, rows or texts per device and forward pass.")

@@ -360,6 +360,12 @@ class Dtype:
     )
 
 
+class RemoteCode:
+    """model"""
+
+    trust_remote_code: bool = option(False, help="Run Python code that comes with a model.")
+
+
 class Shape:
     """model"""
 
