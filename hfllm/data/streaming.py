@@ -283,6 +283,7 @@ def _identity_of(shards: Shards) -> dict[str, Any]:
         "stream.shards": len(shards.shards),
         "stream.bytes": shards.num_bytes,
         "stream.sha256": contents,
+        **{f"stream.{name}": value for name, value in shards.reading.items()},
     }
     if len(shards.contents) <= MOST_NAMED_FILES:
         identity |= {f"stream.file.{name}": what for name, what in shards.contents}

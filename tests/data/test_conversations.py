@@ -77,7 +77,7 @@ BAD = {
     "unknown sender": ({"conversations": [{"from": "observation", "value": "x"}]}, "role 'observation'"),
     "not a list": ({"messages": "hello"}, "not a list of messages"),
     "no content": ({"messages": [{"role": "user"}]}, "not an object with role and content"),
-    "a number": ({"prompt": "Q", "response": 3}, "is a int, not a text"),
+    "a number": ({"prompt": "Q", "response": 3}, "is a number, not a text"),
     "not an object": (["Q", "A"], "list, not an object"),
 }
 

@@ -62,7 +62,7 @@ def test_a_bad_line_of_a_piece_is_named_by_its_byte(tmp_path, monkeypatch):
     path.write_text('{"text": "the first"}\n{"text": "the second"}\n{"text": 3}\n')
     problems = [record for shard in find_shards(str(path)).shards for record in shard.records() if record.problem]
     assert [(record.place, record.problem) for record in problems] == [
-        (f"{path}, the line at byte 45", "its 'text' is number, not a string")
+        (f"{path}, the line at byte 45", "its 'text' is a number, not a string")
     ]
     assert path.read_bytes()[45:].startswith(b'{"text": 3}')
 
@@ -221,7 +221,7 @@ def test_bad_records_among_the_held_out_stop_or_are_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": 1}\n' + '{"text": "good"}\n' * 20)
     found = find_shards(str(path))
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: its 'text' is number.*on_bad_record='skip'"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: its 'text' is a number.*on_bad_record='skip'"):
         hold_out(found, fraction=0.1, cache_dir=tmp_path)
     held_out = hold_out(found, fraction=0.1, on_bad_record="skip", cache_dir=tmp_path)
     assert held_out.account["bad_records"] == 1 and held_out.documents["text"][0] == "good"

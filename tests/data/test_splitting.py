@@ -59,8 +59,8 @@ def test_training_documents_come_in_a_fixed_shuffled_order_with_their_parts_toge
 
 
 def test_a_document_larger_than_the_validation_share_is_left_to_training(tmp_path):
-    texts = ["x" * 50_000, *(f"document {n:5}" for n in range(100))]
-    for fraction in (0.01, 0.02, 0.5):
+    texts = ["x" * 50_000, *(f"document {n:5}" * 10 for n in range(1000))]
+    for fraction in (0.01, 0.02, 0.1):
         training, validation = split_documents(load(tmp_path, texts), validation_fraction=fraction)
         assert texts[0] in texts_of(training)
         assert sum(map(len, validation["text"])) <= fraction * sum(map(len, texts))

@@ -345,7 +345,7 @@ def test_a_bad_record_stops_the_stream_with_its_place_and_skipping_goes_on_from_
         file.write("".join(json.dumps({"text": text}) + "\n" for text in good[20:]).encode())
     options = {"chunk_bytes": 40, "block_size": 2}
     stream = stream_of(tmp_path / "texts", **options)
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 21: its 'text' is number.*on_bad_record='skip'"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 21: its 'text' is a number.*on_bad_record='skip'"):
         while True:
             state = stream.state_dict()
             stream.take(1)
