@@ -1,4 +1,4 @@
-# make demo: from raw text to a model that writes. make test: the environment and the tests. make help: the rest.
+# make demo: from raw text to a chat. make test: lint and tests. make help: all targets.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,12 +8,12 @@ BF16 := $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo --mixed_p
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml $(BF16)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-interop install-llama.cpp install-deepspeed demo test test-slow lint format clean
+.PHONY: help install install-interop install-llama.cpp install-deepspeed demo pictures test test-slow lint format clean
 
-help:  ## Show this list
+help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-install: $(VENV)/.installed  ## Make the environment in .venv, with the exact versions of constraints.txt
+install: $(VENV)/.installed  ## Create the environment in .venv, with the exact versions of constraints.txt
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -23,15 +23,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-install-interop: $(VENV)/.installed-interop install-llama.cpp install-deepspeed  ## Add other people's tools, which `make test-slow` opens our models with
+install-interop: $(VENV)/.installed-interop install-llama.cpp install-deepspeed  ## Add the libraries and programs that `make test-slow` opens our models with
 
 $(VENV)/.installed-interop: $(VENV)/.installed
-	@echo "Installing other people's tools into $(VENV) ..."
+	@echo "Installing the libraries of test-slow into $(VENV) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,interop]'
 	@touch $@
 
-# Real llama.cpp, prebuilt, from npm (85 MB). Left to itself npm would fetch its CUDA and Vulkan builds too, 725 MB: so
-# nothing optional, and the one build for this machine by name. No postinstall script, which would compile.
+# llama.cpp, prebuilt, from npm (85 MB). By default npm would also fetch its CUDA and Vulkan builds, 725 MB, so optional
+# packages are left out and the one build for this machine is named. No postinstall script, which would compile.
 NODE_LLAMA_CPP := 3.22.1
 
 install-llama.cpp: $(VENV)/.installed
@@ -49,7 +49,7 @@ install-llama.cpp: $(VENV)/.installed
 		{ echo "npm could not install llama.cpp (above), so its tests will be skipped."; exit 0; }; \
 	touch $(VENV)/llama.cpp/.installed-$(NODE_LLAMA_CPP)
 
-# DeepSpeed, without its GPU kernels, in an environment of its own that sees the first one: where it is installed,
+# DeepSpeed, without its GPU kernels, in a second environment that sees the first one: where DeepSpeed is installed,
 # accelerate imports it in every run, which takes a second and prints a warning.
 install-deepspeed: $(VENV)/.installed-deepspeed
 
@@ -70,30 +70,33 @@ demo: install  ## Train a tokenizer and a small model on Python's own library, t
 	$(BIN)/python recipes/finetune_classification.py --config recipes/configs/classification_stdlib.yaml --model out/demo --output_dir out/classifier
 	$(BIN)/python recipes/finetune_instruction.py --config recipes/configs/instruction_python.yaml --model out/demo --output_dir out/chat $(if $(BF16),--bf16 true)
 	@echo
-	@echo "out/tokenizer   the tokenizer, and tokenizer_report.json: how well it compresses held-out text"
-	@echo "out/demo        the model, its curves (curves.png), numbers (metrics.json), log and checkpoints"
-	@echo "out/demo/report.html  the run's page: open it in a browser"
-	@echo "out/classifier  the same model, which says what package a docstring comes from; confusion.png, metrics.json"
-	@echo "out/chat        the same model, which answers questions about Python; samples.txt, metrics.json"
+	@echo "out/tokenizer   the tokenizer; tokenizer_report.json says how well it compresses held-out text"
+	@echo "out/demo        the model; curves.png, metrics.json, log.jsonl, checkpoints"
+	@echo "out/demo/report.html  the page of the run, to open in a browser"
+	@echo "out/classifier  a classifier made from it: which package does a docstring come from? confusion.png, metrics.json"
+	@echo "out/chat        a chat made from it, which answers questions about Python; samples.txt, metrics.json"
 	@echo
-	@echo "Next: source $(BIN)/activate, and let it write something else:"
+	@echo "Next: source $(BIN)/activate, then generate text:"
 	@echo "    python recipes/generate.py --model out/demo --prompt 'import ' --num_samples 3"
-	@echo "or train one on your own text:"
+	@echo "or train a model on your own text:"
 	@echo "    python recipes/train_tokenizer.py --dataset my.txt --output_dir out/my-tokenizer"
 	@echo "    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\"
 	@echo "        --max_train_minutes 5 --dataset my.txt --tokenizer out/my-tokenizer --output_dir out/mine"
-	@echo "or talk to it:"
+	@echo "or chat with it:"
 	@echo "    python recipes/chat.py --model out/chat"
 
-test: install  ## Lint, and run the tests that need neither GPU nor network nor much time
+pictures: $(VENV)/.installed-interop  ## Make the pictures of the documentation from what the demo wrote (needs chromium)
+	$(BIN)/python docs/make_pictures.py
+
+test: install  ## Lint, and run the default tests: no GPU, no network, a few minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-test-slow: install-interop  ## Run the tests that take minutes, other people's tools included
+test-slow: install-interop  ## Run the tests that take minutes, those with other libraries included
 	$(BIN)/python -m pytest -m "slow and not gpu and not hub"
 
-lint: install  ## Lint, and check formatting and types
+lint: install  ## Check lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -102,5 +105,5 @@ format: install  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## Delete the environment and what the demo wrote
+clean:  ## Delete the environment and everything in out/
 	rm -rf $(VENV) out

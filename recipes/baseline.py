@@ -55,7 +55,7 @@ class RandomWindows(torch.utils.data.Dataset):
 
 def main(args: BaselineArguments) -> None:
     check_numbers(args)
-    # 1. Characters are the tokens.
+    # 1. The tokens are characters.
     parts = split_documents(load_corpus(args.dataset), validation_fraction=args.validation_fraction)
     train_text, held_out = ("".join(documents["text"]) for documents in parts)
     characters = {character: number for number, character in enumerate(sorted(set(train_text + held_out)))}
@@ -63,8 +63,8 @@ def main(args: BaselineArguments) -> None:
 
     if min(len(train_ids), len(held_out_ids)) <= BLOCK_SIZE:
         raise ValueError(
-            f"{len(train_ids):,} characters to train on and {len(held_out_ids):,} held back: both must be more than a "
-            f"row of {BLOCK_SIZE}. Give more text, or another --validation_fraction."
+            f"{len(train_ids):,} characters to train on and {len(held_out_ids):,} held back: both must be longer "
+            f"than a row of {BLOCK_SIZE}. Give more text, or another --validation_fraction."
         )
 
     # 2. GPT-2, and Trainer's own loop
@@ -92,7 +92,7 @@ def main(args: BaselineArguments) -> None:
     )
     Trainer(model, settings, train_dataset=RandomWindows(train_ids, args.max_steps * ROWS)).train()
 
-    # 3. Every held-out character but the first is predicted once, in windows side by side.
+    # 3. Every held-out character but the first is predicted once, in windows that do not overlap.
     num_rows = (len(held_out_ids) - 1) // BLOCK_SIZE
     rows, targets = (held_out_ids[start:][: num_rows * BLOCK_SIZE].view(num_rows, -1) for start in (0, 1))
     nats = 0.0

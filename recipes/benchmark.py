@@ -126,7 +126,7 @@ def main(args: BenchmarkArguments) -> None:
 
 
 def save(args: BenchmarkArguments, results: dict[str, Any]) -> None:
-    """The numbers as JSON, the models as a table, and the pictures."""
+    """Write the numbers as JSON, the models as a table, and the pictures."""
     if args.output_dir is None:
         return
     folder = Path(args.output_dir)
@@ -150,7 +150,7 @@ def build_models(args: BenchmarkArguments) -> dict[str, PreTrainedModel]:
         "num_attention_heads": args.num_attention_heads,
         "max_position_embeddings": args.block_size,
     }
-    # On a CPU dropout on the attention weights rules out the fast attention kernel, so GPT-2 runs without it too.
+    # On a CPU, dropout on the attention weights prevents the fast attention kernel, so GPT-2 also runs without it.
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     ours_without = {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0}
     ids = {"bos_token_id": 0, "eos_token_id": 0}
@@ -168,7 +168,7 @@ def build_models(args: BenchmarkArguments) -> dict[str, PreTrainedModel]:
 def training_step(
     model: PreTrainedModel, *, num_rows: int, block_size: int, dtype: torch.dtype, torch_compile: bool = False
 ) -> Callable[[], float]:
-    """A function that takes an AdamW step on the same random rows each time, and returns its seconds."""
+    """A function that takes an AdamW step, each time on the same random rows, and returns its seconds."""
     optimizer = build_adamw(model, learning_rate=1e-4, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
     if torch_compile:
         model.compile()
@@ -212,7 +212,7 @@ def measure_training(
         for name, step in steps.items():
             if device.type == "cpu":
                 keep_freed_memory(keeps_freed_memory(args, name))
-            step()  # brings its own memory into place, whatever the model before left behind
+            step()  # allocates its own memory again after the model before
             seconds[name].append(step())
 
     first = next(iter(models))
@@ -235,7 +235,7 @@ def measure_training(
 
 
 def measure_memory(args: BenchmarkArguments, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """The most bytes that each model's training holds, weights to activations, in a process of its own."""
+    """The peak memory of each model's training, from weights to activations, in a separate process."""
     batch = {"num_rows": args.per_device_train_batch_size, "block_size": args.block_size}
     print(f"\n{'memory of training':34s} {'at most':>14s} {'weights alone':>14s}")
     results = {}
@@ -250,7 +250,7 @@ def measure_memory(args: BenchmarkArguments, device: torch.device, dtype: torch.
 
 @torch.no_grad()
 def measure_decoding(args: BenchmarkArguments, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """Greedy continuations of one row by each model, in turns, and the bytes that the cache holds at their end."""
+    """Greedy continuations of one row by each model, in turns, and the size of the cache at their end."""
     num_tokens = args.num_prompt_tokens + args.num_new_tokens
     args = dataclasses.replace(args, block_size=max(args.block_size, num_tokens))
     models = build_models(args)
@@ -307,9 +307,9 @@ DECODING_ROUNDS = 4  # in turns: the first model's first tokens are slow, whiche
 
 
 def measure_scaling(args: BenchmarkArguments, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The seconds of a token in training and in decoding: of models of growing size, and in growing contexts.
+    """The seconds per token in training and in decoding, for growing models and growing contexts.
 
-    The fastest of several steps and tokens, for what else the machine does comes and goes between two points.
+    Each is the fastest of several steps or tokens, because other work of the machine differs between two points.
     """
     names = ("hfllm, modern", "transformers Llama", "transformers GPT-2, no dropout")
     shapes = [{"num_hidden_layers": depth, "hidden_size": 64 * depth} for depth in args.scaling_depths]
@@ -344,7 +344,7 @@ def measure_scaling(args: BenchmarkArguments, device: torch.device, dtype: torch
 
 @torch.no_grad()
 def decoding_seconds(model: PreTrainedModel, *, context: int, num_tokens: int = 16) -> float:
-    """The seconds of the fastest of the last `num_tokens` of a context, one row with the key/value cache."""
+    """The seconds of the fastest of a context's last `num_tokens` tokens, one row with the key/value cache."""
     ids = torch.randint(model.config.vocab_size, (1, context), device=model.device)
     start = max(1, context - num_tokens)
     output = model(ids[:, :start], use_cache=True, logits_to_keep=1)
@@ -358,13 +358,13 @@ def decoding_seconds(model: PreTrainedModel, *, context: int, num_tokens: int = 
 
 
 def measure_time_to_quality(args: BenchmarkArguments) -> dict[str, dict[str, float]]:
-    """The wall time of whole commands from a text to a model, and the bits per byte it reaches on what is held back."""
+    """The wall time of whole commands from a text to a model, and its bits per byte on held-out text."""
     recipes = Path(__file__).parent
     config = recipes / "configs" / "pretrain_time_to_quality.yaml"
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         text = ["--dataset", args.dataset]
-        ours = [*text, "--cache_dir", str(place / "cache")]  # nothing is there that an earlier run prepared
+        ours = [*text, "--cache_dir", str(place / "cache")]  # an empty one: earlier runs must not help
         tokenizer = [str(recipes / "train_tokenizer.py"), *ours, "--vocab_size", "2048"]
         pretrain = [str(recipes / "pretrain.py"), *ours, "--config", str(config), "--tokenizer", f"{place}/tokenizer"]
         seconds = {
@@ -389,7 +389,7 @@ def measure_time_to_quality(args: BenchmarkArguments) -> dict[str, dict[str, flo
 
 
 def run_timed(command: list[str]) -> float:
-    """The seconds of a command, imports and all; one that fails stops the benchmark with what it said."""
+    """The seconds of a command, imports included; if it fails, the benchmark stops with its output."""
     start = time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:

@@ -24,19 +24,17 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object
 from transformers import (
     AutoModelForSequenceClassification,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.hf_argparser import HfArg
@@ -46,13 +44,13 @@ from hfllm.cli.arguments import check_numbers, run
 from hfllm.cli.opening import open_causal_lm, open_config
 from hfllm.data import load_corpus, split_documents
 from hfllm.data.conversations import Conversation, load_conversations
-from hfllm.data.instruction import ConversationRows, encode_conversations, padding_token_id
 from hfllm.data.labelled_texts import LabelledTexts, load_labelled_texts
-from hfllm.evaluation.classification import predict_logits, score_predictions
-from hfllm.evaluation.replies import answer, exact_match, stop_at_turns
-from hfllm.evaluation.rows import score_rows
+from hfllm.data.sources import local_paths
+from hfllm.evaluation.classification import score_labelled_texts
+from hfllm.evaluation.kinds import Kind, check_labels, find_kind
+from hfllm.evaluation.replies import score_conversations
 from hfllm.evaluation.tasks import find_tasks, run_tasks
-from hfllm.evaluation.windows import cut_windows, evaluate_windows
+from hfllm.evaluation.windows import score_documents
 from hfllm.hub import write_page_and_card
 from hfllm.report.metrics import add_metrics, metrics_table
 from hfllm.tokenization import document_encoder, load_classifier_tokenizer, load_tokenizer
@@ -155,158 +153,72 @@ def main(args: EvaluateArguments) -> None:
     accelerator = start_accelerator()
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
-            "Here each process holds a whole model: launch with ddp.yaml or multi_cpu.yaml, which cut none."
+            "The accelerate file shards the model (FSDP, DeepSpeed), and here each process needs a whole one. Use "
+            "accelerate_configs/ddp.yaml or multi_cpu.yaml."
         )
     configs = {name: open_config(name, trust_remote_code=args.trust_remote_code) for name in args.model}
-    is_classifier = check_kinds(configs, args)
+    kind = find_kind(configs, adapter=args.adapter)
+    check_options_of(kind, args)
     task_manager = find_tasks(args.tasks, include_path=args.include_path) if args.tasks else None
 
     # 1. The data: the same for every model
-    data = load_data(args, accelerator, is_classifier=is_classifier)
+    data = load_data(args, kind, accelerator)
     if isinstance(data, LabelledTexts):
         for name, config in configs.items():
-            check_labels(name, config, data)
+            check_labels(name, config, data.labels)
 
     results: dict[str, dict[str, Any]] = {}
     for name in args.model:
         # 2. The model, with its own tokenizer
-        tokenizer = load_classifier_tokenizer(name) if is_classifier else open_tokenizer(name, args)
-        model = load_model(name, configs[name], args, is_classifier=is_classifier).to(accelerator.device).eval()
-        results[name] = {}
+        tokenizer = open_tokenizer(name, kind, args)
+        model = open_model(name, kind, configs[name], args).to(accelerator.device).eval()
 
-        # 3. Every text, response or token once
-        if isinstance(data, LabelledTexts):
-            results[name] |= score_labelled_texts(model, tokenizer, data, args, accelerator)
-        elif isinstance(data, list):
-            results[name] |= score_conversations(model, tokenizer, data, args, accelerator)
-        elif data is not None:
-            results[name] |= score_documents(model, tokenizer, data, args, accelerator)
+        # 3. Every token, response or text is scored once, by all processes together
+        results[name] = {} if data is None else score(model, tokenizer, data, args, accelerator)
 
-        # 4. lm-eval's tasks, on the first process
+        # 4. lm-eval's tasks, on the main process
         if task_manager is not None and accelerator.is_main_process:
             options = {"names": args.tasks, "batch_size": args.per_device_eval_batch_size, "limit": args.limit}
             results[name] |= run_tasks(model, tokenizer, task_manager, **options)
         accelerator.wait_for_everyone()
 
-        # 5. Beside what training wrote
+        # 5. The numbers go into metrics.json, beside those of training
         if accelerator.is_main_process:
-            keep_numbers(name, results[name], args)
+            save_numbers(name, results[name], args)
     if accelerator.is_main_process:
         print(f"\n{metrics_table(results)}")
 
 
-def check_kinds(configs: dict[str, PretrainedConfig], args: EvaluateArguments) -> bool:
-    """Whether the models are classifiers; an adapter's labels go into its base's config. Mixtures are refused."""
-    kinds = {}
-    for name, config in configs.items():
-        architecture = next(iter(config.architectures or []), "causal model")
-        kinds[name] = "classifier" if architecture.endswith("ForSequenceClassification") else "causal"
-        if "Classification" in architecture and kinds[name] != "classifier":
-            raise ValueError(
-                f"--model {name} is a {architecture}; measured are causal models and classifiers of texts."
-            )
-        if args.adapter is not None and adapter_config(args.adapter).task_type == "SEQ_CLS":
-            if kinds[name] == "causal":
-                config.id2label = adapter_labels(args.adapter)
-                config.label2id = {label: index for index, label in config.id2label.items()}
-            kinds[name] = "classifier"
-    if len(set(kinds.values())) > 1:
-        listing = ", ".join(f"{name} is a {kind} model" for name, kind in kinds.items())
-        raise ValueError(f"Models of one kind stand side by side, and these are of two: {listing}. Measure each apart.")
-    is_classifier = "classifier" in kinds.values()
-    if not is_classifier:
+def check_options_of(kind: Kind, args: EvaluateArguments) -> None:
+    """Refuse the options that are for models of the other kind."""
+    if kind == "causal":
         if args.label_column != "label":
             raise ValueError(
                 f"--label_column {args.label_column} is for classifiers; {args.model[0]} is a causal model."
             )
-        return False
-    wrong = [
+        return
+    given = [
         (bool(args.tasks), "--tasks"),
         (args.conversations, "--conversations"),
         (args.stride is not None, "--stride"),
         (args.validation_fraction != 0, "--validation_fraction"),
     ]
-    if given := [option for is_given, option in wrong if is_given]:
-        raise ValueError(f"{', '.join(given)}: for causal models. {args.model[0]} labels texts and predicts no tokens.")
+    if wrong := [option for is_given, option in given if is_given]:
+        raise ValueError(f"{', '.join(wrong)}: for causal models. {args.model[0]} labels texts and predicts no tokens.")
     if args.dataset == "stdlib":
         raise ValueError(
-            "--dataset stdlib: a classifier is trained on most of its docstrings. Give labelled texts held back from "
-            "training; the numbers of its test part are in finetune_classification.py's metrics.json."
+            "--dataset stdlib: a classifier is trained on most of its docstrings. Give labelled texts that were held "
+            "back from training; the metrics.json of finetune_classification.py has the numbers of its test texts."
         )
-    for name, config in configs.items():
-        if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
-            raise ValueError(
-                f"--model {name} has {config.num_labels} outputs for {config.problem_type or 'regression'}; measured "
-                "are classifiers that choose one of several labels."
-            )
-    return True
-
-
-def adapter_config(adapter: str) -> Any:
-    """PEFT's config of the adapter."""
-    from peft import PeftConfig  # takes seconds to import
-
-    folder = Path(adapter).expanduser()
-    if folder.is_dir() and not (folder / "adapter_config.json").exists():
-        raise ValueError(f"--adapter {adapter} is a folder without an adapter_config.json, so no PEFT adapter.")
-    try:
-        return PeftConfig.from_pretrained(str(folder) if folder.is_dir() else adapter)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--adapter {adapter!r} is no PEFT adapter: {str(error).splitlines()[0]}") from error
-
-
-def adapter_labels(adapter: str) -> dict[int, str]:
-    """A classifier's labels, as its adapter says them, or the config.json beside it or one folder above."""
-    folder = Path(adapter).expanduser()
-    for path in (folder / "base_model.json", folder / "config.json", folder.absolute().parent / "config.json"):
-        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if "id2label" in config:
-            return {int(index): label for index, label in config["id2label"].items()}
-    raise ValueError(
-        f"--adapter {adapter} is a classifier's, but nothing says its labels: there is no config.json with id2label in "
-        "its folder or the one above. Put the run's config.json there, or give the merged model as --model."
-    )
-
-
-def check_labels(name: str, config: PretrainedConfig, data: LabelledTexts) -> None:
-    if unknown := sorted(set(data.labels) - set(config.label2id)):
-        raise ValueError(
-            f"The texts have the labels {unknown[:5]}, which --model {name} does not know; it knows "
-            f"{list(config.label2id)[:20]}. Is --label_column right? Or rename the labels."
-        )
-
-
-def open_tokenizer(name: str, args: EvaluateArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or the adapter's, which may have a chat template that the base lacks."""
-    if args.adapter is None:
-        return load_tokenizer(name)
-    from hfllm.adapters import tokenizer_source  # imports PEFT
-
-    return load_tokenizer(tokenizer_source(name, str(Path(args.adapter).expanduser())))
-
-
-def load_model(name: str, config: PretrainedConfig, args: EvaluateArguments, *, is_classifier: bool) -> torch.nn.Module:
-    """The model in `--dtype`, with its adapter if there is one, which is refused on another base than its own."""
-    options: dict[str, Any] = {"dtype": getattr(torch, args.dtype), "trust_remote_code": args.trust_remote_code}
-    if is_classifier:
-        model = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
-    else:
-        model = open_causal_lm(name, **options)
-    if args.adapter is None:
-        return model
-    from hfllm.adapters import load_adapter  # imports PEFT
-
-    folder = Path(args.adapter).expanduser()
-    return load_adapter(model, folder if folder.is_dir() else args.adapter)
 
 
 def load_data(
-    args: EvaluateArguments, accelerator: Accelerator, *, is_classifier: bool
+    args: EvaluateArguments, kind: Kind, accelerator: Accelerator
 ) -> datasets.Dataset | list[Conversation] | LabelledTexts | None:
     """Documents (parts in the columns `text` and `document`), conversations, or labelled texts."""
     if args.dataset is None:
         return None
-    is_local = args.dataset == "stdlib" or Path(args.dataset.split(",")[0].strip()).expanduser().exists()
+    is_local = local_paths(args.dataset, dataset_config=None, split="train") is not None
     if is_local and args.split != "test":
         raise ValueError(
             f"--split {args.split}: only datasets on the Hub have splits; {args.dataset} is local and read whole. "
@@ -314,7 +226,7 @@ def load_data(
         )
     options: dict[str, Any] = {"dataset_config": args.dataset_config, "split": "train" if is_local else args.split}
     with accelerator.main_process_first():
-        if is_classifier:
+        if kind == "classifier":
             columns = {"text_column": args.text_column, "label_column": args.label_column}
             return load_labelled_texts(args.dataset, **options, **columns)
         if args.conversations:
@@ -329,7 +241,69 @@ def load_data(
     return split_documents(corpus, validation_fraction=args.validation_fraction)[1]
 
 
-def choose_block_size(model: torch.nn.Module, args: EvaluateArguments, *, at_most: int) -> int:
+def open_tokenizer(name: str, kind: Kind, args: EvaluateArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or the adapter's, which may have a chat template that the base lacks."""
+    if kind == "classifier":
+        return load_classifier_tokenizer(name)
+    if args.adapter is None:
+        return load_tokenizer(name)
+    from hfllm.adapters import tokenizer_source  # imports PEFT
+
+    return load_tokenizer(tokenizer_source(name, str(Path(args.adapter).expanduser())))
+
+
+def open_model(name: str, kind: Kind, config: PretrainedConfig, args: EvaluateArguments) -> PreTrainedModel:
+    """The model in `--dtype`, with its adapter if there is one; an adapter of another base is refused."""
+    options: dict[str, Any] = {"dtype": getattr(torch, args.dtype), "trust_remote_code": args.trust_remote_code}
+    if kind == "classifier":
+        model = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
+    else:
+        model = open_causal_lm(name, **options)
+    if args.adapter is None:
+        return model
+    from hfllm.adapters import load_adapter  # imports PEFT
+
+    folder = Path(args.adapter).expanduser()
+    return load_adapter(model, folder if folder.is_dir() else args.adapter)
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: datasets.Dataset | list[Conversation] | LabelledTexts,
+    args: EvaluateArguments,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """The `test_...` numbers of a model on the data."""
+    options: dict[str, Any] = {"batch_size": args.per_device_eval_batch_size, "accelerator": accelerator}
+    if isinstance(data, LabelledTexts):
+        # As many tokens of a text as in training, which the saved tokenizer knows
+        block_size = choose_block_size(model, args, at_most=tokenizer.model_max_length)
+        numbers = score_labelled_texts(model, tokenizer, data, block_size=block_size, **options)
+    elif isinstance(data, list):
+        block_size = choose_block_size(model, args, at_most=1024)
+        max_new_tokens = args.max_new_tokens if args.check_answers else None
+        numbers = score_conversations(
+            model, tokenizer, data, block_size=block_size, max_new_tokens=max_new_tokens, **options
+        )
+    else:
+        block_size = choose_block_size(model, args, at_most=1024)
+        stride = args.stride or block_size
+        if stride > block_size:
+            raise ValueError(f"--stride {stride} is larger than the block_size {block_size}: tokens would be left out.")
+        numbers = score_documents(
+            model,
+            tokenizer,
+            data,
+            encode=document_encoder(tokenizer),
+            block_size=block_size,
+            stride=stride,
+            **options,
+        )
+    return numbers | {"test_dataset": args.dataset, "test_block_size": block_size}
+
+
+def choose_block_size(model: PreTrainedModel, args: EvaluateArguments, *, at_most: int) -> int:
     context = getattr(model.config, "max_position_embeddings", None)
     block_size = args.block_size or min(context or 1024, at_most)
     if context is not None and block_size > context:
@@ -337,114 +311,8 @@ def choose_block_size(model: torch.nn.Module, args: EvaluateArguments, *, at_mos
     return block_size
 
 
-def score_labelled_texts(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    data: LabelledTexts,
-    args: EvaluateArguments,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """What finetune_classification.py writes of its test texts."""
-    # As many tokens of a text as were read in training, which the saved tokenizer knows
-    block_size = choose_block_size(model, args, at_most=tokenizer.model_max_length)
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    model.config.pad_token_id = tokenizer.pad_token_id  # by which transformers' own classes find a text's end
-    texts = [row[:block_size] for row in tokenizer(data.texts, truncation=False, verbose=False)["input_ids"]]
-    logits = predict_logits(
-        model,
-        texts,
-        num_labels=len(names),
-        batch_size=args.per_device_eval_batch_size,
-        pad_token_id=tokenizer.pad_token_id,
-        accelerator=accelerator,
-    )
-    scores = score_predictions(logits, np.array([model.config.label2id[label] for label in data.labels]), names)
-    about = {"texts": len(texts), "dataset": args.dataset, "block_size": block_size}
-    return {f"test_{name}": value for name, value in (scores | about).items()}
-
-
-def score_conversations(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: list[Conversation],
-    args: EvaluateArguments,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """Nats per token of the responses, and with `--check_answers` how many greedy replies are the response."""
-    block_size = choose_block_size(model, args, at_most=1024)
-    encoded = encode_conversations(conversations, tokenizer, max_length=block_size)
-    rows = ConversationRows(encoded, block_size=block_size, pad_token_id=padding_token_id(tokenizer), packing=False)
-    order = np.argsort([-length for length in rows.lengths], kind="stable")  # rows of a batch are of like length
-    loss, num_tokens = score_rows(
-        model, rows, order, batch_size=args.per_device_eval_batch_size, accelerator=accelerator
-    )
-    numbers = {
-        "test_loss": loss,
-        "test_response_tokens": num_tokens,
-        "test_conversations": len(encoded.rows),
-        "test_truncated": encoded.account["truncated"],
-        "test_dropped": encoded.account["dropped"],
-        "test_dataset": args.dataset,
-        "test_block_size": block_size,
-    }
-    if not args.check_answers:
-        return numbers
-    stop_at_turns(model, tokenizer, stop_token_id=encoded.stop_token_id)
-    questions = [conversations[row.index] for row in encoded.rows]
-    own = range(accelerator.process_index, len(questions), accelerator.num_processes)
-    replies = answer(
-        model,
-        tokenizer,
-        [questions[index] for index in own],
-        batch_size=args.per_device_eval_batch_size,
-        max_new_tokens=args.max_new_tokens,
-    )
-    by_index = dict(gather_object(list(zip(own, replies))))
-    return numbers | exact_match(questions, [by_index[index] for index in range(len(questions))])
-
-
-def score_documents(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: datasets.Dataset,
-    args: EvaluateArguments,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    block_size = choose_block_size(model, args, at_most=1024)
-    stride = args.stride or block_size
-    if stride > block_size:
-        raise ValueError(f"--stride {stride} is larger than the block_size {block_size}: tokens would be left out.")
-    encode = document_encoder(tokenizer)
-    numbers, texts = np.array(documents["document"]), documents["text"]
-    parts = encode(list(texts))
-    starts = np.flatnonzero(np.diff(numbers, prepend=-1))  # where documents begin among the parts
-    ends = [*starts[1:], len(parts)]
-    encoded = [np.concatenate(parts[start:end]) for start, end in zip(starts, ends, strict=True)]
-    largest = max(int(ids.max()) for ids in encoded if len(ids))
-    if largest >= model.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer gives the id {largest}, but the model has {model.config.vocab_size} embeddings."
-        )
-    windows = list(cut_windows(encoded, prefix_token_id=tokenizer.bos_token_id, block_size=block_size, stride=stride))
-    num_bytes = sum(len(text.encode()) for text in texts)
-    evaluation = evaluate_windows(
-        model, windows, num_bytes=num_bytes, batch_size=args.per_device_eval_batch_size, accelerator=accelerator
-    )
-    return {
-        "test_loss": evaluation.loss,
-        "test_perplexity": evaluation.perplexity,
-        "test_bits_per_byte": evaluation.bits_per_byte,
-        "test_tokens": evaluation.num_tokens,
-        "test_bytes": evaluation.num_bytes,
-        "test_documents": len(encoded),
-        "test_dataset": args.dataset,
-        "test_block_size": block_size,
-        "test_stride": stride,
-    }
-
-
-def keep_numbers(name: str, numbers: dict[str, Any], args: EvaluateArguments) -> None:
-    """Into the metrics.json of --output_dir, of the adapter or of the model; into a run's card and page as well."""
+def save_numbers(name: str, numbers: dict[str, Any], args: EvaluateArguments) -> None:
+    """Add the numbers to the metrics.json of --output_dir, of the adapter or of the model, and to a run's card."""
     if args.output_dir is not None:
         folder = Path(args.output_dir) / (Path(name).name if len(args.model) > 1 else "")
     elif args.adapter is not None and Path(args.adapter).is_dir():
@@ -452,7 +320,7 @@ def keep_numbers(name: str, numbers: dict[str, Any], args: EvaluateArguments) ->
     elif args.adapter is None and Path(name).is_dir():
         folder = Path(name)
     else:
-        print(f"{name} is no folder here, so its numbers are only printed. Give --output_dir to keep them.")
+        print(f"{name} is not a local folder, so its numbers are only printed. Give --output_dir to save them.")
         return
     print(add_metrics(folder, numbers))
     if (folder / "arguments.yaml").exists():  # a run's folder

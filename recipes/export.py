@@ -82,12 +82,12 @@ def main(args: ExportArguments) -> None:
         check_fit(args, model, tokenizer)
         print(f"{args.model}: {type(model).__name__}, {model.num_parameters():,} parameters in {name_of(model.dtype)}")
 
-        # 2. Its twin, written and compared
+        # 2. The same model in the other form, written, read back and compared
         write = {"gguf": write_gguf, "onnx": write_onnx}.get(args.to, write_folder)
         file_name = write(args, model, tokenizer, folder)
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())
 
-    # 3. Where it is, and what opens it
+    # 3. Where it is, and commands that open it
     path = Path(args.output_dir).expanduser() / file_name
     print(f"Done: {path}, {num_bytes / 2**20:,.1f} MiB. To try it:")
     room = model.config.max_position_embeddings - len(tokenizer(PROMPT).input_ids)
@@ -96,51 +96,51 @@ def main(args: ExportArguments) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Unlike training, an export changes nothing: a tokenizer without a bos token stays without one."""
+    """The tokenizer as it is: unlike in training, none gets a bos token that it did not have."""
     try:
         return AutoTokenizer.from_pretrained(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"No tokenizer in {name!r}: {reason} Say with --tokenizer where it is.") from error
+        raise ValueError(f"No tokenizer in {name!r}: {reason} Give its folder or Hub id as --tokenizer.") from error
 
 
 def check_fit(args: ExportArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The model must be able to go where the options send it, in that dtype and with that tokenizer."""
+    """Raise a ValueError if the model has no such form, or does not fit the dtype or the tokenizer."""
     is_ours = isinstance(model, GPTForCausalLM)
     if is_ours and args.to == "hfllm":
         raise ValueError(
-            f"{args.model!r} is one of ours already. It can go to {', '.join(NATIVE_TYPES)}, gguf or onnx."
+            f"{args.model!r} is an hfllm model already. It can be exported to {', '.join(NATIVE_TYPES)}, gguf or onnx."
         )
     if not is_ours and args.to in NATIVE_TYPES:
         native_type = model.config.model_type
-        raise ValueError(f"{args.model!r} is a native {native_type} already. It can go to hfllm, gguf or onnx.")
+        raise ValueError(f"{args.model!r} is a native {native_type} already. Export it to hfllm, gguf or onnx.")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer):,} ids, but the model's vocab_size is {model.config.vocab_size:,}: it "
-            "belongs to another model. Say with --tokenizer which is this one's."
+            "belongs to another model. Give this model's own as --tokenizer."
         )
     dtype = getattr(torch, args.dtype or "", model.dtype)
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise ValueError(f"{name} holds numbers that are not finite: the training of this model went wrong.")
+            raise ValueError(f"{name} holds numbers that are not finite: the training of this model failed.")
         if not parameter.to(dtype).isfinite().all():
             raise ValueError(
                 f"--dtype {args.dtype}: {name} has weights up to {parameter.abs().max():,.0f}, and the largest "
-                f"{args.dtype} is {torch.finfo(dtype).max:,.0f}. Take bfloat16."
+                f"{args.dtype} is {torch.finfo(dtype).max:,.0f}. Use bfloat16."
             )
 
 
 def write_folder(
     args: ExportArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> str:
-    """A folder for `from_pretrained`, of a native class or of ours."""
+    """Write a folder for `from_pretrained`, of a native class or of hfllm's own."""
     twin = from_native(model) if args.to == "hfllm" else to_native(model, args.to)
     twin = twin.to(getattr(torch, args.dtype or "", model.dtype))
     save_model(twin, tokenizer, folder)
     dtype, is_rounded = twin.dtype, twin.dtype not in (model.dtype, torch.float32)
     del twin
 
-    # Everything below reads what stands on the disk.
+    # Everything below reads what was written to the disk.
     written_tokenizer = AutoTokenizer.from_pretrained(folder)
     if differences := comparison.tokenizer_differences(tokenizer, written_tokenizer):
         raise RuntimeError("\n  - ".join(["AutoTokenizer reads another tokenizer than was written:", *differences]))
@@ -150,7 +150,7 @@ def write_folder(
     model = model.float()
     prompts = prompts_for(model, written_tokenizer)
     if is_rounded:
-        # What rounding does is told; the export itself is then held to the rounded original.
+        # The effect of rounding is printed; the export is then compared with the rounded original.
         print(f"  rounding to {name_of(dtype)}: {comparison.compare_logits(model, written, prompts)}")
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype).float()
@@ -159,7 +159,7 @@ def write_folder(
 
 
 def prompts_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
-    """Text, and random ids of several lengths, up to the context."""
+    """A text, and random ids of several lengths, up to the context."""
     vocab_size, context = model.config.vocab_size, model.config.max_position_embeddings
     longest = min(context, 128)
     text = tokenizer(" ".join(comparison.HARD_TEXTS), return_tensors="pt").input_ids[:, :longest]
@@ -168,7 +168,7 @@ def prompts_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def check_same_model(original: PreTrainedModel, written: PreTrainedModel, prompts: list[torch.Tensor]) -> None:
-    """Stop unless both have the same logits, and write the same when each takes its likeliest token."""
+    """Raise a RuntimeError unless both have the same logits and the same greedy text."""
     logits = comparison.compare_logits(original, written, prompts)
     tolerance = TOLERANCE * max(1.0, logits.largest_logit)
     if not logits.largest_difference <= tolerance:
@@ -177,26 +177,26 @@ def check_same_model(original: PreTrainedModel, written: PreTrainedModel, prompt
 
     num_tokens = min(NUM_GREEDY_TOKENS, original.config.max_position_embeddings - 1)
     num_same = num_ties = 0
-    for prompt in prompts[:3]:  # token by token is slow: the text and the shortest ones will do
+    for prompt in prompts[:3]:  # decoding is slow: the text and the shortest prompts are enough
         prompt = prompt[:, : original.config.max_position_embeddings - num_tokens]
         expected, margins = comparison.greedy_tokens(original, prompt, num_tokens)
         found, _ = comparison.greedy_tokens(written, prompt, num_tokens)
         for expected_row, found_row, margin in zip(expected, found, margins):
             differing = (expected_row != found_row).nonzero().flatten()
-            # Two tokens as likely as each other, to the tolerance, may come out either way, and then texts part.
+            # Between two tokens that are equally likely, within the tolerance, either may be chosen, and texts differ.
             if len(differing) > 0 and margin[differing[0]] > 2 * tolerance:
                 raise RuntimeError(
-                    f"The original goes on from {prompt.tolist()} with {expected_row.tolist()}, what was written with "
+                    f"After {prompt.tolist()} the original writes {expected_row.tolist()}, and the export "
                     f"{found_row.tolist()}. Nothing was exported."
                 )
             num_ties += len(differing) > 0
             num_same += len(differing) == 0
-    ties = f" ({num_ties} parted at two equally likely tokens)" if num_ties else ""
+    ties = f" ({num_ties} differ at two equally likely tokens)" if num_ties else ""
     print(f"  greedy: the same {num_tokens} tokens after {num_same} prompts{ties}")
 
 
 def write_gguf(args: ExportArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
-    """One file for llama.cpp, with the tokenizer and the chat template in it."""
+    """Write one file for llama.cpp, with the tokenizer and the chat template in it."""
     from hfllm.conversion.gguf import export_gguf
     from hfllm.conversion.gguf_verification import verify_gguf
 
@@ -205,14 +205,14 @@ def write_gguf(args: ExportArguments, model: PreTrainedModel, tokenizer: PreTrai
     file = folder / f"{(source.resolve() if source.is_dir() else source).name}-{dtype}.gguf"
     try:
         export_gguf(native, tokenizer, file, dtype=dtype)
-    except ImportError as error:  # it says what to install
+    except ImportError as error:  # the error says what to install
         raise RuntimeError(str(error)) from error
     print_indented(verify_gguf(file, native, tokenizer))
     return file.name
 
 
 def write_onnx(args: ExportArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
-    """One file for onnxruntime, and the tokenizer's beside it."""
+    """Write one file for onnxruntime, with the tokenizer's files beside it."""
     from hfllm.conversion.onnx import export_onnx, verify_onnx
 
     file = export_onnx(model, folder / "model.onnx")
@@ -230,7 +230,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def commands_to_open(to: str, path: Path, *, num_tokens: int) -> list[str]:
-    """What a user can paste to see that it works."""
+    """Commands to copy that use the export."""
     if to == "gguf":
         return [f"llama-cli -m {shlex.quote(str(path))} -p '{PROMPT}' -n {num_tokens}"]
     if to == "onnx":

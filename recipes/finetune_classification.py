@@ -26,35 +26,25 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
 
-import contextlib
 import dataclasses
-import json
 import os
-import sys
-import time
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
 )
 from transformers.hf_argparser import HfArg
-from transformers.utils import logging as transformers_logging
 
-from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
-from hfllm.cli.arguments import check_numbers, check_recipe, run, save_arguments
+from hfllm.adapters import add_lora, count_parameters, describe_trained
+from hfllm.cli.arguments import check_numbers, check_recipe, run
 from hfllm.cli.opening import check_fit, open_config
 from hfllm.data.labelled_texts import (
     LabelledTexts,
@@ -65,16 +55,12 @@ from hfllm.data.labelled_texts import (
     load_labelled_texts,
     split_by_text,
 )
-from hfllm.evaluation.classification import describe_scores, score_beside_baselines, score_predictions
+from hfllm.evaluation.classification import describe_scores, predict_logits, score_beside_baselines, score_predictions
 from hfllm.fine_tuning.classification import ClassifierTrainer, freeze_all_but
-from hfllm.fine_tuning.run import Course, LogFile, newest_checkpoint, prepare_folder, trackers
-from hfllm.hub import write_page_and_card
+from hfllm.fine_tuning.run import Course, open_run, training_arguments
 from hfllm.model import GPTConfig
-from hfllm.report import save_environment
 from hfllm.report.confusion import plot_confusion
-from hfllm.runs.lock import run_lock
 from hfllm.tokenization import load_classifier_tokenizer
-from hfllm.training.devices import keep_freed_memory
 
 
 # By method, for models of fewer than 512 channels and for larger ones. The first are for the demo's model: `lora` and
@@ -88,9 +74,6 @@ BY_METHOD, HEAD_BY_METHOD = (
     ", ".join(f"{method} {small:g} / {large:g}" for method, (small, large) in rates.items())
     for rates in (LEARNING_RATES, HEAD_LEARNING_RATES)
 )
-PARTS = ("train", "eval", "test")  # as the numbers of metrics.json call them
-
-
 EVALUATION = (
     "epoch {epoch:.1f}, validation loss {eval_loss:.4f}, accuracy {eval_accuracy:.2%}, macro-F1 {eval_f1_macro:.3f}"
 )
@@ -194,34 +177,30 @@ class ClassificationArguments:
 def main(args: ClassificationArguments) -> None:
     args.check()
     args.pooling, args.learning_rate, args.head_learning_rate = choose_for_model(args)
-    output_dir = Path(args.output_dir)
-    is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # of loading and writing; training has its own
-    keep_freed_memory()
-    with run_lock(output_dir) if is_main else contextlib.nullcontext():
-        # Whether the run is finished is the main process's answer, for all of them.
-        [is_finished] = broadcast_object_list([is_main and prepare_folder(args)])
-        if is_finished:
+    with open_run(args) as this_run:
+        if this_run.is_finished:
             return
-        # 1. The texts: read, checked and split before anything is trained.
+
+        # 1. The texts: read, checked and split before anything is trained
         train, validation, test = load_parts(args)
         names = label_names(train.labels)
         check_labels_known(names, validation=validation, test=test)
 
-        # 2. The model, with a new head of one output a label. It stands on the last token of a text, which alone has
-        #    seen all of it, or on a mean of all tokens; which of them are text, the attention mask says.
-        set_seed(args.seed)
+        # 2. The model, with a new head that has one output for each label. The head reads the last token of a text,
+        #    the only one that has seen all of it, or a mean over all tokens; the attention mask says which are text.
         tokenizer = load_classifier_tokenizer(args.model)
         model = open_model(args, tokenizer, names)
         block_size = args.block_size or model.config.max_position_embeddings
         tokenizer.model_max_length = block_size
-        parts = [encode(part, tokenizer, names, block_size) for part in (train, validation, test)]
-        if is_main:
+        rows = {
+            name: encode(part, tokenizer, names, block_size)
+            for name, part in (("train", train), ("eval", validation), ("test", test))
+        }
+        if this_run.is_main:
             print(describe_labelled_texts(train, validation, test, names))
-            print(describe_lengths(parts, block_size))
+            print(describe_lengths(list(rows.values()), block_size))
 
-        # 3. What is trained of it.
+        # 3. What is trained: LoRA's matrices and the head, or the part of the model that the method names
         if args.method == "lora":
             model = add_lora(
                 model,
@@ -234,70 +213,52 @@ def main(args: ClassificationArguments) -> None:
         else:
             freeze_all_but(model, args.method)
         num_trained, _ = count_parameters(model)
-        if is_main:
+        if this_run.is_main:
             print(describe_trained(model))
 
-        # 4. Training. Texts of about equal lengths share a batch, padded to the longest of them.
-        trainer = ClassifierTrainer(
-            model=model,
-            args=training_arguments(args),
-            train_dataset=parts[0],
-            eval_dataset=parts[1],
-            data_collator=collate_with(tokenizer),
-            compute_metrics=lambda prediction: score_for_trainer(prediction, names),
-            head_learning_rate=args.head_learning_rate,
-            callbacks=[LogFile(output_dir / "log.jsonl", EVALUATION.format_map)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        if is_main:
-            save_arguments(args, output_dir / "arguments.yaml")
-            save_environment(output_dir, num_processes=PartialState().num_processes)
-        [last] = broadcast_object_list([newest_checkpoint(output_dir) if is_main else None])
-        start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=last)
-        seconds = time.perf_counter() - start
+        # 4. Training. Texts of similar lengths share a batch, padded to the longest of them. After each epoch the
+        #    validation loss is measured, and at the end the best epoch is loaded.
+        trainer = make_trainer(args, model, tokenizer, rows, names)
+        this_run.begin(trainer, EVALUATION.format_map)
+        seconds = this_run.train(trainer)
 
-        # 5. What was trained is merged into the model, and that model is saved, and tested as it was saved.
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if args.method == "lora":
-            if is_main:
-                save_adapter(model, output_dir / "adapter")
-            model = merge_adapter(model)
-        if is_main:
-            model.save_pretrained(output_dir)
-            tokenizer.save_pretrained(output_dir)
-        collate = collate_with(tokenizer)
-        logits = {name: predict(args, model, part, collate) for name, part in zip(PARTS[1:], parts[1:])}
-        num_tokens, num_places = trainer.count_tokens()
-        if is_main:
-            evaluating = sum(entry.get("eval_runtime", 0) for entry in trainer.state.log_history)
-            metrics = {
-                "method": args.method,
-                "num_trained_parameters": num_trained,
-                "num_parameters": count_parameters(model)[1],
-                "train_texts": len(train),
-                "train_tokens": num_tokens,  # since the last start, as are the next three
-                "padding_waste": 1 - num_tokens / num_places if num_tokens else None,
-                "train_seconds": round(seconds, 1),
-                "tokens_per_second": num_tokens / (seconds - evaluating) if num_tokens else None,
-                "train_steps": trainer.state.global_step,
-                "best_checkpoint": Path(trainer.state.best_model_checkpoint or "").name or None,
-                "seed": args.seed,
-            }
-            finish(args, names, (train, validation, test), logits, metrics)
+        # 5. The model with LoRA merged into it is saved, and tested as it was saved.
+        model = this_run.save_model(trainer, tokenizer)
+        logits = {
+            name: predict_logits(
+                model,
+                list(rows[name]["input_ids"]),
+                num_labels=len(names),
+                batch_size=args.per_device_eval_batch_size,
+                pad_token_id=tokenizer.pad_token_id,
+                accelerator=trainer.accelerator,
+            )
+            for name in ("eval", "test")
+        }
+
+        # 6. The numbers, beside those of a logistic regression
+        metrics = describe_training(args, trainer, seconds)
+        metrics |= {"num_trained_parameters": num_trained, "num_parameters": count_parameters(model)[1]}
+        if this_run.is_main:
+            parts = {"train": train, "eval": validation, "test": test}
+            ids = {name: (part.texts, [names.index(label) for label in part.labels]) for name, part in parts.items()}
+            metrics |= score_beside_baselines(logits, ids, names)
+            draw_confusion(metrics, names, this_run.output_dir)
+            this_run.finish(metrics)
+            report(args, metrics, this_run.output_dir, example=test.texts[0])
 
 
 def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
-    """The pooling and the two learning rates: what was asked for, or the defaults for this model.
+    """The pooling and the two learning rates, as given or by default for this model.
 
-    A mean of a text's tokens is for models of ours; the Hub's other classes have the last token only.
+    Only hfllm's own classifiers can use a mean over a text's tokens; others of transformers use the last token.
     """
     config = open_config(args.model)
     is_ours = isinstance(config, GPTConfig)
     if args.pooling not in (None, "last") and not is_ours:
         raise ValueError(
-            f"--pooling {args.pooling}: {args.model} is a {config.model_type}, whose classifier in transformers stands "
-            "on the last token. Leave --pooling out, or make a model of ours of it first: recipes/export.py --to hfllm."
+            f"--pooling {args.pooling}: {args.model} is a {config.model_type}, whose classifier in transformers reads "
+            "the last token. Leave --pooling out, or convert the model first: recipes/export.py --to hfllm."
         )
     size = int(config.hidden_size >= SMALL)
     head_learning_rate = args.head_learning_rate
@@ -312,7 +273,7 @@ def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
 
 
 def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTexts, LabelledTexts]:
-    """The texts to train on, to validate on and to test on: given ones, or parts of the dataset."""
+    """The texts to train on, to validate on and to test on: given files or splits, or parts of the dataset."""
     options = {name: getattr(args, name) for name in ("text_column", "label_column", "on_bad_record")}
     data = load_labelled_texts(args.dataset, dataset_config=args.dataset_config, split=args.split, **options)
     label_names(data.labels)
@@ -336,13 +297,13 @@ def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTe
     for name, part in zip(("train on", "validate on", "test on"), parts):
         if not len(part):
             raise ValueError(
-                f"{len(data):,} texts are too few: none is left to {name}. Give more, or larger fractions."
+                f"{len(data):,} texts are too few: none is left to {name}. Give more texts, or larger fractions."
             )
     return parts
 
 
 def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> PreTrainedModel:
-    """The pretrained model with a new head, in float32, whatever precision the checkpoint was exported in."""
+    """The pretrained model with a new head, in float32 for training, whatever precision it was saved in."""
     config = open_config(args.model)
     check_fit(config, num_ids=len(tokenizer), block_size=args.block_size)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -359,8 +320,7 @@ def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase
 
 
 def encode(data: LabelledTexts, tokenizer: PreTrainedTokenizerBase, names: list[str], block_size: int) -> Dataset:
-    """Token ids as `pipeline` will make them; a text longer than block_size loses its end, and its last token is a
-    token of the text still."""
+    """Token ids as `pipeline` makes them. A text longer than block_size loses its end, and no token is added to it."""
     ids = tokenizer(data.texts, truncation=False, verbose=False)["input_ids"]
     return Dataset.from_dict(
         {
@@ -377,99 +337,86 @@ def describe_lengths(parts: list[Dataset], block_size: int) -> str:
     cut = np.concatenate([part["num_cut"] for part in parts])
     text = f"Lengths in tokens: median {np.median(lengths):.0f}, 95 % at most {np.quantile(lengths, 0.95):.0f}"
     if not cut.any():
-        return f"{text}, longest {lengths.max():,}; none is cut (block_size {block_size:,})."
+        return f"{text}, longest {lengths.max():,}; no text is cut (block_size {block_size:,})."
     return (
         f"{text}. {np.count_nonzero(cut):,} texts are longer than block_size {block_size:,} and lose their end, "
         f"{cut.sum():,} of {lengths.sum() + cut.sum():,} tokens."
     )
 
 
-def training_arguments(args: ClassificationArguments) -> TrainingArguments:
-    own = {field.name for field in dataclasses.fields(TrainingArguments)}
-    shared = {name: value for name, value in vars(args).items() if name in own - {"gradient_checkpointing"}}
-    return TrainingArguments(
-        **{
-            **shared,
-            "output_dir": str(Path(args.output_dir) / "checkpoints"),
-            "max_steps": args.max_steps or -1,
-            "report_to": trackers(args.report_to),
-            "activation_checkpointing": args.gradient_checkpointing,
-            "activation_checkpointing_kwargs": {"use_reentrant": False},
-            "eval_strategy": "epoch",
-            "save_strategy": "epoch",
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "eval_loss",
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "disable_tqdm": not sys.stderr.isatty(),
-            "use_cpu": not torch.accelerator.is_available(),
-            "remove_unused_columns": False,
-        }
+def make_trainer(
+    args: ClassificationArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: dict[str, Dataset],
+    names: list[str],
+) -> ClassifierTrainer:
+    pad = DataCollatorWithPadding(tokenizer)
+    return ClassifierTrainer(
+        model=model,
+        args=training_arguments(
+            args,
+            activation_checkpointing=args.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+        ),
+        train_dataset=rows["train"],
+        eval_dataset=rows["eval"],
+        data_collator=lambda batch: pad([{name: row[name] for name in ("input_ids", "labels")} for row in batch]),
+        compute_metrics=lambda prediction: score_for_trainer(prediction, names),
+        head_learning_rate=args.head_learning_rate,
     )
 
 
-def collate_with(tokenizer: PreTrainedTokenizerBase):
-    """Rows -> a batch padded to its longest text."""
-    pad = DataCollatorWithPadding(tokenizer)
-    return lambda rows: pad([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
-
-
-def score_for_trainer(prediction, names: list[str]) -> dict[str, float]:
+def score_for_trainer(prediction: EvalPrediction, names: list[str]) -> dict[str, float]:
     scores = score_predictions(prediction.predictions, prediction.label_ids, names)
     return {name: scores[name] for name in ("accuracy", "f1_macro")}
 
 
-def predict(args: ClassificationArguments, model: PreTrainedModel, rows: Dataset, collate) -> np.ndarray:
-    """The model's logits (rows, labels), each row once, however many processes share the work."""
-    arguments = TrainingArguments(
-        output_dir=str(Path(args.output_dir) / "checkpoints"),
-        per_device_eval_batch_size=args.per_device_eval_batch_size,
-        bf16=args.bf16,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        use_cpu=not torch.accelerator.is_available(),
-        report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    logits = Trainer(model=model, args=arguments, data_collator=collate).predict(rows).predictions
-    assert len(logits) == len(rows)
-    return logits
+def describe_training(args: ClassificationArguments, trainer: ClassifierTrainer, seconds: float) -> dict[str, Any]:
+    """What training took, for `metrics.json`; of a run that was resumed, tokens and seconds since then."""
+    num_tokens, num_places = trainer.count_tokens()
+    evaluating = sum(entry.get("eval_runtime", 0) for entry in trainer.state.log_history)
+    return {
+        "method": args.method,
+        "train_texts": len(trainer.train_dataset),
+        "train_tokens": num_tokens,
+        "padding_waste": 1 - num_tokens / num_places if num_tokens else None,
+        "train_seconds": round(seconds, 1),
+        "tokens_per_second": num_tokens / (seconds - evaluating) if num_tokens else None,
+        "train_steps": trainer.state.global_step,
+        "best_checkpoint": Path(trainer.state.best_model_checkpoint or "").name or None,
+        "seed": args.seed,
+    }
 
 
-def finish(
-    args: ClassificationArguments,
-    names: list[str],
-    parts: tuple[LabelledTexts, ...],
-    logits: dict[str, np.ndarray],
-    metrics: dict[str, Any],
-) -> None:
-    """Score the predictions beside the baselines, write `metrics.json` and the picture, and tell."""
-    output_dir = Path(args.output_dir)
-    texts = {name: (part.texts, [names.index(label) for label in part.labels]) for name, part in zip(PARTS, parts)}
-    metrics |= score_beside_baselines(logits, texts, names)
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+def draw_confusion(metrics: dict[str, Any], names: list[str], output_dir: Path) -> None:
     title = f"{output_dir.resolve().name}: {metrics['test_texts']:,} test texts"
     test = {name.removeprefix("test_"): value for name, value in metrics.items() if name.startswith("test_")}
     plot_confusion(test, names, output_dir / "confusion.png", title=title)
-    write_page_and_card(output_dir)
 
+
+def report(args: ClassificationArguments, metrics: dict[str, Any], output_dir: Path, *, example: str) -> None:
     print(f"\n{describe_scores(metrics)}")
-    text = parts[2].texts[0].split("\n")[0][:60]
+    speed = ""
+    if metrics["train_tokens"]:
+        speed = (
+            f", {metrics['tokens_per_second']:,.0f} tokens/s; {metrics['padding_waste']:.1%} of the batches was padding"
+        )
     adapter = (
-        f"\n{output_dir}/adapter          what LoRA learned, to stand on its base" if args.method == "lora" else ""
+        f"\n{output_dir}/adapter          LoRA's matrices alone, to load on the base" if args.method == "lora" else ""
     )
-    waste = metrics["padding_waste"]
-    speed = (
-        ""
-        if waste is None
-        else f", {metrics['tokens_per_second']:,.0f} tokens/s; {waste:.1%} of the batches was padding"
-    )
+    text = example.split("\n")[0][:60]
     print(f"""
 {metrics["train_tokens"]:,} tokens in {metrics["train_seconds"]:,.0f} seconds{speed}.
 
-{output_dir}                  the model with what it learned merged in, and its tokenizer{adapter}
-{output_dir}/confusion.png    what it confuses, and how far its confidence can be believed
+{output_dir}                  the model, with everything it learned merged in, and its tokenizer{adapter}
+{output_dir}/confusion.png    which labels it confuses, and how far its confidence can be trusted
 {output_dir}/report.html      the run's page, to open in a browser
-{output_dir}/metrics.json     all numbers; log.jsonl has the course
+{output_dir}/metrics.json     all numbers; log.jsonl has the losses of each step
 
 Next, in Python:
     import hfllm; from transformers import pipeline

@@ -29,33 +29,23 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
 
-import contextlib
 import dataclasses
 import functools
-import json
+import math
 import shlex
-import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.hf_argparser import HfArg
-from transformers.utils import logging as transformers_logging
 
-from hfllm.adapters import add_lora, count_parameters, describe_trained, merge_adapter, save_adapter
-from hfllm.cli.arguments import check_numbers, check_recipe, run, save_arguments
+from hfllm.adapters import add_lora, count_parameters, describe_trained
+from hfllm.cli.arguments import check_numbers, check_recipe, run
 from hfllm.cli.opening import check_fit, open_causal_lm
 from hfllm.data.conversations import (
     Conversation,
@@ -73,15 +63,17 @@ from hfllm.data.instruction import (
     padding_token_id,
 )
 from hfllm.data.templates import TEMPLATES, check_template, choose_template
-from hfllm.evaluation.replies import Reply, answer, exact_match, last_response, stop_at_turns
+from hfllm.evaluation.replies import Reply, answer, exact_match, stop_at_turns
 from hfllm.evaluation.rows import score_rows
+from hfllm.fine_tuning.instruction import (
+    choose_eval_steps,
+    choose_num_epochs,
+    describe_learning,
+    describe_samples,
+)
 from hfllm.fine_tuning.responses import learned_loss, logits_only_at, shift_left
-from hfllm.fine_tuning.run import Course, LogFile, newest_checkpoint, prepare_folder, trackers
-from hfllm.hub import write_page_and_card
-from hfllm.report import save_environment
-from hfllm.runs.lock import run_lock
+from hfllm.fine_tuning.run import Course, open_run, training_arguments
 from hfllm.tokenization import load_tokenizer
-from hfllm.training.devices import keep_freed_memory
 from hfllm.training.optimization import build_muon
 
 
@@ -133,7 +125,9 @@ class InstructionArguments:
     bf16: bool = HfArg(default=False, help="Compute in bfloat16, where the device is fast at it.")
 
     # Optimization
-    num_train_epochs: float = HfArg(default=2.0, help="Passes over the rows, if max_steps is not given.")
+    num_train_epochs: float | None = HfArg(
+        default=None, help="Passes over the rows, if max_steps is not given. Default: 2 to 20, more for small data."
+    )
     max_steps: int | None = HfArg(default=None, help="Optimizer steps; default: num_train_epochs.")
     per_device_train_batch_size: int = HfArg(default=8, help="Rows per device and forward pass.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
@@ -152,7 +146,15 @@ class InstructionArguments:
     output_dir: str = HfArg(default="out/chat", help="The run's folder. A run that stands there goes on.")
     overwrite_output_dir: bool = HfArg(default=False, help="Delete the run that stands there and start anew.")
     logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
-    eval_steps: int = HfArg(default=100, help="Steps between two evaluations.")
+    eval_steps: int | None = HfArg(
+        default=None, help="Steps between two evaluations. Default: a tenth of the run, at most 100."
+    )
+    load_best_model_at_end: bool = HfArg(
+        default=True, help="Save a checkpoint at each evaluation, and keep the one with the lowest validation loss."
+    )
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="Stop after this many evaluations in a row without a lower validation loss. Default: never."
+    )
     per_device_eval_batch_size: int = HfArg(default=16, help="Rows, or prompts to answer, per device in evaluation.")
     save_steps: int = HfArg(default=200, help="Steps between two checkpoints.")
     save_total_limit: int | None = HfArg(default=1, help="Checkpoints kept.")
@@ -185,9 +187,9 @@ class InstructionArguments:
 
 
 class InstructionTrainer(Trainer):
-    """transformers' Trainer, which computes logits where something is learned, and evaluates by a sum over tokens.
+    """Trainer that computes logits only where something is learned, and evaluates by a sum over tokens.
 
-    Its own evaluation is a mean of batch means, which is another number for any other batch size.
+    Trainer's own evaluation is a mean of batch means, which depends on the batch size.
     """
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs):
@@ -203,43 +205,27 @@ class InstructionTrainer(Trainer):
 
 def main(args: InstructionArguments) -> None:
     args.check()
-    output_dir = Path(args.output_dir)
-    is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # of loading and writing; training has its own
-    keep_freed_memory()
-    with run_lock(output_dir) if is_main else contextlib.nullcontext():
-        # Whether the run is finished is the main process's answer, for all of them.
-        [is_finished] = broadcast_object_list([is_main and prepare_folder(args)])
-        if is_finished:
+    with open_run(args) as this_run:
+        if this_run.is_finished:
             return
 
         # 1. The model and its tokenizer, whose chat template says how a conversation is written
         tokenizer = load_tokenizer(args.model)
-        said = choose_template(tokenizer, args.chat_template)
+        template_note = choose_template(tokenizer, args.chat_template)
         check_template(tokenizer)
-        set_seed(args.seed)
         # Training needs float32 weights, whatever precision the checkpoint was exported in.
         model = open_causal_lm(args.model, dtype=torch.float32)
         block_size = choose_block_size(args, model, tokenizer)
-        pad_token_id = padding_token_id(tokenizer)
 
         # 2. Conversations to token ids, and the mask of what is learned
-        (training, validation, test), description = load_data(args)
-        sides = {"train": training, "eval": validation, "test": test}
-        rows = {}
-        for name, side in sides.items():
-            on_prompt = args.train_on_prompt and name == "train"  # what is measured is always the responses
-            encoded = encode_conversations(side, tokenizer, max_length=block_size, train_on_prompt=on_prompt)
-            rows[name] = ConversationRows(
-                encoded, block_size=block_size, pad_token_id=pad_token_id, packing=args.packing
-            )
+        sides, description = load_data(args)
+        rows = {name: encode_side(args, name, side, tokenizer, block_size) for name, side in sides.items()}
         if args.packing:
             check_packing(model, rows["train"])
-        # The model stops at the end of its turn as well as at the end of a document, in everybody's `generate`.
+        # From now on the model stops at the end of its turn as well as at the end of a document, in any `generate`.
         stop_at_turns(model, tokenizer, stop_token_id=rows["train"].encoded.stop_token_id)
 
-        # 3. What is trained: small matrices beside the frozen weights, or everything
+        # 3. What is trained: LoRA's small matrices beside the frozen weights, or all weights
         if args.method == "lora":
             model = add_lora(
                 model,
@@ -251,15 +237,13 @@ def main(args: InstructionArguments) -> None:
         elif args.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trainer = make_trainer(args, model, rows)
-        if is_main:
-            save_arguments(args, output_dir / "arguments.yaml")
-            save_environment(output_dir, num_processes=trainer.args.world_size)
-            if said:
-                print(said)
-            describe(args, description, sides, rows, tokenizer, model)
+        this_run.begin(trainer, "validation {eval_loss:.4f} nats per response token".format_map)
+        if this_run.is_main:
+            print(describe_data(args, template_note, description, sides, rows, tokenizer))
+            print(describe_trained(model), flush=True)
 
         # 4. What the model says before
-        questions = [test[row.index] for row in rows["test"].encoded.rows]
+        questions = [sides["test"][row.index] for row in rows["test"].encoded.rows]
         samples = pick_samples(questions, args.num_samples)
         replies_to = functools.partial(
             answer,
@@ -274,41 +258,30 @@ def main(args: InstructionArguments) -> None:
             "test_loss_before": response_loss(trainer, rows["test"]),
         }
 
-        # 5. Training: transformers' Trainer, which divides the summed loss by the count of learned tokens, whatever
-        # the accumulation and the number of processes
-        started = time.perf_counter()
-        [last] = broadcast_object_list([newest_checkpoint(output_dir) if is_main else None])
-        trainer.train(resume_from_checkpoint=last)
-        metrics["train_seconds"] = round(time.perf_counter() - started, 1)
+        # 5. Training: transformers' Trainer, which divides the summed loss by the number of learned tokens, whatever
+        #    the accumulation and the number of processes
+        metrics["train_seconds"] = round(this_run.train(trainer), 1)
 
         # 6. What it says after
         metrics["eval_loss"] = response_loss(trainer, rows["eval"])
         metrics["test_loss"] = response_loss(trainer, rows["test"])
         if args.check_answers if args.check_answers is not None else args.dataset == "stdlib":
-            checked = questions[: args.max_answers]
-            metrics |= {"test_questions": len(questions), **exact_match(checked, replies_to(checked))}
-            # The same questions as people may put them: in other words, or in a chat, each after another question and
-            # its right answer.
-            others = {}
-            if args.reword_questions:
-                reworded = reword_questions(checked, seed=args.seed)
-                others["reworded"] = [row for row, asked in zip(reworded, checked) if row.messages != asked.messages]
-            if args.max_turns > 1 and args.dataset == "stdlib":
-                others["second_turn"] = list(map(follow_up, [checked[-1], *checked], checked))
-            for name, asked in others.items():
-                if asked:  # of few questions perhaps none has other words
-                    metrics[f"test_exact_match_{name}"] = exact_match(asked, replies_to(asked))["test_exact_match"]
+            metrics |= {"test_questions": len(questions), **check_answers(args, questions, replies_to)}
         after = replies_to(samples)
 
-        # 7. The model as everybody's tools open it: LoRA merged into the weights, and beside it the adapter alone
-        metrics |= describe_run(args, trainer, rows["train"])
-        save_model(args, trainer, tokenizer, output_dir)
-        if is_main:
-            write_samples(output_dir / "samples.txt", samples, before, after)
-            (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-            write_page_and_card(output_dir)
-            report(args, metrics, output_dir, pick_example(samples, after))
-        trainer.accelerator.end_training()
+        # 7. The model in the form that other tools open: LoRA merged into the weights, and beside it the adapter alone
+        metrics |= describe_training(args, trainer, rows["train"])
+        this_run.save_model(trainer, tokenizer)
+        if this_run.is_main:
+            if args.method == "lora" and args.chat_template is not None:  # the base's tokenizer does not have it
+                tokenizer.save_pretrained(this_run.output_dir / "adapter")
+            text = describe_samples(samples, before, after)
+            (this_run.output_dir / "samples.txt").write_text(text, encoding="utf-8")
+            print(f"\n{text}")
+        this_run.finish(metrics)
+        if this_run.is_main:
+            report(args, metrics, this_run.output_dir)
+            print(f"\n{describe_learning(metrics, samples, after)}")
 
 
 def choose_block_size(args: InstructionArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -319,9 +292,8 @@ def choose_block_size(args: InstructionArguments, model: PreTrainedModel, tokeni
     return args.block_size or min(context, 1024)
 
 
-def load_data(
-    args: InstructionArguments,
-) -> tuple[tuple[list[Conversation], list[Conversation], list[Conversation]], str]:
+def load_data(args: InstructionArguments) -> tuple[dict[str, list[Conversation]], str]:
+    """The conversations of the sides "train", "eval" and "test", and what they are in words."""
     column_map = {}
     for each in args.column_map or []:
         name, equals, meaning = each.partition("=")
@@ -336,7 +308,7 @@ def load_data(
         on_bad_record=args.on_bad_record,
         seed=args.seed,
     )
-    sides = split_conversations(
+    train, validation, test = split_conversations(
         conversations.rows,
         validation_fraction=args.validation_fraction,
         test_fraction=args.test_fraction,
@@ -344,47 +316,53 @@ def load_data(
     )
     description = conversations.description
     if args.num_further_questions:
-        known = [conversation for side in sides for conversation in side]
+        known = [*train, *validation, *test]
         further = further_questions(args.num_further_questions, seed=args.seed, held_back=known)
-        sides = (sides[0] + further, *sides[1:])
+        train = train + further
         description += f"; {len(further):,} further expressions to train on"
     if args.reword_questions:
-        sides = (reword_questions(sides[0], seed=args.seed), *sides[1:])
-        description += "; expressions to train on are put in several wordings"
+        train = reword_questions(train, seed=args.seed)
+        description += "; the expressions to train on are asked in several wordings"
     if args.max_turns > 1:
-        sides = (join_turns(sides[0], max_turns=args.max_turns, seed=args.seed), *sides[1:])
-    return sides, description
+        train = join_turns(train, max_turns=args.max_turns, seed=args.seed)
+    return {"train": train, "eval": validation, "test": test}, description
+
+
+def encode_side(
+    args: InstructionArguments,
+    name: str,
+    side: list[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+) -> ConversationRows:
+    """Rows of token ids with the mask of what is learned; what is measured is always the responses alone."""
+    on_prompt = args.train_on_prompt and name == "train"
+    encoded = encode_conversations(side, tokenizer, max_length=block_size, train_on_prompt=on_prompt)
+    return ConversationRows(
+        encoded, block_size=block_size, pad_token_id=padding_token_id(tokenizer), packing=args.packing
+    )
 
 
 def make_trainer(
     args: InstructionArguments, model: torch.nn.Module, rows: dict[str, ConversationRows]
 ) -> InstructionTrainer:
-    arguments = TrainingArguments(
-        output_dir=str(Path(args.output_dir) / "checkpoints"),
-        max_steps=args.max_steps or -1,
-        num_train_epochs=args.num_train_epochs,
-        per_device_train_batch_size=args.per_device_train_batch_size,
-        per_device_eval_batch_size=args.per_device_eval_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+    num_epochs = args.num_train_epochs or choose_num_epochs(len(rows["train"]), rows_per_step=rows_per_step)
+    num_steps = args.max_steps or math.ceil(num_epochs * math.ceil(len(rows["train"]) / rows_per_step))
+    eval_steps = args.eval_steps or choose_eval_steps(num_steps)
+    arguments = training_arguments(
+        args,
+        num_train_epochs=num_epochs,
         learning_rate=learning_rate_of(args),
-        lr_scheduler_type=args.lr_scheduler_type,
-        warmup_steps=args.warmup_steps,
-        weight_decay=args.weight_decay,
-        max_grad_norm=args.max_grad_norm,
         train_sampling_strategy="random" if args.packing else "group_by_length",
         eval_strategy="steps",
-        eval_steps=args.eval_steps,
-        logging_steps=args.logging_steps,
-        save_steps=args.save_steps,
-        save_total_limit=args.save_total_limit,
-        report_to=trackers(args.report_to),
-        bf16=args.bf16,
-        seed=args.seed,
-        use_cpu=not torch.accelerator.is_available(),
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.accelerator.is_available(),
+        eval_steps=eval_steps,
+        save_steps=eval_steps if args.load_best_model_at_end else args.save_steps,
+        metric_for_best_model="eval_loss",
+        restore_callback_states_from_checkpoint=args.early_stopping_patience is not None,
     )
-    trainer = InstructionTrainer(
+    stopping = [EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience else []
+    return InstructionTrainer(
         model,
         arguments,
         optimizers=(muon(args, model) if args.optimizer == "muon" else None, None),
@@ -392,11 +370,8 @@ def make_trainer(
         eval_dataset=rows["eval"],
         data_collator=rows["train"].collate,
         compute_loss_func=learned_loss,
+        callbacks=stopping,
     )
-    trainer.remove_callback(PrinterCallback)  # log.jsonl has it all
-    describe_evaluation = "validation {eval_loss:.4f} nats per response token".format_map
-    trainer.add_callback(LogFile(Path(args.output_dir) / "log.jsonl", describe_evaluation))
-    return trainer
 
 
 def learning_rate_of(args: InstructionArguments) -> float:
@@ -429,7 +404,7 @@ def response_loss(trainer: InstructionTrainer, rows: ConversationRows) -> float:
 
 
 def pick_samples(questions: list[Conversation], number: int) -> list[Conversation]:
-    """Some test questions, of each kind as many as there are kinds to share them."""
+    """Some test questions, as evenly from all kinds as possible."""
     seen: Counter[str | None] = Counter()
     order = []
     for position, question in enumerate(questions):
@@ -438,34 +413,59 @@ def pick_samples(questions: list[Conversation], number: int) -> list[Conversatio
     return [questions[position] for _, position in sorted(order)[:number]]
 
 
-def follow_up(before: Conversation, question: Conversation) -> Conversation:
-    return dataclasses.replace(question, messages=[*before.messages, *question.messages])
+def check_answers(
+    args: InstructionArguments, questions: list[Conversation], replies_to: Callable[[list[Conversation]], list[Reply]]
+) -> dict[str, float]:
+    """Exact match on the test questions, and on the same questions as people may put them.
+
+    That is in other words, and in a chat, each after another question and its right answer.
+    """
+    asked = questions[: args.max_answers]
+    numbers = exact_match(asked, replies_to(asked))
+    others = {}
+    if args.reword_questions:
+        pairs = zip(asked, reword_questions(asked, seed=args.seed), strict=True)
+        others["reworded"] = [reworded for question, reworded in pairs if reworded.messages != question.messages]
+    if args.max_turns > 1 and args.dataset == "stdlib":
+        others["second_turn"] = [
+            dataclasses.replace(question, messages=[*before.messages, *question.messages])
+            for before, question in zip([asked[-1], *asked], asked)
+        ]
+    for name, variant in others.items():
+        if variant:  # of a few questions perhaps none has other words
+            numbers[f"test_exact_match_{name}"] = exact_match(variant, replies_to(variant))["test_exact_match"]
+    return numbers
 
 
-def describe(
+def describe_data(
     args: InstructionArguments,
+    template_note: str | None,
     description: str,
     sides: dict[str, list[Conversation]],
     rows: dict[str, ConversationRows],
     tokenizer: PreTrainedTokenizerBase,
-    model: torch.nn.Module,
-) -> None:
+) -> str:
     training, encoded = rows["train"], rows["train"].encoded
-    how = "a row each, rows of about equal lengths together"
+    how = "one conversation per row, rows of similar length in a batch"
     if args.packing:
         how = f"packed into {len(training):,} rows of up to {training.block_size}, {training.packing_waste:.1%} empty"
-    print(
-        f"{description}\n"
+    lines = [template_note] if template_note else []
+    lines += [
+        description,
         f"Split by prompts: {len(sides['train']):,} to train on, {len(sides['eval']):,} to validate, "
-        f"{len(sides['test']):,} to test.\n"
-        f"Training: {encoded.summary()}; {how}.\n"
-        "The first conversation, with what is learned between >> and <<:\n\n"
-        f"{mark_learned(encoded.rows[0], tokenizer)}\n{describe_trained(model)}",
-        flush=True,
-    )
+        f"{len(sides['test']):,} to test.",
+        f"Training: {encoded.summary()}; {how}.",
+        "The first conversation, with what is learned between >> and <<:\n",
+        mark_learned(encoded.rows[0], tokenizer),
+    ]
+    return "\n".join(lines)
 
 
-def describe_run(args: InstructionArguments, trainer: InstructionTrainer, rows: ConversationRows) -> dict[str, Any]:
+def describe_training(
+    args: InstructionArguments, trainer: InstructionTrainer, rows: ConversationRows
+) -> dict[str, Any]:
+    """What was trained and how fast, for `metrics.json`."""
+    best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
     runtime = next((entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry), None)
     trained, total = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
     return {
@@ -473,6 +473,8 @@ def describe_run(args: InstructionArguments, trainer: InstructionTrainer, rows: 
         "train_rows": len(rows),
         "train_padding_share": rows.seen_padding_share,
         "train_steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "best_checkpoint": best and Path(best).name,
         "tokens_per_second": round(rows.tokens_seen * trainer.args.world_size / runtime, 1) if runtime else None,
         "num_parameters": total,
         "num_trained_parameters": trained,
@@ -482,77 +484,35 @@ def describe_run(args: InstructionArguments, trainer: InstructionTrainer, rows: 
     }
 
 
-def save_model(
-    args: InstructionArguments, trainer: InstructionTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path
-) -> None:
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if args.method == "lora" and trainer.is_world_process_zero():
-        save_adapter(model, output_dir / "adapter")
-        if args.chat_template is not None:  # the base's tokenizer does not have it
-            tokenizer.save_pretrained(output_dir / "adapter")
-        merged = merge_adapter(model)
-        merged.config.use_cache = True  # Trainer switched it off
-        merged.save_pretrained(output_dir)
-    elif args.method == "full":
-        model.config.use_cache = True
-        trainer.save_model(str(output_dir))
-        (output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle; arguments.yaml says the same
-    if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(output_dir)
+KINDS = {"reworded": "expressions in other words", "second_turn": "all kinds as the second turn of a chat"}
 
 
-def write_samples(path: Path, samples: list[Conversation], before: list[Reply], after: list[Reply]) -> None:
-    parts = []
-    for question, old, new in zip(samples, before, after):
-        last = last_response(question)
-        parts.append(
-            f"--- {question.messages[last - 1]['content']}\n"
-            f"expected: {question.messages[last]['content']}\nbefore:   {old.text!r:.200}\nafter:    {new.text}\n"
-        )
-    path.write_text("\n".join(parts), encoding="utf-8")
-    print("\n" + "\n".join(parts))
-
-
-def pick_example(samples: list[Conversation], replies: list[Reply]) -> str | None:
-    """The first line of a question that was answered as it should be, or else of any."""
-    right, wrong = [], []
-    for question, reply in zip(samples, replies):
-        last = last_response(question)
-        is_right = reply.text == question.messages[last]["content"].strip()
-        (right if is_right else wrong).append(question.messages[last - 1]["content"].split("\n")[0][:200])
-    return next(iter(right + wrong), None)
-
-
-def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path, example: str | None) -> None:
-    exact = ""
+def report(args: InstructionArguments, metrics: dict[str, Any], output_dir: Path) -> None:
+    print(
+        f"Loss in nats per response token (prompts do not count): validation {metrics['eval_loss_before']:.4f} before, "
+        f"{metrics['eval_loss']:.4f} after; test {metrics['test_loss_before']:.4f} before, {metrics['test_loss']:.4f} "
+        "after."
+    )
     if "test_exact_match" in metrics:
-        kinds = ", ".join(
-            f"{name.removeprefix('test_exact_match_')} {value:.1%}"
-            for name, value in metrics.items()
-            if name.startswith("test_exact_match_")
-        )
-        kinds = kinds.replace("reworded", "expressions in other words")
-        kinds = kinds.replace("second_turn", "all kinds as the second turn of a chat")
-        exact = (
+        prefix = "test_exact_match_"
+        shares = {name.removeprefix(prefix): share for name, share in metrics.items() if name.startswith(prefix)}
+        kinds = ", ".join(f"{KINDS.get(kind, kind)} {share:.1%}" for kind, share in shares.items())
+        print(
             f"Exact match on {metrics['test_answers']:,} of {metrics['test_questions']:,} test questions, none of "
             f"which was in training: {metrics['test_exact_match']:.1%}{f' ({kinds})' if kinds else ''}. "
             f"{metrics['test_answers_unfinished']:,} replies had no end after --max_new_tokens {args.max_new_tokens}, "
-            f"{metrics['test_answers_empty']:,} were empty.\n"
+            f"{metrics['test_answers_empty']:,} were empty."
         )
     adapter = f"{output_dir}/adapter             LoRA's matrices alone\n" if args.method == "lora" else ""
     print(
-        f"Loss in nats per response token (prompts do not count): validation {metrics['eval_loss_before']:.4f} before, "
-        f"{metrics['eval_loss']:.4f} after; test {metrics['test_loss_before']:.4f} and {metrics['test_loss']:.4f}.\n"
-        f"{exact}"
-        f"{metrics['train_steps']:,} steps in {metrics['train_seconds'] / 60:.1f} minutes with evaluations, "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['train_padding_share']:.1%} of the places padding.\n\n"
+        f"{metrics['train_steps']:,} steps ({metrics['epochs']:.1f} epochs) in "
+        f"{metrics['train_seconds'] / 60:.1f} minutes with evaluations: {metrics['tokens_per_second']:,.0f} tokens/s, "
+        f"{metrics['train_padding_share']:.1%} padding.\n\n"
         f"{output_dir}/model.safetensors   the model, with its tokenizer and code beside it\n{adapter}"
         f"{output_dir}/samples.txt         replies before and after; metrics.json has the numbers\n"
         f"{output_dir}/report.html         the run's page, to open in a browser\n\n"
         f"Next, talk to it:\n    python recipes/chat.py --model {shlex.quote(str(output_dir))}"
     )
-    if example:
-        print(f"It knows the kind of question that it was taught, for example:\n    {example}")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
 
-import contextlib
 import dataclasses
 import importlib.util
-import json
 import logging
 import math
 import shlex
@@ -26,24 +24,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
-from transformers.utils.logging import disable_progress_bar
 
-from hfllm.adapters import count_parameters, describe_trained, lora_config, merge_adapter, save_adapter
-from hfllm.cli.arguments import check_numbers, check_recipe, run, save_arguments
+from hfllm.adapters import count_parameters, describe_trained, lora_config
+from hfllm.cli.arguments import check_numbers, check_recipe, run
 from hfllm.cli.opening import check_fit, open_causal_lm
 from hfllm.data.conversations import load_preferences
 from hfllm.data.templates import check_template, without_control_tokens
-from hfllm.fine_tuning.run import LogFile, newest_checkpoint, prepare_folder
-from hfllm.hub import write_page_and_card
-from hfllm.report import save_environment
-from hfllm.runs.lock import run_lock
+from hfllm.fine_tuning.run import open_run, training_arguments
 from hfllm.tokenization import load_tokenizer
-from hfllm.training.devices import keep_freed_memory
 
 
 @dataclasses.dataclass
@@ -96,94 +87,71 @@ def main(args: PreferenceArguments) -> None:
     args.check()
     from trl import DPOConfig, DPOTrainer
 
-    output_dir = Path(args.output_dir)
-    is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
-    keep_freed_memory()
-    disable_progress_bar()
-    with run_lock(output_dir) if is_main else contextlib.nullcontext():
-        # Whether the run is finished is the main process's answer, for all of them.
-        [is_finished] = broadcast_object_list([is_main and prepare_folder(args)])
-        if is_finished:
+    with open_run(args) as this_run:
+        if this_run.is_finished:
             return
 
         # 1. The model, which is also the reference, and its tokenizer
         tokenizer = load_tokenizer(args.model)
         check_template(tokenizer)
-        set_seed(args.seed)
         model = open_causal_lm(args.model, dtype=torch.float32)
         check_fit(model.config, num_ids=len(tokenizer), block_size=args.block_size)
         stop_ids = model.generation_config.eos_token_id
 
         # 2. Pairs of replies to one prompt, rendered by the model's own chat template
-        sides, account = load_pairs(args, tokenizer)
-        if is_main:
-            save_arguments(args, output_dir / "arguments.yaml")
+        training, validation, account = load_pairs(args, tokenizer)
+        if this_run.is_main:
             print(
-                f"{account['rows']:,} preferences ({account['bad_records']:,} bad rows left out): {len(sides[0]):,} to "
-                f"train on, {len(sides[1]):,} to validate, split by prompts."
+                f"{account['rows']:,} preferences ({account['bad_records']:,} bad rows left out): {len(training):,} to "
+                f"train on, {len(validation):,} to validate, split by prompts."
             )
 
         # 3. DPO: TRL's trainer, with LoRA as the only difference between the policy and the reference
         trainer = DPOTrainer(
             model,
-            args=DPOConfig(
-                output_dir=str(output_dir / "checkpoints"),
-                beta=args.beta,
+            args=training_arguments(
+                args,
+                kind=DPOConfig,
                 max_length=args.block_size or min(getattr(model.config, "max_position_embeddings", 1024), 1024),
-                num_train_epochs=args.num_train_epochs,
-                max_steps=args.max_steps or -1,
-                per_device_train_batch_size=args.per_device_train_batch_size,
                 per_device_eval_batch_size=args.per_device_train_batch_size,
-                gradient_accumulation_steps=args.gradient_accumulation_steps,
-                learning_rate=args.learning_rate,
-                warmup_steps=args.warmup_steps,
-                bf16=args.bf16,
-                seed=args.seed,
-                logging_steps=args.logging_steps,
-                save_steps=args.save_steps,
-                save_total_limit=args.save_total_limit,
-                report_to="none",
-                use_cpu=not torch.accelerator.is_available(),
             ),
-            train_dataset=sides[0],
-            eval_dataset=sides[1],
+            train_dataset=training,
+            eval_dataset=validation,
             processing_class=tokenizer,
             peft_config=lora_config(model, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout),
-            callbacks=[LogFile(output_dir / "log.jsonl")],
         )
-        trainer.remove_callback(PrinterCallback)  # log.jsonl has it all
-        if is_main:
-            save_environment(output_dir, num_processes=trainer.args.world_size)
+        this_run.begin(trainer)
+        if this_run.is_main:
             print(describe_trained(trainer.model))
 
         # 4. Before, training, after. Before the first update the policy is the reference: margins of 0, a loss of ln 2.
         before = trainer.evaluate()
-        [last] = broadcast_object_list([newest_checkpoint(output_dir) if is_main else None])
-        trainer.train(resume_from_checkpoint=last)
+        this_run.train(trainer)
         after = trainer.evaluate()
 
         # 5. The adapter merged into the model, and beside it alone
-        trained, total = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
-        if is_main:
-            policy = trainer.accelerator.unwrap_model(trainer.model)
-            save_adapter(policy, output_dir / "adapter")
-            merged = merge_adapter(policy)
-            merged.generation_config.eos_token_id = stop_ids
-            merged.config.use_cache = True
-            merged.save_pretrained(output_dir)
-            tokenizer.save_pretrained(output_dir)
-            metrics = {**account, **numbers(before, "_before"), **numbers(after, ""), "beta": args.beta}
-            metrics |= {"train_steps": trainer.state.global_step, "seed": args.seed}
-            metrics |= {"num_parameters": total, "num_trained_parameters": trained}
-            (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-            write_page_and_card(output_dir)
-            report(metrics, output_dir)
-        trainer.accelerator.end_training()
+        num_trained, num_parameters = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
+        model.generation_config.eos_token_id = stop_ids
+        this_run.save_model(trainer, tokenizer)
+        metrics = {
+            **account,
+            **select_numbers(before, "_before"),
+            **select_numbers(after, ""),
+            "beta": args.beta,
+            "train_steps": trainer.state.global_step,
+            "seed": args.seed,
+            "num_parameters": num_parameters,
+            "num_trained_parameters": num_trained,
+        }
+        this_run.finish(metrics)
+        if this_run.is_main:
+            report(metrics, this_run.output_dir)
 
 
 def load_pairs(
     args: PreferenceArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[tuple[Dataset, Dataset], dict[str, Any]]:
+) -> tuple[Dataset, Dataset, dict[str, Any]]:
+    """The pairs to train on and to validate on, as TRL reads them, and an account of the rows that were read."""
     training, validation, account = load_preferences(
         args.dataset or "",
         dataset_config=args.dataset_config,
@@ -192,14 +160,16 @@ def load_pairs(
         validation_fraction=args.validation_fraction,
         seed=args.seed,
     )
-    sides = []
-    for side in (training, validation):
-        rows = [{name: without_control_tokens(row[name], tokenizer) for name in row} for row in side]
-        sides.append(Dataset.from_list(rows))
-    return (sides[0], sides[1]), account
+
+    def as_dataset(side: list[dict[str, Any]]) -> Dataset:
+        return Dataset.from_list(
+            [{name: without_control_tokens(messages, tokenizer) for name, messages in row.items()} for row in side]
+        )
+
+    return as_dataset(training), as_dataset(validation), account
 
 
-def numbers(evaluation: dict[str, float], when: str) -> dict[str, float]:
+def select_numbers(evaluation: dict[str, float], when: str) -> dict[str, float]:
     """TRL's numbers by our names: the loss, the share of pairs whose chosen reply gained more, and by how much."""
     names = {
         "eval_loss": "eval_loss",

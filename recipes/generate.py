@@ -95,26 +95,26 @@ def main(args: GenerateArguments) -> None:
     model = open_causal_lm(args.model).to(device).eval()
     tokenizer = load_tokenizer(args.model)
 
-    # 2. Text to token ids: the tokenizer puts its start token first, as each document in training had it. Prompts of
-    # different lengths are padded on the left, so that each row ends where its next token comes.
+    # 2. Text to token ids. The tokenizer adds its start token, as at the beginning of each document in training.
+    #    Prompts of different lengths are padded on the left, so that each row ends where its next token comes.
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # only a filling: the attention mask says where the text is
+        tokenizer.pad_token = tokenizer.eos_token  # any token will do: the attention mask says where the text is
     inputs = tokenizer(prompts or [tokenizer.bos_token], add_special_tokens=bool(prompts), padding=True)
     input_ids = torch.tensor(inputs.input_ids, device=model.device)  # (B, T)
     attention_mask = torch.tensor(inputs.attention_mask, device=model.device)
     if input_ids.max() >= model.config.vocab_size:
         raise ValueError(
             f"The tokenizer gives the prompt the id {input_ids.max()}, but the model's vocabulary has only "
-            f"{model.config.vocab_size:,}. They do not belong together."
+            f"{model.config.vocab_size:,} ids: the tokenizer belongs to another model."
         )
     if note := explain_length(model, int(attention_mask.sum(-1).max()), args.max_new_tokens):
         print(note)
-    # What is said above, the libraries would say again in the middle of the text.
+    # The libraries would repeat this note in the middle of the text.
     for name in ("hfllm.model", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
-    # 3. Token after token; a single text is printed as it comes, each piece as soon as it is certain how it reads
+    # 3. Token after token. A single text is printed as it is written, each piece once its characters are complete.
     choice = {"do_sample": False}
     if args.do_sample:
         choice = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
@@ -142,56 +142,56 @@ def main(args: GenerateArguments) -> None:
                     print(f"--- prompt {number}{', ' if sample else ''}{sample}\n{prompt}{end_at(args.stop, text)}")
     except KeyboardInterrupt:
         if streamer:
-            streamer.end()  # it holds back the last word
+            streamer.end()  # prints the last word, which it holds back
         print("(stopped)")
         sys.exit(130)
 
 
 def read_prompts(args: GenerateArguments) -> list[str]:
-    """The prompts of --prompt or --prompt_file; none to begin a document."""
+    """The prompts of --prompt or --prompt_file; an empty list means the start of a document."""
     if args.prompt_file is None:
         return args.prompt or []
     path = Path(args.prompt_file)
     if not path.is_file():
-        raise ValueError(f"--prompt_file {path} is no file. Give a text file with a prompt in each line, or a .jsonl.")
+        raise ValueError(f"--prompt_file {path} is not a file. Give a text file with one prompt per line, or a .jsonl.")
     try:
         prompts = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         if path.suffix == ".jsonl":
             prompts = [json.loads(line)["prompt"] for line in prompts]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"--prompt_file {path} must be UTF-8, with a prompt in each line, or .jsonl with a 'prompt' each: {error!r}"
+            f"--prompt_file {path} must be UTF-8 with one prompt per line, or .jsonl with a 'prompt' in each: {error!r}"
         ) from error
     if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
-        raise ValueError(f"--prompt_file {path} holds no prompt, or one that is empty or no text.")
+        raise ValueError(f"--prompt_file {path} holds no prompts, or one that is empty or not a text.")
     return prompts
 
 
 def explain_length(model: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> str | None:
-    """What happens past the model's context, if the text may get there; an error if the model cannot go there."""
+    """A note on what happens past the model's context, if the text may get there; an error if the model cannot."""
     context = getattr(model.config, "max_position_embeddings", None)
     if context is None or prompt_length + max_new_tokens <= context:
         return None
     if getattr(model.config, "position_embedding_type", None) == "learned" and isinstance(model, hfllm.GPTForCausalLM):
         return (
-            f"(Past the context of {context:,} tokens, each one is predicted from the last {context:,}: the beginning "
-            "falls out of sight, and a token takes as long as that many.)"
+            f"(Past the context of {context:,} tokens, each token is predicted from the last {context:,} alone, and "
+            "takes as long as a pass over all of them.)"
         )
     if getattr(model.config, "rope_parameters", None):
         return (
-            f"(Past the context of {context:,} tokens the model goes on at positions that it did not see in training: "
-            "how well is not promised.)"
+            f"(Past the context of {context:,} tokens the model continues at positions that it did not see in "
+            "training: the text may get worse.)"
         )
     room = f" --max_new_tokens {context - prompt_length}" if prompt_length < context else " a shorter prompt"
     raise ValueError(
-        f"{model.config.model_type} models end at their context, here {context:,} tokens, of which the prompt takes "
-        f"{prompt_length:,}. Give{room}, or make it a model of ours, whose window slides: "
+        f"A {model.config.model_type} cannot write past its context, here {context:,} tokens, of which the prompt "
+        f"takes {prompt_length:,}. Give{room}, or convert it into an hfllm model, whose context slides: "
         "python recipes/export.py --to hfllm (gpt2, llama and qwen3)."
     )
 
 
 def end_at(stops: list[str] | None, text: str) -> str:
-    """The text up to the first stop; a row that stopped goes on as long as another one of its batch does."""
+    """The text up to and with the first stop; a row that stopped is continued while another row of its batch is."""
     ends = [text.index(stop) + len(stop) for stop in stops or [] if stop in text]
     return text[: min(ends)] if ends else text
 

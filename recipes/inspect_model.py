@@ -90,7 +90,7 @@ def main(args: InspectArguments) -> None:
     if len(tokens) > 1:
         written.append(draw_attention(args, attentions, heads, [token["token"] for token in tokens]))
 
-    # 6. In words
+    # 6. A summary on the terminal
     print_tokens(tokens, next_tokens)
     print_heads(heads, even, len(tokens))
     print("\nWritten: " + ", ".join(map(str, written)))
@@ -104,38 +104,40 @@ def load_model(name: str) -> PreTrainedModel:
     except ValueError as error:
         if "--model" in str(error):
             raise
-        raise ValueError(f"--model {name!r} is no causal language model with attention to look at: {error}") from error
+        raise ValueError(
+            f"--model {name!r} is not a causal language model whose attention can be shown: {error}"
+        ) from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval()
 
 
 def encode_prompt(args: InspectArguments, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> torch.Tensor:
-    """The ids (1, T) that are looked into."""
+    """The ids (1, T) to inspect."""
     input_ids = tokenizer(args.prompt, return_tensors="pt", verbose=False).input_ids.long()
     if input_ids.shape[1] == 0:
         if tokenizer.eos_token_id is None:
-            raise ValueError("The prompt is empty, and this tokenizer has no token to begin with. Give a --prompt.")
+            raise ValueError("The prompt is empty, and this tokenizer has no start token. Give a --prompt.")
         input_ids = torch.tensor([[tokenizer.eos_token_id]])
     if (num_tokens := input_ids.shape[1]) > args.max_tokens:
-        print(f"(of the prompt's {num_tokens:,} tokens the first {args.max_tokens:,} are looked into: --max_tokens)")
+        print(f"(Only the first {args.max_tokens:,} of the prompt's {num_tokens:,} tokens are shown: --max_tokens.)")
         input_ids = input_ids[:, : args.max_tokens]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and input_ids.shape[1] > context:
         raise ValueError(
-            f"{input_ids.shape[1]:,} tokens are to be looked into, and the model's context is {context:,}. "
-            f"Shorten the prompt, or give --max_tokens {context} to look into its beginning."
+            f"The prompt has {input_ids.shape[1]:,} tokens, and the model's context is {context:,}. "
+            f"Shorten the prompt, or give --max_tokens {context} to inspect its beginning."
         )
     return input_ids
 
 
 def stack_attentions(attentions: tuple[torch.Tensor | None, ...] | None, model: PreTrainedModel) -> torch.Tensor:
-    """The weights (layers, H, T, T) of the only row, on the CPU."""
+    """The attention weights (layers, H, T, T) of the only row, on the CPU."""
     maps = [layer[0].float().cpu() for layer in attentions or () if layer is not None]
     num_layers = model.config.get_text_config().num_hidden_layers
     if not maps or len(maps) != num_layers or len({layer.shape for layer in maps}) != 1:
         raise ValueError(
             f"{type(model).__name__} gives attention weights of one shape for {len(maps)} of its {num_layers} layers. "
-            "This recipe looks into models of which every layer is attention, with equally many heads."
+            "This recipe is for models in which every layer is attention, with the same number of heads."
         )
     return torch.stack(maps)
 
@@ -151,10 +153,11 @@ HABITS = {"to_previous": "the previous token", "to_first": "the first token", "t
 
 
 def describe_heads(attentions: torch.Tensor) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
-    """What each head does, on average over the tokens from the third on: for those first, previous and own differ.
+    """What each head attends to, on average over the tokens from the third on.
 
+    Only from the third token on are the first token, the previous one and the token itself three different ones.
     `to_previous`, `to_first` and `to_itself` are shares of the attention, `distance` is in tokens, `entropy` in nats.
-    The second result is the same of a head that spreads its attention evenly. Without a third token all are None.
+    The second result has the same numbers for a head with uniform attention. With fewer tokens all are None.
     """
     num_layers, num_heads, num_tokens, _ = attentions.shape
     places = [{"layer": layer, "head": head} for layer in range(num_layers) for head in range(num_heads)]
@@ -187,7 +190,7 @@ def describe_heads(attentions: torch.Tensor) -> tuple[list[dict[str, Any]], dict
 
 
 def name_habit(head: dict[str, float], even: dict[str, float]) -> str | None:
-    """What takes more than half of a head's attention, or that nothing does; None: neither."""
+    """What gets more than half of a head's attention, or "everything evenly"; None if neither is true."""
     share, habit = max((head[name], habit) for name, habit in HABITS.items())
     if share > 0.5:
         return habit
@@ -197,7 +200,7 @@ def name_habit(head: dict[str, float], even: dict[str, float]) -> str | None:
 def describe_tokens(
     input_ids: list[int], log_probabilities: torch.Tensor, tokenizer: PreTrainedTokenizerBase, top_k: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Each token (T) with its probability, nats and rank, given those before it; and the likeliest after them all."""
+    """Each token (T) with its probability, nats and rank, given those before it; and the likeliest next tokens."""
     order = log_probabilities.argsort(dim=-1, descending=True, stable=True)  # (T, V)
 
     def describe(position: int, token_id: int) -> dict[str, Any]:
@@ -207,7 +210,7 @@ def describe_tokens(
     def likeliest(position: int) -> list[dict[str, Any]]:
         return [describe(position, token_id) for token_id in order[position, :top_k].tolist()]
 
-    # Nothing stands before the first token, so nothing predicts it.
+    # Nothing precedes the first token, so nothing predicts it.
     tokens = [{"id": input_ids[0], "token": label_token(tokenizer, input_ids[0]), "probability": None}]
     for position, token_id in enumerate(input_ids[1:]):
         tokens.append(
@@ -226,7 +229,7 @@ VISIBLE = {" ": "␣", "\n": "↵", "\r": "←", "\t": "→"}
 
 
 def label_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """A token as one can read it: ␣ is a space, ↵ a line's end, → a tab, <E2> a byte of a character cut in two."""
+    """A token in readable form: ␣ is a space, ↵ a line's end, → a tab, <E2> a byte of a character cut in two."""
     piece = tokenizer.convert_ids_to_tokens(token_id)
     if piece is None:  # a row of the embedding that the tokenizer does not use
         return f"<unused {token_id}>"
@@ -265,7 +268,7 @@ def draw_attention(
         if len(places) < num_layers * num_heads:
             print(
                 f"(attention.png shows {len(places)} of {num_layers * num_heads:,} heads: at most {MOST_LAYERS} layers "
-                f"and {MOST_HEADS} heads of each; --layer shows all heads of one)"
+                f"and {MOST_HEADS} heads of each; --layer shows all heads of a layer.)"
             )
     elif args.head is None:
         name, num_columns = f"attention_layer{args.layer}.png", min(num_heads, 4 if num_heads <= 16 else 8)
@@ -287,7 +290,7 @@ def draw_attention(
 
 
 def spread(size: int, most: int) -> list[int]:
-    """At most so many of the numbers from 0 to size - 1, evenly, with both ends."""
+    """At most `most` of the numbers from 0 to size - 1, evenly spaced, with both ends."""
     return sorted({round(index) for index in torch.linspace(0, size - 1, min(size, most)).tolist()})
 
 
@@ -296,7 +299,7 @@ def print_tokens(tokens: list[dict[str, Any]], next_tokens: list[dict[str, Any]]
     print(f"\n  {'token':{width}}  probability     rank   nats  likeliest there")
     for token in tokens:
         if token["probability"] is None:
-            print(f"  {token['token']:{width}}  (nothing stands before it)")
+            print(f"  {token['token']:{width}}  (the first token)")
         else:
             print(
                 f"  {token['token']:{width}}  {token['probability']:11.2%}  {token['rank']:7,}  {token['nats']:5.2f}  "
@@ -315,11 +318,11 @@ def list_candidates(candidates: list[dict[str, Any]]) -> str:
 
 def print_heads(heads: list[dict[str, Any]], even: dict[str, Any], num_tokens: int) -> None:
     if num_tokens < 3:
-        print("\nWhat a head looks at shows from three tokens on: give a longer --prompt.")
+        print("\nWhat a head attends to can be said from three tokens on: give a longer --prompt.")
         return
     print(
-        f"\nWhere the {len(heads):,} heads look, on average over the tokens from the third on. One that looked at all "
-        f"alike would give\neach token {even['to_first']:.0%}, look {even['distance']:.1f} tokens back, and have an "
+        f"\nWhat the {len(heads):,} heads attend to, on average over the tokens from the third on. Uniform attention "
+        f"would give\neach token {even['to_first']:.0%}, at a mean distance of {even['distance']:.1f} tokens, with an "
         f"entropy of {even['entropy']:.2f} nats."
     )
     if len(heads) <= MOST_HEADS:
@@ -339,7 +342,7 @@ def print_heads(heads: list[dict[str, Any]], even: dict[str, Any], num_tokens: i
 
 
 def list_heads(heads: list[dict[str, Any]], name: str, number: str, most: int = 3) -> str:
-    """The heads with the largest values, the largest first."""
+    """The heads with the largest values, in descending order."""
     shown = sorted(heads, key=lambda head: -head[name])[:most]
     return ", ".join(f"layer {head['layer']} head {head['head']} {head[name]:{number}}" for head in shown)
 

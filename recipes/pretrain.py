@@ -41,7 +41,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
@@ -229,9 +229,9 @@ TEXT_ARGUMENTS += ("on_bad_record", "block_size", "stride", "cache_dir", "stream
 def main(args: PretrainArguments) -> None:
     args.resolve()
     args.check()
-    disable_progress_bar()  # of loading and writing a model; training has its own
+    disable_progress_bar()  # of loading and saving a model; training has its own
 
-    # 1. Devices: how many processes there are, and what they share, is what `accelerate launch` was told.
+    # 1. Devices: `accelerate launch` says how many processes there are, and what they share.
     accelerator = start_accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps or 1,
         per_device_train_batch_size=args.per_device_train_batch_size or 1,
@@ -246,76 +246,90 @@ def main(args: PretrainArguments) -> None:
     )
     with leaving_at_once(accelerator), folder, StopRequest(accelerator) as stop_request:
         is_finished = pretrain(args, accelerator, stop_request)
-    # DDP has to let go of the process group before it is destroyed: the other way round, gloo waits for Python's lock
-    # while Python waits for gloo, and now and then a process never ends.
+    # DDP has to release the process group before it is destroyed. The other way round, gloo waits for Python's lock
+    # while Python waits for gloo, and sometimes a process never ends.
     accelerator.free_memory()
     accelerator.end_training()
     if not is_finished:
         sys.exit(EXIT_CODE)
 
 
+@dataclasses.dataclass
+class TrainingState:
+    """What changes from step to step, and what a checkpoint keeps beside the weights and the optimizer."""
+
+    identity: dict[str, Any]  # what makes a run this run, compared on resume
+    step: int  # optimizer steps taken
+    train_tokens: int
+    seconds: float  # in steps
+    save_seconds: float
+    skipped_updates: int
+    evaluation: dict[str, Any] | None = None  # the last one
+    text: dict[str, Any] | None = None  # the position in a stream
+    spike_history: list[list[float]] | None = None
+
+
 class Setup(NamedTuple):
-    """What every step works with; model and optimizer are what `accelerator.prepare` made of them."""
+    """What every step works with; model and optimizer are those that `accelerator.prepare` returned."""
 
     accelerator: Accelerator
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     text: TrainingText
     max_steps: int
+    rows_per_step: int  # rows per device x accumulation x processes
     loss_options: dict[str, bool]  # what the model's forward takes besides the batch
-    sizes: dict[str, int]  # num_parameters and flops_per_token, counted before devices share the model out
-    hub: TrainingPush | None  # with --push_to_hub
+    sizes: dict[str, int]  # num_parameters and flops_per_token, counted before the model is sharded
+    hub: TrainingPush | None = None  # with --push_to_hub
 
 
 def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: StopRequest) -> bool:
     """From text to a saved model; False if the run was told to stop before its end."""
-    # 2. The tokenizer and the model's shape: what cannot work together stops here, before the work starts.
+    # 2. The tokenizer, and what can be checked before the text is read
     tokenizer = load_tokenizer(args.tokenizer or args.model or "out/tokenizer")
-    config = None if args.is_sized else build_config(args, tokenizer)
+    if not args.is_sized:
+        build_config(args, tokenizer)
     hub = None
-    if args.push_to_hub and not args.dry_run:  # a token that may not write there stops the run before it starts
+    if args.push_to_hub and not args.dry_run:
         place = {"repo_id": args.hub_model_id, "private": args.hub_private_repo}
         hub = on_main_process(accelerator, lambda: TrainingPush(args.output_dir, **place))
 
-    # 3. Text to rows; with a dial, sizes follow from it and from how much text there is
+    # 3. Text to rows
     text = load_text(args, tokenizer, accelerator)
     accelerator.print(text.summary)
-    if config is None:
-        size_model_and_run(args, accelerator, text)
-        config = build_config(args, tokenizer)
-    num_rows = len(text.train) if isinstance(text.train, Rows) else None  # a stream has no end
-    max_steps = args.max_steps or math.ceil(args.num_train_epochs * num_rows / rows_per_step(args, accelerator))
-    args.height_at(0, max_steps)  # a schedule that does not fit stops here
-    if args.max_steps and args.num_train_epochs not in (None, DEFAULTS["num_train_epochs"]):
-        accelerator.print(f"--max_steps {max_steps:,} ends the run; not used: --num_train_epochs.")
 
-    # 4. Random weights, or those of --model
+    # 4. Sizes: of the model, of a step and of the run. With a dial they follow from it and from the text.
+    if args.is_sized:
+        args = size_model_and_run(args, accelerator, text)
+    config = build_config(args, tokenizer)
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    num_rows = len(text.train) if isinstance(text.train, Rows) else None  # None: a stream
+    max_steps = args.max_steps or math.ceil(args.num_train_epochs * num_rows / rows_per_step)
+    args.height_at(0, max_steps)  # raises if the schedule does not fit into so many steps
+    report_unused_options(args, accelerator)
+
+    # 5. The model, with random weights or those of --model, and its optimizer
     torch.manual_seed(args.seed)
     model = build_model(args, config)
-    flops = flops_per_token(model, block_size=args.block_size)
-    sizes = {"num_parameters": model.num_parameters(), "flops_per_token": flops}
-    batch = {"rows_per_step": rows_per_step(args, accelerator), "block_size": args.block_size}
+    batch = {"rows_per_step": rows_per_step, "block_size": args.block_size}
     accelerator.print(describe_run(model, accelerator=accelerator, max_steps=max_steps, num_rows=num_rows, **batch))
-
-    # 5. The optimizer, and what model and optimizer become on these devices
-    options = loss_options(model)
-    model, optimizer = accelerator.prepare(model, build_optimizer(args, model, accelerator))
-    setup = Setup(accelerator, model, optimizer, text, max_steps, options, sizes, hub)
+    setup = prepare(args, model, text, accelerator, max_steps=max_steps, hub=hub)
     if args.dry_run:
         rehearse_run(args, setup)
         text.close()
         return True
 
-    # 6. Where this folder's run stopped, or the beginning; a checkpoint of another run is refused
+    # 6. The newest checkpoint of this run, or the beginning; a checkpoint of another run is refused
     fixed = {name: getattr(args, name) for name in FIXED_ARGUMENTS}
-    identity = identify(config, **text.identity, rows_per_step=batch["rows_per_step"], **fixed)
-    state = find_state(args.output_dir, model=model, optimizer=optimizer, accelerator=accelerator, identity=identity)
-    if state["step"] > 0:
-        text.load_state(state.get("text"))
+    identity = identify(config, **text.identity, rows_per_step=rows_per_step, **fixed)
+    restore = {"model": setup.model, "optimizer": setup.optimizer, "accelerator": accelerator, "identity": identity}
+    state = TrainingState(**find_state(args.output_dir, **restore))
+    if state.step > 0:
+        text.load_state(state.text)
 
-    # 7. The loop, and at its end the model as everybody's tools open it, with the numbers
-    if state["step"] >= max_steps and (Path(args.output_dir) / "metrics.json").exists():
-        accelerator.print(f"The run in {args.output_dir} ended at step {state['step']:,}: nothing to do.")
+    # 7. The loop, and then the model in the form that other tools open, with its numbers
+    if state.step >= max_steps and (Path(args.output_dir) / "metrics.json").exists():
+        accelerator.print(f"The run in {args.output_dir} ended at step {state.step:,}: nothing to do.")
     else:
         accelerator.init_trackers("hfllm", config={name: str(value) for name, value in vars(args).items()})
         if accelerator.is_main_process:
@@ -323,111 +337,80 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
             tokenizer.save_pretrained(args.output_dir)
             save_environment(args.output_dir, num_processes=accelerator.num_processes)
         tokens_per_second = train(args, setup, state, stop_request)
-        if state["step"] >= max_steps:
+        if state.step >= max_steps:
             finish(args, setup, state, tokens_per_second)
         else:
-            accelerator.print(
-                f"Stopped at step {state['step']:,} of {max_steps:,}; the same command goes on from here."
-            )
+            accelerator.print(f"Stopped at step {state.step:,} of {max_steps:,}; the same command resumes from here.")
     text.close()
-    return state["step"] >= max_steps
+    return state.step >= max_steps
 
 
-def train(args: PretrainArguments, setup: Setup, state: dict, stop_request: StopRequest) -> float | None:
-    """Take the steps from `state["step"]` to `max_steps`, with `state` kept up to date; returns tokens per second."""
+def train(args: PretrainArguments, setup: Setup, state: TrainingState, stop_request: StopRequest) -> float | None:
+    """Take the steps from `state.step` to `max_steps`, and keep `state` up to date; returns tokens per second."""
     accelerator, max_steps = setup.accelerator, setup.max_steps
-    detector = SpikeDetector(args.skip_spikes, history=state.get("spike_history")) if args.skip_spikes else None
-    interval_nats = torch.zeros((), device=accelerator.device)
+    tokens_per_step = setup.rows_per_step * args.block_size
+    detector = SpikeDetector(args.skip_spikes, history=state.spike_history) if args.skip_spikes else None
+    interval_nats = torch.zeros((), device=accelerator.device)  # since the last line of the log
     interval_targets = num_skipped_in_a_row = 0
     meter = ThroughputMeter(accelerator.device)
-    with RunLog(args.output_dir, accelerator=accelerator, step=state["step"], max_steps=max_steps) as log:
-        if state["step"] == 0 and args.eval_on_start:
+    with RunLog(args.output_dir, accelerator=accelerator, step=state.step, max_steps=max_steps) as log:
+        if state.step == 0 and args.eval_on_start:
             evaluate(args, setup, state, log)
         setup.model.train()
-        for step in range(state["step"], max_steps):
+        for step in range(state.step, max_steps):
             step_start = time.perf_counter()
-            batches, num_targets = setup.text.read_step(step, **cut_of_step(args, accelerator))
+            batches, num_targets = read_step(args, setup, step)
             taken = take_step(args, setup, batches, num_targets, step, detector)
 
-            # The step is done: count it, and tell.
-            num_tokens = rows_per_step(args, accelerator) * args.block_size
-            meter.step(num_tokens)
-            state["step"] = step + 1
-            state["train_tokens"] += num_tokens
-            state["seconds"] += time.perf_counter() - step_start
-            state["skipped_updates"] += not taken.is_update
+            # Counts
+            meter.step(tokens_per_step)
+            state.step = step + 1
+            state.train_tokens += tokens_per_step
+            state.seconds += time.perf_counter() - step_start
+            state.skipped_updates += not taken.is_update
             num_skipped_in_a_row = 0 if taken.is_update else num_skipped_in_a_row + 1
             interval_nats += taken.nats
             interval_targets += num_targets
             log.advance()
-            is_last = state["step"] == max_steps
+
+            # Log, evaluation and checkpoint
+            is_last = state.step == max_steps
             is_stopping = stop_request.agreed()
-            if state["step"] % args.logging_steps == 0 or is_last:
+            if state.step % args.logging_steps == 0 or is_last:
                 record = {
-                    "step": state["step"],
+                    "step": state.step,
                     "loss": accelerator.reduce(interval_nats).item() / interval_targets,
                     "learning_rate": args.learning_rate * args.height_at(step, max_steps),
                     "grad_norm": taken.grad_norm,
                     "tokens_per_second": meter.read(),
-                    "train_tokens": state["train_tokens"],
+                    "train_tokens": state.train_tokens,
                 }
                 log.write(record)
                 interval_nats.zero_()
                 interval_targets = 0
             stop_if_hopeless(num_skipped_in_a_row, step=step + 1, learning_rate=args.learning_rate, detector=detector)
             with meter.paused():
-                if state["step"] % args.eval_steps == 0 or is_last:
+                if state.step % args.eval_steps == 0 or is_last:
                     evaluate(args, setup, state, log)
-                if state["step"] % args.save_steps == 0 or is_last or is_stopping:
+                if state.step % args.save_steps == 0 or is_last or is_stopping:
                     save(args, setup, state, detector)
             if is_stopping:
                 break
     return meter.overall()
 
 
-def size_model_and_run(args: PretrainArguments, accelerator: Accelerator, text: TrainingText) -> None:
-    """Set every option of SIZED that was not given: from --depth or a budget, or as the run that goes on has it."""
-    sizes, told = choose_sizes(
-        vars(args),
-        vocab_size=len(text.tokenizer),
-        text_tokens=len(text.train) * args.block_size if isinstance(text.train, Rows) else None,
-        num_processes=accelerator.num_processes,
-        measure=lambda sizes: measure_speed(dataclasses.replace(args, **sizes), accelerator, text),
+def read_step(args: PretrainArguments, setup: Setup, step: int) -> tuple[list[dict[str, torch.Tensor]], int]:
+    """This process's batches of a step, one for each forward pass, and the number of targets of all processes."""
+    return setup.text.read_step(
+        step,
+        batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        seed=args.seed,
+        accelerator=setup.accelerator,
     )
-    accelerator.print(told)
-    for name, value in sizes.items():
-        setattr(args, name, value)
-    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
 
 
-def measure_speed(args: PretrainArguments, accelerator: Accelerator, text: TrainingText) -> Speed:
-    """The seconds of a step and of an evaluation, by a model of these sizes that is thrown away."""
-    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
-    model = build_model(args, build_config(args, text.tokenizer))
-    options = loss_options(model)
-    model, optimizer = accelerator.prepare(model, build_optimizer(args, model, accelerator))
-    max_steps = args.warmup_steps + (args.decay_steps or 0) + 10  # more than are taken; the rate does not matter here
-    setup = Setup(accelerator, model, optimizer, text, max_steps, options, sizes={}, hub=None)
-
-    seconds_per_step = try_steps(args, setup, num_steps=5).seconds_per_step
-    scoring = {"batch_size": args.per_device_eval_batch_size, "accelerator": accelerator}
-    seconds_per_evaluation = time_evaluation(model, text.validation, **scoring)
-    accelerator.free_memory(model, optimizer)
-    return slowest(Speed(seconds_per_step, seconds_per_evaluation))
-
-
-def rows_per_step(args: PretrainArguments, accelerator: Accelerator) -> int:
-    """The effective batch: rows per device x accumulation x processes, however it is cut."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-
-
-def cut_of_step(args: PretrainArguments, accelerator: Accelerator) -> dict[str, Any]:
-    """Which rows a step has, and how they are dealt to forward passes and processes."""
-    batch = {"batch_size": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps}
-    return {**batch, "seed": args.seed, "accelerator": accelerator}
-
-
-class Taken(NamedTuple):
+class StepResult(NamedTuple):
     nats: torch.Tensor  # this process's part of the step's loss, summed over its targets
     grad_norm: float
     is_update: bool  # False: the gradient was not finite, or the step a spike
@@ -440,16 +423,16 @@ def take_step(
     num_targets: int,
     step: int,
     detector: SpikeDetector | None = None,
-) -> Taken:
+) -> StepResult:
     """Forward, backward, clip, update."""
     accelerator, model, optimizer = setup.accelerator, setup.model, setup.optimizer
     scale_learning_rates(optimizer, args.height_at(step, setup.max_steps))
     # Dropout, like the order of rows, is a function of seed and step, so that a resumed run repeats it exactly.
     torch.manual_seed(np.random.SeedSequence((args.seed, step, accelerator.process_index)).generate_state(1)[0])
 
-    # The loss of a step is the sum over its targets divided by their count, however its rows are cut into parts: each
-    # part divides its own sum by the whole step's count. accelerate then divides by the accumulation steps and DDP by
-    # the number of processes, so the count is that much smaller.
+    # The loss of a step is the sum over its targets divided by their number, however its rows are cut into parts: each
+    # part divides its own sum by the whole step's number. accelerate then divides by the accumulation steps and DDP by
+    # the number of processes, so the number given here is that much smaller.
     num_parts = args.gradient_accumulation_steps * accelerator.num_processes
     nats = torch.zeros((), device=accelerator.device)
     for batch in batches:
@@ -470,81 +453,77 @@ def take_step(
                     optimizer.zero_grad()  # an update without gradients changes nothing
             optimizer.step()
             optimizer.zero_grad()
-    return Taken(nats, grad_norm, is_update)
+    return StepResult(nats, grad_norm, is_update)
 
 
-def evaluate(args: PretrainArguments, setup: Setup, state: dict, log: RunLog) -> None:
-    """Nats per token and bits per byte over every validation token, and a sample of what the model writes."""
+def evaluate(args: PretrainArguments, setup: Setup, state: TrainingState, log: RunLog) -> None:
+    """Log nats per token and bits per byte over every validation token, and a sample of what the model writes."""
     accelerator, text = setup.accelerator, setup.text
     scoring = {"batch_size": args.per_device_eval_batch_size, "accelerator": accelerator}
     result = evaluate_rows(setup.model, text.validation, **scoring)
-    state["evaluation"] = dataclasses.asdict(result)  # part of the checkpoint, for the final numbers
-    record = {"step": state["step"], "eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
+    state.evaluation = dataclasses.asdict(result)
+    record = {"step": state.step, "eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
     if args.eval_train_rows:
         rows = np.arange(min(args.eval_train_rows, len(text.train)))
         record["eval_train_loss"], _ = score_rows(setup.model, text.train, rows, **scoring)
     log.write(record)
-    # Generating with a sharded model takes all processes together, so such a run has no samples.
+    # A sharded model generates only with all processes together, so such a run has no samples.
     is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if args.sample_tokens and state["step"] > 0 and accelerator.is_main_process and not is_sharded:
+    if args.sample_tokens and state.step > 0 and accelerator.is_main_process and not is_sharded:
         model = accelerator.unwrap_model(setup.model)
         sample = draw_sample(model, text.tokenizer, args.sample_prompt, num_tokens=args.sample_tokens)
-        log.write_sample(state["step"], sample)
+        log.write_sample(state.step, sample)
 
 
-def save(args: PretrainArguments, setup: Setup, state: dict, detector: SpikeDetector | None) -> None:
-    """A checkpoint: the run goes on from it as if it had not been interrupted."""
+def save(args: PretrainArguments, setup: Setup, state: TrainingState, detector: SpikeDetector | None) -> None:
+    """Save a checkpoint, from which the run resumes as if it had not been interrupted."""
     start = time.perf_counter()
-    state["text"] = setup.text.state()
-    if detector is not None:
-        state["spike_history"] = detector.history
+    state.text = setup.text.state()
+    state.spike_history = detector.history if detector is not None else None
     checkpoint = save_checkpoint(
         Path(args.output_dir) / "checkpoints",
         model=setup.model,
         optimizer=setup.optimizer,
-        state=state,
+        state=dataclasses.asdict(state),
         accelerator=setup.accelerator,
         keep=args.save_total_limit,
     )
-    is_pushed = args.hub_strategy == "every_save" and state["step"] < setup.max_steps  # the end has a push of its own
+    is_pushed = args.hub_strategy == "every_save" and state.step < setup.max_steps  # `finish` pushes the end
     if setup.hub is not None and setup.accelerator.is_main_process and is_pushed:
-        setup.hub.push_checkpoint(checkpoint, setup.accelerator.unwrap_model(setup.model), step=state["step"])
-    state["save_seconds"] += time.perf_counter() - start
+        setup.hub.push_checkpoint(checkpoint, setup.accelerator.unwrap_model(setup.model), step=state.step)
+    state.save_seconds += time.perf_counter() - start
 
 
-def try_steps(args: PretrainArguments, setup: Setup, **options: int) -> Rehearsal:
-    """What the run's first steps take, in memory and in time; they change the weights."""
-
-    def step(index: int) -> None:
-        take_step(args, setup, *setup.text.read_step(index, **cut_of_step(args, setup.accelerator)), index)
-
-    setup.model.train()
-    return rehearse(setup.model, setup.optimizer, step, **options)
-
-
-def rehearse_run(args: PretrainArguments, setup: Setup) -> None:
-    """What the run would need and do: memory by part, time, the learning rate's course, and a row as text."""
-    accelerator, text, max_steps = setup.accelerator, setup.text, setup.max_steps
-    [first, *_], _ = text.read_step(0, **cut_of_step(args, accelerator))
-    needed = describe_rehearsal(
-        try_steps(args, setup),
-        max_steps=max_steps,
-        tokens_per_step=rows_per_step(args, accelerator) * args.block_size,
-        flops_per_token=setup.sizes["flops_per_token"],
-        learning_rate_at=lambda step: args.learning_rate * args.height_at(step, max_steps),
-        warmup_steps=args.warmup_steps,
+def finish(args: PretrainArguments, setup: Setup, state: TrainingState, tokens_per_second: float | None) -> None:
+    """Save the model, `metrics.json`, the curves, the run's page and the model card, and print where they are."""
+    output_dir, text = Path(args.output_dir), setup.text
+    save_model(output_dir, model=setup.model, accelerator=setup.accelerator)
+    if not setup.accelerator.is_main_process:
+        return
+    metrics = final_metrics(
+        dataclasses.asdict(state), accelerator=setup.accelerator, tokens_per_second=tokens_per_second, **setup.sizes
     )
-    accelerator.print(f"\n{needed}\n\nThe first row of the first step, of {args.block_size} tokens:")
-    accelerator.print(describe_row(first, 0, text.tokenizer.decode))
-    accelerator.print(f"{describe_start(args.output_dir)}\nThis was a dry run: nothing was written.")
+    metrics |= {"dataset": args.dataset, "corpus_sha256": text.fingerprint}
+    metrics |= {"tokenizer_sha256": text.tokenizer_sha256, "seed": args.seed}
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=output_dir.resolve().name)
+    write_page_and_card(output_dir)
+    prompt = args.sample_prompt or ("import " if args.dataset == "stdlib" else "The ")
+    print(describe_result(output_dir, metrics, prompt=prompt))
+    if setup.hub is not None and (address := setup.hub.push_result()):
+        print(f"\nOn the Hub: {address}")
 
 
-def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> GPTConfig:
+def load_text(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> TrainingText:
+    reading = {name: getattr(args, name) for name in TEXT_ARGUMENTS}
+    encoding = {"encode": document_encoder(tokenizer), "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
+    return prepare_text(args.dataset, tokenizer, accelerator=accelerator, **encoding, **reading)
+
+
+def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The config of --model, or of the preset with the sizes that are given; the tokenizer must fit it."""
     if args.model is not None:
         config = open_config(args.model)
-        ignored = [name for name in SHAPE_ARGUMENTS if getattr(args, name) != getattr(PretrainArguments, name)]
-        if ignored:
-            print(f"--model {args.model} brings its own shape; not used: {', '.join(ignored)}.")
     else:
         overrides = parse_overrides(args.config_overrides or [], GPTConfig().to_dict())
         special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -555,13 +534,7 @@ def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) ->
     return config
 
 
-def load_text(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> TrainingText:
-    reading = {name: getattr(args, name) for name in TEXT_ARGUMENTS}
-    encoding = {"encode": document_encoder(tokenizer), "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
-    return prepare_text(args.dataset, tokenizer, accelerator=accelerator, **encoding, **reading)
-
-
-def build_model(args: PretrainArguments, config: GPTConfig) -> PreTrainedModel:
+def build_model(args: PretrainArguments, config: PreTrainedConfig) -> PreTrainedModel:
     if args.model is not None:
         # Training needs float32 weights, whatever precision the checkpoint was exported in.
         model = open_causal_lm(args.model, dtype=torch.float32)
@@ -582,22 +555,86 @@ def build_optimizer(args: PretrainArguments, model: PreTrainedModel, accelerator
     return build_muon(model, **rates, **adam, momentum=args.muon_momentum, dtype=dtype)
 
 
-def finish(args: PretrainArguments, setup: Setup, state: dict, tokens_per_second: float | None) -> None:
-    """Save the model, `metrics.json`, the curves, the run's page and the model card, and tell where they lie."""
-    output_dir, text = Path(args.output_dir), setup.text
-    save_model(output_dir, model=setup.model, accelerator=setup.accelerator)
-    if not setup.accelerator.is_main_process:
-        return
-    metrics = final_metrics(state, accelerator=setup.accelerator, tokens_per_second=tokens_per_second, **setup.sizes)
-    metrics |= {"dataset": args.dataset, "corpus_sha256": text.fingerprint}
-    metrics |= {"tokenizer_sha256": text.tokenizer_sha256, "seed": args.seed}
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=output_dir.resolve().name)
-    write_page_and_card(output_dir)
-    prompt = args.sample_prompt or ("import " if args.dataset == "stdlib" else "The ")
-    print(describe_result(output_dir, metrics, prompt=prompt))
-    if setup.hub is not None and (address := setup.hub.push_result()):
-        print(f"\nOn the Hub: {address}")
+def prepare(
+    args: PretrainArguments,
+    model: PreTrainedModel,
+    text: TrainingText,
+    accelerator: Accelerator,
+    *,
+    max_steps: int,
+    hub: TrainingPush | None = None,
+) -> Setup:
+    """The model and an optimizer for it, on these devices."""
+    num_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    flops = flops_per_token(model, block_size=args.block_size)
+    sizes = {"num_parameters": model.num_parameters(), "flops_per_token": flops}
+    options = loss_options(model)
+    model, optimizer = accelerator.prepare(model, build_optimizer(args, model, accelerator))
+    return Setup(accelerator, model, optimizer, text, max_steps, num_rows, options, sizes, hub)
+
+
+def report_unused_options(args: PretrainArguments, accelerator: Accelerator) -> None:
+    if args.max_steps and args.num_train_epochs not in (None, DEFAULTS["num_train_epochs"]):
+        accelerator.print(f"--max_steps {args.max_steps:,} ends the run; not used: --num_train_epochs.")
+    unused = [name for name in SHAPE_ARGUMENTS if getattr(args, name) != getattr(PretrainArguments, name)]
+    if args.model is not None and unused:
+        accelerator.print(f"--model {args.model} has its own shape; not used: {', '.join(unused)}.")
+
+
+def size_model_and_run(args: PretrainArguments, accelerator: Accelerator, text: TrainingText) -> PretrainArguments:
+    """The arguments with every option of SIZED: from --depth or a budget, or as the run being resumed has it."""
+    sizes, description = choose_sizes(
+        vars(args),
+        vocab_size=len(text.tokenizer),
+        text_tokens=len(text.train) * args.block_size if isinstance(text.train, Rows) else None,
+        num_processes=accelerator.num_processes,
+        measure=lambda sizes: measure_speed(dataclasses.replace(args, **sizes), accelerator, text),
+    )
+    accelerator.print(description)
+    args = dataclasses.replace(args, **sizes)
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+    return args
+
+
+def measure_speed(args: PretrainArguments, accelerator: Accelerator, text: TrainingText) -> Speed:
+    """The seconds of a step and of an evaluation, measured with a model of these sizes that is then thrown away."""
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+    model = build_model(args, build_config(args, text.tokenizer))
+    max_steps = args.warmup_steps + (args.decay_steps or 0) + 10  # more than are taken; the rate does not matter here
+    setup = prepare(args, model, text, accelerator, max_steps=max_steps)
+    seconds_per_step = try_steps(args, setup, num_steps=5).seconds_per_step
+    scoring = {"batch_size": args.per_device_eval_batch_size, "accelerator": accelerator}
+    seconds_per_evaluation = time_evaluation(setup.model, text.validation, **scoring)
+    accelerator.free_memory(setup.model, setup.optimizer)
+    return slowest(Speed(seconds_per_step, seconds_per_evaluation))
+
+
+def try_steps(args: PretrainArguments, setup: Setup, **options: int) -> Rehearsal:
+    """The memory and the time of the run's first steps; they change the weights."""
+    setup.model.train()
+    return rehearse(
+        setup.model,
+        setup.optimizer,
+        lambda step: take_step(args, setup, *read_step(args, setup, step), step),
+        **options,
+    )
+
+
+def rehearse_run(args: PretrainArguments, setup: Setup) -> None:
+    """Print what the run would need and do: memory by part, time, learning rates, and a row as text."""
+    accelerator, text, max_steps = setup.accelerator, setup.text, setup.max_steps
+    [first, *_], _ = read_step(args, setup, 0)
+    needed = describe_rehearsal(
+        try_steps(args, setup),
+        max_steps=max_steps,
+        tokens_per_step=setup.rows_per_step * args.block_size,
+        flops_per_token=setup.sizes["flops_per_token"],
+        learning_rate_at=lambda step: args.learning_rate * args.height_at(step, max_steps),
+        warmup_steps=args.warmup_steps,
+    )
+    accelerator.print(f"\n{needed}\n\nThe first row of the first step, of {args.block_size} tokens:")
+    accelerator.print(describe_row(first, 0, text.tokenizer.decode))
+    accelerator.print(f"{describe_start(args.output_dir)}\nThis was a dry run: nothing was written.")
 
 
 if __name__ == "__main__":

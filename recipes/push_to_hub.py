@@ -72,7 +72,7 @@ def main(args: PushArguments) -> None:
     logging.basicConfig(format="%(message)s")
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as beside, tempfile.TemporaryDirectory() as native:
-        # 1. The form it is to have there
+        # 1. The model in the form to push
         folder = args.model
         if args.adapter and not (Path(folder).expanduser() / "adapter_config.json").exists():
             save_adapter_alone(folder, beside)
@@ -84,7 +84,7 @@ def main(args: PushArguments) -> None:
             save_native(folder, native)
             folder = native
 
-        # 2. One commit, whole or not at all
+        # 2. One commit, complete or not at all
         address = push_to_hub(
             folder,
             args.repo_id,
@@ -95,8 +95,8 @@ def main(args: PushArguments) -> None:
             commit_message=args.commit_message,
         )
 
-    # 3. Where it is, and what opens it
-    print(f"Pushed: {address}\nIts card there says how to open it, and what it is.")
+    # 3. Its address
+    print(f"Pushed: {address}\nIts model card says what it is and how to open it.")
 
 
 if __name__ == "__main__":

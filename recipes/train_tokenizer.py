@@ -100,7 +100,7 @@ def main(args: TokenizerArguments) -> None:
     check_output_dir(output_dir)
     others = {name: load_tokenizer(name, require_eos=False) for name in args.compare_with or []}
 
-    # 1. Text to documents. What is held back here is what pretrain.py validates on, so the tokenizer has not seen it.
+    # 1. Text to documents. The same documents are held back as in pretrain.py, so the tokenizer has not seen them.
     corpus = load_corpus(
         args.dataset,
         dataset_config=args.dataset_config,
@@ -116,7 +116,7 @@ def main(args: TokenizerArguments) -> None:
         flush=True,
     )
 
-    # 2. The tokenizer: the one that stands there, if it was made from the same text in the same way, or a new one
+    # 2. The tokenizer: the one in the folder, if it was made from the same text in the same way, or a new one
     made_from = {
         "corpus_sha256": corpus.fingerprint,
         "validation_fraction": args.validation_fraction,
@@ -134,7 +134,7 @@ def main(args: TokenizerArguments) -> None:
         )
         print(f"Trained {len(tokenizer):,} ids in {time.perf_counter() - started:.1f} s.", flush=True)
     else:
-        print(f"{args.output_dir} holds this very tokenizer already.", flush=True)
+        print(f"{args.output_dir} holds this tokenizer already.", flush=True)
 
     # 3. How well it compresses text it has not seen
     measured_on = "held-out documents" if len(held_out) else "training documents"
@@ -148,7 +148,7 @@ def main(args: TokenizerArguments) -> None:
     }
     print(f"\nOn {measured_on}:\n{format_tokenizer_report(report)}\n")
 
-    # 4. The tokenizer as everybody's tools open it, with the numbers beside it
+    # 4. The tokenizer in the form that other tools open, with the numbers beside it
     if is_new:
         write_tokenizer(output_dir, tokenizer, report, args)
     else:
@@ -166,7 +166,7 @@ Next, pretrain a model on it:
 
 
 def texts_of(documents: datasets.Dataset) -> Iterator[str]:
-    """The documents' texts, long ones in the parts they are stored in, which are cut between two words."""
+    """The documents' texts; long documents are stored, and given here, in parts that are cut between two words."""
     for batch in documents.iter(batch_size=256):
         yield from batch["text"]
 
@@ -181,17 +181,17 @@ def first_bytes(texts: Iterator[str], max_bytes: int) -> Iterator[str]:
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Fail now rather than after the work: the folder must be one that can be written, and that is ours to replace."""
+    """Fail now rather than after the work, if the folder cannot be written or holds anything but a tokenizer."""
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file; name a folder, e.g. out/tokenizer.")
     if output_dir.is_dir() and (foreign := sorted({child.name for child in output_dir.iterdir()} - TOKENIZER_FILES)):
         raise ValueError(
-            f"--output_dir {output_dir} holds other things than a tokenizer ({', '.join(foreign[:5])}). "
-            "A tokenizer has a folder of its own: name a new one, e.g. out/tokenizer."
+            f"--output_dir {output_dir} holds other files than a tokenizer's ({', '.join(foreign[:5])}). "
+            "A tokenizer needs its own folder: name a new one, e.g. out/tokenizer."
         )
     partial = partial_folder(output_dir)
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # left behind by a run that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
         partial.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir} cannot be written: {error}. Name another folder.") from error
@@ -203,7 +203,7 @@ def partial_folder(output_dir: Path) -> Path:
 
 
 def find_tokenizer(output_dir: Path, made_from: dict[str, Any], *, overwrite: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the folder if it is the one asked for; None if there is none, or it is to be overwritten."""
+    """The tokenizer in the folder, if it is the requested one; None if there is none, or it is to be overwritten."""
     if overwrite or not output_dir.is_dir() or not any(output_dir.iterdir()):
         return None
     try:
@@ -226,7 +226,7 @@ def find_tokenizer(output_dir: Path, made_from: dict[str, Any], *, overwrite: bo
 def write_tokenizer(
     output_dir: Path, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any], args: TokenizerArguments
 ) -> None:
-    """Write into a folder beside, then rename: a run that is interrupted leaves no half a tokenizer."""
+    """Write into another folder, then rename it: an interrupted run leaves no incomplete tokenizer."""
     partial = partial_folder(output_dir)
     partial.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(partial)
@@ -249,7 +249,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def pretrain_options(args: TokenizerArguments) -> str:
-    """The demo's configuration or, for another text, minutes to size a run for; and what does not follow from that."""
+    """Options for pretrain.py: the demo's configuration or, for another text, five minutes; and what differs."""
     known, size = vars(TokenizerArguments()), "--max_train_minutes 5"
     if args.dataset == "stdlib":
         known, size = known | PRETRAIN_DEMO, "--config recipes/configs/pretrain_demo.yaml"

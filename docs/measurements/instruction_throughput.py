@@ -1,14 +1,17 @@
-"""How fast instructions are learned, beside a plain Trainer on the same conversations, in turns in one process.
+"""Speed of instruction tuning beside a plain Trainer on the same conversations, in turns in one process.
 
     OMP_NUM_THREADS=1 python docs/measurements/instruction_throughput.py --model out/demo
 
-Both are transformers' Trainer with the same model, AdamW and conversations: the recipe's as the recipe makes it, with
-packed rows and logits where something is learned, the plain one with a conversation a row in random order, padded to
-the longest of its batch, as many conversations a batch as the recipe has on average. Counted is text, without padding.
+Run it from the repository's root; `measure.py instruction_throughput` does, and keeps the numbers. Both are
+transformers' Trainer with the same model, AdamW and conversations. The recipe's is as the recipe makes it, with packed
+rows and logits only where something is learned. The plain one has one conversation per row in random order, padded to
+the longest of its batch, and as many conversations per batch as the recipe has on average. Padding is not counted.
 """
 
 import argparse
+import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,11 +24,11 @@ from hfllm.data.conversations import load_conversations
 from hfllm.data.instruction import ConversationRows, encode_conversations, padding_token_id
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import keep_freed_memory
-from tests.recipes.conftest import load_recipe
 
 
-ROWS = 4  # packed rows a batch, as recipes/configs/instruction_python.yaml has it
-WARM_UP = 2  # steps that are not counted
+ROOT = Path(__file__).parents[2]
+ROWS = 4  # packed rows per batch, as recipes/configs/instruction_python.yaml has it
+WARM_UP = 2  # first steps of a round, which are not counted
 
 
 class Stopwatch(TrainerCallback):
@@ -45,10 +48,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="out/demo")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=12, help="of each in a round")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each Trainer per round")
+    parser.add_argument("--output_file", type=Path, help="also write the numbers there, as JSON")
     options = parser.parse_args()
     keep_freed_memory()
-    recipe = load_recipe("finetune_instruction")
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import finetune_instruction as recipe  # a recipe is a script, and in no package
+
     tokenizer = load_tokenizer(options.model)
     tokenizer.pad_token_id = padding_token_id(tokenizer)
     conversations = load_conversations("stdlib").rows[:4000]
@@ -100,8 +106,19 @@ def main() -> None:
     )
     for name, each in speeds.items():
         print(f"{name:14} {statistics.median(each):8,.0f} tokens of text/s ({min(each):,.0f} to {max(each):,.0f})")
-    ratios = [ours / theirs for ours, theirs in zip(*speeds.values())]
+    ratios = [ours / theirs for ours, theirs in zip(*speeds.values(), strict=True)]
     print(f"the recipe is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})")
+    if options.output_file is not None:
+        results = {
+            "tokens_per_second": {name: describe(each) for name, each in speeds.items()},
+            "ratio": describe(ratios),
+            "conversations_per_batch": per_batch,
+        }
+        options.output_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def measure(trainer: Trainer) -> float:

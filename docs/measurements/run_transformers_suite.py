@@ -1,13 +1,13 @@
-"""Run transformers' own common tests on our classes, in both presets, and on Llama beside them as the control.
+"""Run transformers' own common tests on our classes, in both presets, and on Llama as the control.
 
     pip install parameterized httpx
     git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers /tmp/transformers
     python docs/measurements/run_transformers_suite.py --checkout /tmp/transformers
     python docs/measurements/run_transformers_suite.py --checkout /tmp/transformers --slow -- -k "ModernTest and export"
 
-Their tests are not in the wheel, and only a part of them is in the sdist. They are run from where they lie; nothing of
-them is copied into this repository. The checkout must be of the version that is installed. What follows `--` goes to
-pytest. At the end stand, for each class, how many tests passed, were skipped (and why) and failed.
+Their tests are not in the wheel, and only some of them are in the sdist. They run from the checkout, which must be of
+the installed version; none of them is copied into this repository. What follows `--` goes to pytest. The result is, for
+each class, how many tests passed, were skipped (and why) and failed.
 """
 
 import argparse
@@ -33,14 +33,14 @@ def find_version(checkout: Path) -> str:
     match = re.search(r'^__version__ = "(.+)"', source.read_text(), re.MULTILINE) if source.exists() else None
     if match is None or not (checkout / "tests/causal_lm_tester.py").exists():
         raise SystemExit(
-            f"error: {checkout} is no checkout of transformers with its tests. Make one with\n  git clone --depth 1 "
+            f"error: {checkout} is not a checkout of transformers with its tests. Make one with\n  git clone --depth 1 "
             f"--branch v{transformers.__version__} https://github.com/huggingface/transformers {checkout}"
         )
     return match[1]
 
 
 def assemble(folder: Path, checkout: Path, common: Path | None):
-    """Fill the folder with links to the checkout, to the installed package, and to our test module among theirs."""
+    """Fill the folder with links to the checkout and to the installed package, and with our test module."""
     tests = {path.name: path for path in (checkout / "tests").iterdir() if path.name != "models"}
     if common is not None:
         tests |= {path.name: path for path in (common / "tests").glob("*.py")}
@@ -58,13 +58,13 @@ def assemble(folder: Path, checkout: Path, common: Path | None):
 
 
 def read_report(path: Path) -> dict[str, dict[str, tuple[str, str]]]:
-    """What became of each test, and the reason, by class and test: {"ModernTest": {"test_x": ("skipped", "...")}}."""
+    """Outcome and reason of each test, by class: {"ModernTest": {"test_x": ("skipped", "...")}}."""
     outcomes: dict[str, dict[str, tuple[str, str]]] = collections.defaultdict(dict)
     for case in ElementTree.parse(path).iter("testcase"):
         tests = outcomes[case.get("classname", "").split(".")[-1]]
         marks = [mark for mark in case if mark.tag in OUTCOMES]
         outcome = (OUTCOMES[marks[0].tag], marks[0].get("message", "")) if marks else ("passed", "")
-        # A test of several parts is one line for each: it is what its worst part is.
+        # A test with subtests has one line per subtest; the worst outcome counts.
         worst = ("passed", "skipped", "failed")
         name = case.get("name", "")
         tests[name] = max(tests.get(name, outcome), outcome, key=lambda pair: worst.index(pair[0]))
@@ -94,10 +94,10 @@ def main():
     parser.add_argument(
         "--common",
         type=Path,
-        help="an unpacked sdist of the installed version: its tests/*.py take the place of an older checkout's",
+        help="an unpacked sdist of the installed version: its tests/*.py replace those of an older checkout",
     )
     parser.add_argument("--slow", action="store_true", help="also run what transformers marks slow (its exports)")
-    parser.add_argument("--report", type=Path, help="where to keep pytest's JUnit report; default: nowhere")
+    parser.add_argument("--report", type=Path, help="keep pytest's JUnit report in this file")
     parser.add_argument("pytest_arguments", nargs="*", metavar="-- PYTEST_ARGUMENT")
     arguments = parser.parse_args()
 

@@ -1,7 +1,7 @@
 """transformers' own common tests on our classes, in both presets, and on Llama as the control.
 
-`run_transformers_suite.py` puts this file into the `tests` package of a checkout of theirs, where its relative imports
-resolve; our own pytest does not collect it.
+`run_transformers_suite.py` copies this file into the `tests` package of a checkout of transformers, where its relative
+imports resolve. Our own pytest does not collect it.
 """
 
 import tempfile
@@ -23,8 +23,8 @@ torch.set_num_threads(1)
 
 MODEL_TYPE = hfllm.GPTConfig.model_type
 
-# Which of a test's classes has which head, and which model type may start processes, the suite looks up in tables of
-# transformers' own models.
+# The suite looks up in tables of transformers' own models which class has which head, and which model types may start
+# processes.
 for table, name in (
     ("MODEL_MAPPING_NAMES", "GPTModel"),
     ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "GPTForCausalLM"),
@@ -44,7 +44,7 @@ class ModernTester(CausalLMModelTester):
 
     def __init__(self, parent, **kwargs):
         super().__init__(parent, **kwargs)
-        # What the tester sets itself stays: sizes, the activation, no dropout, a head of its own.
+        # Keep what the tester sets itself: sizes, the activation, no dropout, an untied head.
         for name, value in PRESETS[self.preset].items():
             if not hasattr(self, name) and not name.endswith("dropout"):
                 setattr(self, name, value)
@@ -64,10 +64,10 @@ def train_tokenizer():
 
 
 class CommonTest(CausalLMModelTest):
-    """What the three have in common; the pipelines' tests, which download tiny models, get tiny models made here."""
+    """Shared by the three classes. The pipeline tests, which download tiny models, get tiny models made here."""
 
     model_split_percents = [0.5, 0.7, 0.8]
-    # Skipped otherwise: Llama is too old, and our files bear no year.
+    # Skipped otherwise: Llama is too old, and our files carry no year.
     test_can_init_all_missing_weights_before_2023 = True
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Classifiers' logits, their scores, and the baselines beside them."""
+"""Scores of classifiers, and the baselines beside them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.labelled_texts import LabelledTexts
+from .metrics.calibrated_classification.scores import classification_scores
 
 
-NUM_BINS = 10  # of confidence, as in Guo et al. 2017
-
-
-TF_IDF_STRENGTHS = (1.0, 10.0, 100.0)  # the inverse regularizations of which the validation texts choose one
+TF_IDF_STRENGTHS = (1.0, 10.0, 100.0)  # inverse regularization; the validation texts choose one
 
 
 @torch.no_grad()
@@ -25,10 +26,10 @@ def predict_logits(
     pad_token_id: int,
     accelerator: Accelerator,
 ) -> np.ndarray:
-    """The classifier's logits (N, labels) in float64 for the token ids of N texts, cut among the processes.
+    """The classifier's logits (N, labels) in float64 for the token ids of N texts, split among the processes.
 
-    Each process gets those of all. Texts of about equal lengths share a batch, padded on the right under an attention
-    mask, which says where a text ends; none is read twice.
+    Each process gets the logits of all texts. Texts of similar lengths share a batch, padded on the right; the
+    attention mask says where a text ends. No text is read twice.
     """
     order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
     order = order[accelerator.process_index :: accelerator.num_processes]
@@ -56,50 +57,63 @@ def predict_logits(
     return logits.numpy()
 
 
-def score_predictions(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """How good logits (N, labels) are for the labels (N,), every row counted once.
+def score_labelled_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: LabelledTexts,
+    *,
+    block_size: int,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """The `test_...` scores that recipes/finetune_classification.py writes, of these texts and the model's labels."""
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    model.config.pad_token_id = tokenizer.pad_token_id  # with it, transformers' own classes find the end of a text
+    texts = [row[:block_size] for row in tokenizer(data.texts, truncation=False, verbose=False)["input_ids"]]
+    logits = predict_logits(
+        model,
+        texts,
+        num_labels=len(names),
+        batch_size=batch_size,
+        pad_token_id=tokenizer.pad_token_id,
+        accelerator=accelerator,
+    )
+    labels = np.array([model.config.label2id[label] for label in data.labels])
+    scores = score_predictions(logits, labels, names) | {"texts": len(texts)}
+    return {f"test_{name}": value for name, value in scores.items()}
 
-    `accuracy`, `f1_macro` (the mean of the labels' F1, of those that occur), `loss` (nats a text), `ece` (the expected
-    calibration error: how far confidence and accuracy lie apart, averaged over the texts in ten bins of confidence),
-    `majority_accuracy` (of always saying the most frequent label), `per_label`, `confusion` (rows are the true labels),
-    and `reliability` (a bin's confidence, accuracy and number of texts).
+
+def score_predictions(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """The scores of logits (N, labels) for the labels (N,), with the numbers of `metrics/calibrated_classification`.
+
+    `accuracy`, `f1_macro` (over the labels that occur or are predicted), `loss` (nats per text), `ece` (the expected
+    calibration error), `majority_accuracy` (of always predicting the most frequent label), `per_label`, `confusion`
+    (rows are the true labels), and `reliability` (a bin's confidence, accuracy and number of texts).
     """
     logits = logits.astype(np.float64)
     log_probabilities = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    predicted = logits.argmax(axis=1)
-    confusion: np.ndarray = np.zeros((len(names), len(names)), dtype=np.int64)
-    np.add.at(confusion, (labels, predicted), 1)
-    hits, num_true, num_said = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
-    with np.errstate(invalid="ignore"):
-        precision, recall = np.nan_to_num(hits / num_said), np.nan_to_num(hits / num_true)
-        f1 = np.nan_to_num(2 * hits / (num_true + num_said))
-    confidence, is_right = np.exp(log_probabilities.max(axis=1)), predicted == labels
-    bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
-    reliability = [
-        {
-            "confidence": float(confidence[bins == index].mean()),
-            "accuracy": float(is_right[bins == index].mean()),
-            "texts": int((bins == index).sum()),
-        }
-        for index in np.unique(bins)
-    ]
+    scores = classification_scores(np.exp(log_probabilities), labels)
+    num_true = np.bincount(labels, minlength=len(names))
     return {
-        "accuracy": float(is_right.mean()),
-        "f1_macro": float(f1[(num_true + num_said) > 0].mean()),
+        "accuracy": scores["accuracy"],
+        "f1_macro": scores["f1_macro"],
         "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
-        "ece": sum(row["texts"] * abs(row["confidence"] - row["accuracy"]) for row in reliability) / len(labels),
+        "ece": scores["expected_calibration_error"],
         "majority_accuracy": float(num_true.max() / len(labels)),
         "per_label": {
             name: {
-                "precision": float(precision[index]),
-                "recall": float(recall[index]),
-                "f1": float(f1[index]),
+                "precision": scores["precision"][index],
+                "recall": scores["recall"][index],
+                "f1": scores["f1"][index],
                 "texts": int(num_true[index]),
             }
             for index, name in enumerate(names)
         },
-        "confusion": confusion.tolist(),
-        "reliability": reliability,
+        "confusion": scores["confusion_matrix"],
+        "reliability": [
+            {"confidence": row["confidence"], "accuracy": row["accuracy"], "texts": row["rows"]}
+            for row in scores["reliability"]
+        ],
     }
 
 
@@ -112,8 +126,8 @@ def logistic_regression(
 ) -> tuple[np.ndarray, float]:
     """Log-probabilities (N, labels) of the test texts by scikit-learn's logistic regression, and its strength C.
 
-    It sees words and pairs of words by TF-IDF with sublinear counts. The strength is the one of three that is best on
-    the validation texts, as the neural model's epoch is.
+    It sees words and pairs of words by TF-IDF with sublinear counts. Of three strengths, the one that is best on the
+    validation texts is taken, as is the epoch of the neural model.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -137,10 +151,10 @@ Texts = tuple[Sequence[str], Sequence[int]]  # and their labels' ids
 def score_beside_baselines(
     logits: Mapping[str, np.ndarray], parts: Mapping[str, Texts], names: Sequence[str]
 ) -> dict[str, Any]:
-    """The numbers of metrics.json: `eval_...` and `test_...` of the logits of these parts, and of what costs nothing.
+    """The numbers of metrics.json: `eval_...` and `test_...` of the logits of these parts, and of two baselines.
 
-    The baselines are the logistic regression on the same parts, `test_logistic_regression_...`, and always saying the
-    label that is commonest in the part `train`, `test_majority_accuracy`.
+    The baselines are a logistic regression on the same parts, `test_logistic_regression_...`, and always predicting
+    the most frequent label of the part `train`, `test_majority_accuracy`.
     """
     scores = {part: score_predictions(logits[part], np.array(parts[part][1]), names) for part in ("eval", "test")}
     metrics = {f"eval_{name}": scores["eval"][name] for name in ("loss", "accuracy", "f1_macro")}
@@ -157,11 +171,11 @@ def score_beside_baselines(
 
 
 def describe_scores(metrics: Mapping[str, Any]) -> str:
-    """What `score_beside_baselines` found as two small tables, and a word if the logistic regression is better."""
+    """Two small tables of what `score_beside_baselines` found, and a sentence if the logistic regression is better."""
     labels, num_texts = metrics["test_per_label"], metrics["test_texts"]
     rows = {"this model": "test", "logistic regression, TF-IDF": "test_logistic_regression"}
     width = max(map(len, (*labels, *rows)))
-    lines = [f"Test, {num_texts:,} texts that were never trained on:"]
+    lines = [f"Test, {num_texts:,} texts that were not trained on:"]
     lines.append(f"{'':{width}}  accuracy  macro-F1   loss    ECE")
     for name, prefix in rows.items():
         accuracy, f1, loss, ece = (metrics[f"{prefix}_{score}"] for score in ("accuracy", "f1_macro", "loss", "ece"))
@@ -176,7 +190,7 @@ def describe_scores(metrics: Mapping[str, Any]) -> str:
     if (num_fewer := round(behind * num_texts)) > 0:
         lines += [
             "",
-            f"The logistic regression is right on {num_fewer:,} texts more than this model, at no cost: use it, or "
-            "give the model more pretraining, more labelled texts, another --method or --learning_rate.",
+            f"The logistic regression is right on {num_fewer:,} texts more than this model, at almost no cost: use "
+            "it, or give the model more pretraining, more labelled texts, another method or learning_rate.",
         ]
     return "\n".join(lines)

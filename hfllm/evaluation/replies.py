@@ -1,14 +1,18 @@
-"""Replies of a model to the prompts of conversations, and how many of them are the responses that stand there."""
+"""Conversations: the loss on their responses, and a model's own replies compared with them."""
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.conversations import Conversation
-from ..data.instruction import encode_prompt, padding_token_id
+from ..data.instruction import ConversationRows, encode_conversations, encode_prompt, padding_token_id
+from .rows import score_rows
 
 
 class Reply(NamedTuple):
@@ -17,7 +21,7 @@ class Reply(NamedTuple):
 
 
 def stop_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, stop_token_id: int) -> None:
-    """Let `generate` stop, from now on, at the token that ends a turn as well as at the end of a document."""
+    """Make `generate` stop, from now on, at the token that ends a turn as well as at the end of a document."""
     model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, stop_token_id})
     model.generation_config.pad_token_id = padding_token_id(tokenizer)
 
@@ -31,13 +35,13 @@ def answer(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[Reply]:
-    """The model's likeliest reply to what comes before each conversation's last response, see `stop_at_turns`."""
+    """The model's greedy reply in place of each conversation's last response; see `stop_at_turns`."""
     was_training = model.training
     model.eval()
     prompts = [encode_prompt(question.messages[: last_response(question)], tokenizer) for question in questions]
     replies = [Reply("", False)] * len(prompts)
     ends = torch.tensor(model.generation_config.eos_token_id, device=model.device)
-    # Prompts of one length together, so that nothing is padded for long; on the left, where the reply does not go.
+    # Prompts of similar lengths share a batch, so that there is little padding; it is on the left, before the prompt.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for first in range(0, len(order), batch_size):
         some = order[first : first + batch_size]
@@ -60,16 +64,52 @@ def answer(
     return replies
 
 
+def score_conversations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    *,
+    block_size: int,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """`test_loss` in nats per token of the responses, each counted once, and what was read.
+
+    With `max_new_tokens` the model also answers each prompt, and `exact_match` compares the replies.
+    """
+    encoded = encode_conversations(list(conversations), tokenizer, max_length=block_size)
+    rows = ConversationRows(encoded, block_size=block_size, pad_token_id=padding_token_id(tokenizer), packing=False)
+    order = np.argsort([-length for length in rows.lengths], kind="stable")  # similar lengths share a batch
+    loss, num_tokens = score_rows(model, rows, order, batch_size=batch_size, accelerator=accelerator)
+    numbers = {
+        "test_loss": loss,
+        "test_response_tokens": num_tokens,
+        "test_conversations": len(encoded.rows),
+        "test_truncated": encoded.account["truncated"],
+        "test_dropped": encoded.account["dropped"],
+    }
+    if max_new_tokens is None:
+        return numbers
+    stop_at_turns(model, tokenizer, stop_token_id=encoded.stop_token_id)
+    questions = [conversations[row.index] for row in encoded.rows]
+    own = range(accelerator.process_index, len(questions), accelerator.num_processes)
+    asked = [questions[index] for index in own]
+    replies = answer(model, tokenizer, asked, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    by_index = dict(gather_object(list(zip(own, replies))))
+    return numbers | exact_match(questions, [by_index[index] for index in range(len(questions))])
+
+
 def last_response(question: Conversation) -> int:
     """The index of the last message of the assistant."""
     return max(index for index, message in enumerate(question.messages) if message["role"] == "assistant")
 
 
 def exact_match(questions: Sequence[Conversation], replies: Sequence[Reply]) -> dict[str, float]:
-    """The share of replies that are the response, character by character, in all and of each kind.
+    """The share of replies that equal the response, as `metrics/exact_answer` counts them, in all and of each kind.
 
-    How many of all `test_answers` had no end when their tokens ran out, or were empty, is told as
-    `test_answers_unfinished` and `test_answers_empty`, so that nobody takes want of tokens for want of knowledge.
+    `test_answers_unfinished` of the `test_answers` reached their limit of tokens, and `test_answers_empty` were empty:
+    too few tokens can look like too little knowledge.
     """
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""The loss on held-out rows: a sum over tokens divided by their count, whatever the batches and the processes."""
+"""The loss on held-out rows: a sum over tokens divided by their count, for any batch size and number of processes."""
 
 import math
 import time
@@ -12,9 +12,9 @@ from torch import nn
 
 
 class Rows(Protocol):
-    """What is evaluated: fixed rows that are read at random, such as `hfllm.data` makes them."""
+    """Fixed rows with random access, such as `hfllm.data` prepares."""
 
-    num_bytes: int  # of text, which all targets together stand for
+    num_bytes: int  # UTF-8 bytes of the text that all targets together encode
 
     def __len__(self) -> int: ...
 
@@ -36,20 +36,20 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """The loss per byte of text instead of per token, so that models with different tokenizers compare."""
+        """The loss per byte of text instead of per token, comparable between models with different tokenizers."""
         return self.loss * self.num_tokens / self.num_bytes / math.log(2)
 
 
 def evaluate_rows(model: nn.Module, rows: Rows, *, batch_size: int, accelerator: Accelerator) -> Evaluation:
     """Score every target of `rows` once, cut among the processes; each process gets the numbers of all.
 
-    The mean of batch means is another number whenever batches differ in their count of targets, and a process that
-    repeats rows to fill its share counts them twice. Here only sums travel: the result is the same, up to rounding in
-    the logits, for any batch size and any number of processes.
+    A mean of batch means depends on the batches whenever they differ in their number of targets, and a process that
+    repeats rows to fill its share counts them twice. Here only sums are exchanged: the result is the same, up to
+    rounding in the logits, for any batch size and any number of processes.
     """
     if len(rows) == 0 or rows.num_bytes <= 0:
         raise ValueError(
-            f"There is nothing to evaluate: {len(rows):,} rows that stand for {rows.num_bytes:,} bytes. "
+            f"There is nothing to evaluate: {len(rows):,} rows of {rows.num_bytes:,} bytes of text. "
             "Give more held-out text, or a shorter block_size."
         )
     start = time.perf_counter()
@@ -58,9 +58,9 @@ def evaluate_rows(model: nn.Module, rows: Rows, *, batch_size: int, accelerator:
 
 
 def time_evaluation(model: nn.Module, rows: Rows, *, batch_size: int, accelerator: Accelerator) -> float:
-    """The seconds that this process would take to evaluate all rows, by two batches of them."""
+    """Seconds that this process would take to evaluate all rows, estimated from two batches."""
     some = np.arange(min(len(rows), 2 * batch_size * accelerator.num_processes))
-    for _ in range(2):  # the first time warms up
+    for _ in range(2):  # the first one is a warm-up
         start = time.perf_counter()
         score_rows(model, rows, some, batch_size=batch_size, accelerator=accelerator)
         seconds = time.perf_counter() - start
@@ -71,9 +71,9 @@ def time_evaluation(model: nn.Module, rows: Rows, *, batch_size: int, accelerato
 def score_rows(
     model: nn.Module, rows: Rows, indices: np.ndarray, *, batch_size: int, accelerator: Accelerator
 ) -> tuple[float, int]:
-    """Nats per token over the targets of these rows, and how many targets they are."""
+    """Nats per token over the targets of these rows, and the number of targets."""
     own = indices[accelerator.process_index :: accelerator.num_processes]
-    rows_each = math.ceil(len(indices) / accelerator.num_processes)  # of the processes that have most
+    rows_each = math.ceil(len(indices) / accelerator.num_processes)  # of the process with the most rows
     batch_size = min(batch_size, rows_each)
     device = accelerator.device
     # Float32 stops counting at 16,777,216. MPS has no float64, so there the sums live on the CPU.
@@ -84,12 +84,12 @@ def score_rows(
     try:
         for first in range(0, rows_each, batch_size):
             batch_rows = own[first : first + batch_size]
-            # Every batch is filled up to one size with rows that count nothing: FSDP needs as many calls of every
-            # process, and torch.compile compiles one shape.
+            # Every batch is filled up to one size with rows that do not count: FSDP needs the same number of forward
+            # passes in every process, and torch.compile compiles one shape.
             padding = np.zeros(batch_size - len(batch_rows), dtype=batch_rows.dtype)
             batch = rows.batch(np.concatenate([batch_rows, padding]), count_once=True)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            labels = batch["shift_labels"].to(torch.long, copy=True)  # marked below, and perhaps a view of the rows
+            labels = batch["shift_labels"].to(torch.long, copy=True)  # changed below, and perhaps a view of the rows
             labels[len(batch_rows) :] = -100
             logits = model(
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
@@ -111,6 +111,6 @@ def score_rows(
     if not math.isfinite(loss_sum):
         raise FloatingPointError(
             f"The evaluation loss is {loss_sum}: the model's logits are not finite on some of the {len(indices):,} "
-            "rows. Start anew with a lower --learning_rate."
+            "rows. Start again with a lower learning_rate."
         )
     return loss_sum / num_tokens, int(num_tokens)

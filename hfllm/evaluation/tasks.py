@@ -1,4 +1,4 @@
-"""lm-eval's tasks, on a model that is loaded already."""
+"""Tasks of lm-eval, on a model that is already loaded."""
 
 import difflib
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ def find_tasks(names: Sequence[str], *, include_path: str | None = None) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError("--tasks needs lm-eval: pip install -e '.[interop]'.") from error
+        raise ValueError("tasks needs lm-eval: pip install -e '.[interop]'.") from error
     if include_path is not None and not Path(include_path).is_dir():
-        raise ValueError(f"--include_path {include_path} is not a folder.")
+        raise ValueError(f"include_path {include_path} is not a folder.")
     manager = TaskManager(include_path=include_path)
     for name in names:
         if not manager.match_tasks([name]):
             nearest = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.4)
             raise ValueError(
                 f"lm-eval knows no task {name!r}{f'; did you mean {nearest[0]!r}?' if nearest else '.'} "
-                "Tasks of your own come from a folder of YAML files: --include_path."
+                "For tasks of your own, give the folder of their YAML files as include_path."
             )
     return manager
 

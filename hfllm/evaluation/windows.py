@@ -1,24 +1,27 @@
 """The loss on whole documents, in overlapping windows that count each token once.
 
-Pretraining evaluates packed rows (`evaluation.py`), which is fast. Here every token of every document is predicted, the
-first one from the tokenizer's start token, as lm-eval's rolling log-likelihood has it: numbers that models with
-different tokenizers and contexts share.
+Pretraining evaluates packed rows (`rows.py`), which is fast. Here every token of every document is predicted, the first
+one from the tokenizer's start token, as in lm-eval's rolling log-likelihood. These numbers can be compared between
+models with different tokenizers and contexts.
 """
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .rows import Evaluation
 
 
-CHUNK_LOGITS = 1 << 24  # so many logits at a time are turned into float64, 128 MiB
+CHUNK_LOGITS = 1 << 24  # logits converted to float64 at a time, 128 MiB
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,45 @@ def cut_windows(
             done = end
 
 
+def score_documents(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: datasets.Dataset,
+    *,
+    encode: Callable[[list[str]], list[np.ndarray]],
+    block_size: int,
+    stride: int,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """`test_loss`, `test_bits_per_byte` and so on of documents, each token predicted once.
+
+    `documents` has the columns `text` and `document`: a long document is stored in several parts with one number.
+    `encode` turns texts into token ids without special tokens.
+    """
+    texts = list(documents["text"])
+    parts = encode(texts)
+    starts = np.flatnonzero(np.diff(np.array(documents["document"]), prepend=-1))  # the first part of each document
+    encoded = [np.concatenate(parts[start:end]) for start, end in zip(starts, [*starts[1:], len(parts)], strict=True)]
+    largest = max(int(ids.max()) for ids in encoded if len(ids))
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer gives the id {largest}, but the model has {model.config.vocab_size} embeddings."
+        )
+    windows = list(cut_windows(encoded, prefix_token_id=tokenizer.bos_token_id, block_size=block_size, stride=stride))
+    num_bytes = sum(len(text.encode()) for text in texts)
+    result = evaluate_windows(model, windows, num_bytes=num_bytes, batch_size=batch_size, accelerator=accelerator)
+    return {
+        "test_loss": result.loss,
+        "test_perplexity": result.perplexity,
+        "test_bits_per_byte": result.bits_per_byte,
+        "test_tokens": result.num_tokens,
+        "test_bytes": result.num_bytes,
+        "test_documents": len(encoded),
+        "test_stride": stride,
+    }
+
+
 @torch.no_grad()
 def evaluate_windows(
     model: nn.Module, windows: list[Window], *, num_bytes: int, batch_size: int, accelerator: Accelerator
@@ -62,9 +104,11 @@ def evaluate_windows(
     model's logits. Rows are padded on the right, where a causal model does not look.
     """
     if not windows or num_bytes <= 0:
-        raise ValueError(f"There is nothing to evaluate: {len(windows):,} windows, {num_bytes:,} bytes. Is it empty?")
+        raise ValueError(
+            f"There is nothing to evaluate: {len(windows):,} windows, {num_bytes:,} bytes. Is the text empty?"
+        )
     start = time.perf_counter()
-    # Longest first: what does not fit into memory fails at once, and rows of a batch are of like length.
+    # Longest first: what does not fit into memory fails at once, and the rows of a batch have similar lengths.
     order = sorted(range(len(windows)), key=lambda index: -len(windows[index].input_ids))
     order = order[accelerator.process_index :: accelerator.num_processes]
     loss_sum, num_tokens = 0.0, 0

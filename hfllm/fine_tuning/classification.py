@@ -1,4 +1,4 @@
-"""Classifier training: what is frozen, the order of rows, and the Trainer."""
+"""Classifier training: frozen parameters, the order of rows, and the Trainer."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,35 +10,38 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
 
 
-HEADS = ("score", "classifier")  # a classifier's head, by transformers' names
-BATCHES_IN_A_POOL = 50  # of which batches of about equal lengths are made
+HEADS = ("score", "classifier")  # names of a classifier's head in transformers
+BATCHES_IN_A_POOL = 50  # rows of so many batches are sorted by length together
 
 
 def freeze_all_but(model: PreTrainedModel, method: str) -> None:
-    """Freeze, in place, what the method does not train: `full`, `last_block` (with last norm and head), `head`."""
+    """Freeze, in place, what the method does not train.
+
+    `full` trains all parameters, `last_block` the last block, the last norm and the head, `head` the head alone.
+    """
     if method not in ("full", "last_block", "head"):
-        raise ValueError(f"method={method!r}: it is 'full', 'last_block' or 'head'.")
+        raise ValueError(f"method={method!r}: choose 'full', 'last_block' or 'head'.")
     body = model.base_model
     body.requires_grad_(method == "full")
     if method != "last_block":
         return
     lists = [module for module in body.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
-        raise ValueError(f"A {type(model).__name__} has no list of blocks: choose --method full or head.")
+        raise ValueError(f"A {type(model).__name__} has no list of blocks: choose method full or head.")
     blocks = max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
     blocks[-1].requires_grad_(True)
     inside = {id(parameter) for parameter in blocks.parameters()}
     for parameter in body.parameters():
-        if parameter.ndim == 1 and id(parameter) not in inside:  # the norm behind the blocks
+        if parameter.ndim == 1 and id(parameter) not in inside:  # the norm after the blocks
             parameter.requires_grad_(True)
 
 
 class RowOrder(Sampler[int]):
-    """The order of an epoch's rows, whole batches of them: a function of seed and epoch, whatever process asks.
+    """The order of an epoch's rows, in whole batches; a function of seed and epoch, the same in every process.
 
-    `by_length` puts rows of about equal lengths into a batch, and the batches in random order: where length goes with
-    the label (spam is long), going from long texts to short ones would go from one label to another. The rows beyond
-    the last whole batch, others in each epoch, are left out, so that every step is the mean over as many rows.
+    `by_length` puts rows of similar lengths into a batch, and the batches in random order. Batches from long to short
+    would go from one label to another where length depends on the label (spam is long). Rows beyond the last whole
+    batch, different ones in each epoch, are left out, so that every step is the mean over the same number of rows.
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, by_length: bool, seed: int):
@@ -67,10 +70,10 @@ class RowOrder(Sampler[int]):
 
 
 class ClassifierTrainer(Trainer):
-    """Trainer with the same steps and numbers on any number of processes, and a count of what is text in its batches.
+    """Trainer with the same steps and numbers on any number of processes, which counts text and padding.
 
-    Rows come in `RowOrder`, for batches that are an optimizer's step on all processes together. `eval_loss` is the mean
-    over the texts, each counted once. The new head and, if they are trained, the token embeddings take steps of
+    Rows come in `RowOrder`, in batches of one optimizer step on all processes together. `eval_loss` is the mean over
+    the texts, each counted once. The new head and, if they are trained, the token embeddings learn with
     `head_learning_rate`.
     """
 
@@ -79,7 +82,7 @@ class ClassifierTrainer(Trainer):
     def __init__(self, *args: Any, head_learning_rate: float, **kwargs: Any):
         self.head_learning_rate = head_learning_rate
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # classifiers give the mean over rows, also where they take **kwargs
+        self.model_accepts_loss_kwargs = False  # a classifier's loss is the mean over rows even if it takes **kwargs
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
         return RowOrder(
@@ -90,7 +93,7 @@ class ClassifierTrainer(Trainer):
         )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        # A word that decides is in a few texts only: its row of the embedding takes few steps, and needs large ones.
+        # A word that decides occurs in few texts: its row of the embedding is updated rarely, and needs large steps.
         optimizer = super().create_optimizer(model)
         heads = [module for name, module in self.model.named_modules() if name.rpartition(".")[2] in HEADS]
         tables = {
@@ -117,7 +120,7 @@ class ClassifierTrainer(Trainer):
         return output
 
     def count_tokens(self) -> tuple[int, int]:
-        """The tokens of text in all processes' training batches, and the places there were for them."""
+        """The number of text tokens in the training batches of all processes, and of places with padding."""
         counts = torch.tensor([int(self.num_tokens), self.num_places], device=self.args.device)
         tokens, places = self.accelerator.reduce(counts, reduction="sum").tolist()
         return tokens, places

@@ -1,4 +1,4 @@
-"""The loss on what is learned of a row, for which the model's head computes no other logits."""
+"""The loss on the responses of conversations, with logits computed for their tokens alone."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from torch import nn
 
 @contextlib.contextmanager
 def logits_only_at(model: nn.Module, places: torch.Tensor) -> Iterator[None]:
-    """While the block lasts, the model's logits are those of these places of its rows alone.
+    """Within the block, the model computes logits only at these places of its rows.
 
     `places` (B, T) is true where they are wanted; a forward pass of rows (B, T) then returns logits (N, V) in the order
-    of rows and positions. In a conversation most tokens are prompt, whose logits nobody looks at; with a vocabulary of
-    150,000 they are most of the memory. It works with any model of transformers whose head is a module.
+    of rows and positions. In a conversation most tokens are prompt, whose logits are not used; with a vocabulary of
+    150,000 they would take most of the memory. It works with any model of transformers whose head is a module.
     """
     head = model.get_output_embeddings()
 
@@ -36,10 +36,10 @@ def shift_left(labels: torch.Tensor) -> torch.Tensor:
 def learned_loss(
     outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """Nats per learned token, of logits (N, V) as `logits_only_at` leaves them; Trainer's `compute_loss_func`.
+    """Nats per learned token, from the logits (N, V) of `logits_only_at`; for Trainer's `compute_loss_func`.
 
     The sum is divided by `num_items_in_batch`, the learned tokens of all batches of an optimizer step and all
-    processes, so that the gradient does not depend on how a step is cut.
+    processes, so that the gradient does not depend on how a step is split into batches.
     """
     targets = shift_left(labels)
     targets = targets[targets != -100]

@@ -1,6 +1,7 @@
 """The model card: README.md, written from what the run left, with metadata that the Hub understands.
 
-What hfllm writes stands between two marks, and is written anew each time; what a person adds outside them stays.
+What hfllm writes stands between two marks, each a line of its own, and is written again each time; what a person adds
+outside them stays.
 """
 
 import json
@@ -13,13 +14,15 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..report import write_page
+from ..report.escaping import markdown_block, markdown_code, markdown_text
 from ..report.page import PAGE_FILE
 from ..report.run import Run, is_hub_id, is_place, read_run, without_places
-from ..report.words import format_value, kind_of, label_of, plain_value, sentence_about
+from ..report.words import dataset_in_words, format_value, is_chat, kind_of, label_of, plain_value, sentence_about
 
 
 CARD_FILE = "README.md"
 BEGIN, END = "<!-- written by hfllm: begin -->", "<!-- written by hfllm: end -->"
+WRITTEN = re.compile(rf"^{BEGIN}$.*?^{END}$", re.MULTILINE | re.DOTALL)
 # What PEFT and transformers' Trainer write when nobody else does.
 BOILERPLATE = ("# Model Card for Model ID", "This model card has been generated automatically")
 METRICS = {  # of metrics.json -> type and name of the Hub's metric
@@ -34,6 +37,10 @@ METRICS = {  # of metrics.json -> type and name of the Hub's metric
 SPLITS = {"eval": "validation", "test": "test"}
 PICTURES = {"curves.png": "Curves of the training", "confusion.png": "What it confuses"}
 MAX_SAMPLE_CHARACTERS = 1200
+
+
+class Markdown(str):
+    """A cell that is Markdown already; any other is text and gets escaped."""
 
 
 def write_card(folder: str | Path, *, repo_id: str | None = None, base_model: str | None = None) -> bool:
@@ -69,15 +76,15 @@ def make_card(
     metadata = _metadata(run, repo_id=repo_id, base_model=base)
     name = repo_id or run.name
     parts = [
-        f"# {name.split('/')[-1]}",
-        f"{sentence_about(run)} Made with hfllm.",
+        f"# {markdown_text(name.split('/')[-1])}",
+        f"{markdown_text(sentence_about(run))} Made with hfllm.",
         "## How to use it\n\n" + _usage(run, name, base),
         _results(run),
         *(f"![{PICTURES[name]}]({name})" for name in pictures),
         _samples(run),
         "## Data\n\n" + _data(run),
         "## Model\n\n" + _table({**_shape(run), "parameters": run.metrics.get("num_parameters")}),
-        "## Training\n\n" + _table({f"`{key}`": plain_value(value) for key, value in _hyper_parameters(run).items()}),
+        "## Training\n\n" + _table(_hyper_parameters(run)),
         _costs(run),
         "## Limits\n\n" + _limits(run),
     ]
@@ -94,7 +101,7 @@ def join_cards(new: str, old: str) -> str | None:
     if not old.strip() or any(words in old for words in BOILERPLATE):
         return new
     new_card, old_card = ModelCard(new, ignore_metadata_errors=True), ModelCard(old, ignore_metadata_errors=True)
-    if old_card.text.strip() and not (BEGIN in old_card.text and END in old_card.text):
+    if old_card.text.strip() and not WRITTEN.search(old_card.text):
         return None
     metadata = {**old_card.data.to_dict(), **new_card.data.to_dict()}
     before, between, after = _cut_at_marks(new_card.text)
@@ -117,11 +124,10 @@ def choose_card(made: str, *, here: str, there: str) -> str:
 
 def _cut_at_marks(text: str) -> tuple[str, str, str]:
     """What stands before the marks, between them (with them), and after them; a text without marks has nothing."""
-    if BEGIN not in text or END not in text:
+    found = WRITTEN.search(text)
+    if found is None:
         return "", "", ""
-    before, rest = text.split(BEGIN, 1)
-    between, after = rest.split(END, 1)
-    return before.strip(), f"{BEGIN}{between}{END}", after.strip()
+    return text[: found.start()].strip(), found[0], text[found.end() :].strip()
 
 
 def _metadata(run: Run, *, repo_id: str | None, base_model: str | None) -> ModelCardData:
@@ -168,6 +174,8 @@ def _usage(run: Run, name: str, base: str | None) -> str:
     quoted = json.dumps(name)
     if run.adapter:
         return _adapter_usage(run, quoted, base, is_classifier)
+    if is_chat(run):
+        return _chat_usage(run, name, trust)
     if is_classifier:
         return f"""```python
 from transformers import pipeline
@@ -193,6 +201,22 @@ python recipes/generate.py --model {shlex.quote(name)} --prompt {shlex.quote(pro
 ```
 """
     return text
+
+
+def _chat_usage(run: Run, name: str, trust: str) -> str:
+    question = next((heading for heading, _ in run.samples if isinstance(heading, str)), "What can you tell me?")
+    code = f"""from transformers import pipeline
+
+chat = pipeline("text-generation", {json.dumps(name)}{trust})
+messages = [{{"role": "user", "content": {json.dumps(question, ensure_ascii=False)}}}]
+print(chat(messages, max_new_tokens=64)[0]["generated_text"][-1]["content"])
+"""
+    return f"""{markdown_block(code, "python")}
+
+The prompt must be written by the tokenizer's chat template, as `pipeline` and `apply_chat_template` do. From hfllm's
+checkout, in the terminal, as a web page (`--web`) or as an OpenAI-compatible server (`--serve`):
+
+{markdown_block(f"python recipes/chat.py --model {shlex.quote(name)}", "")}"""
 
 
 def _adapter_usage(run: Run, quoted: str, base: str | None, is_classifier: bool) -> str:
@@ -239,7 +263,7 @@ def _results(run: Run) -> str:
     if any("bits_per_byte" in name for name in run.numbers):
         note = "\n\nSums over every token, divided by their count. Bits per byte do not depend on the tokenizer."
     if (measured_on := run.metrics.get("test_dataset")) is not None:
-        note += f"\n\nWhat is called test was measured afterwards, on `{measured_on}`."
+        note += f"\n\nWhat is called test was measured afterwards, on {markdown_code(measured_on)}."
     return f"## Results\n\n{_table(rows)}{note}"
 
 
@@ -247,11 +271,9 @@ def _samples(run: Run) -> str:
     if not run.samples:
         return ""
     heading, text = run.samples[-1]
-    said = f"What it wrote at step {heading:,}" if isinstance(heading, int) else f"What it wrote when asked: {heading}"
-    text = text[:MAX_SAMPLE_CHARACTERS]
-    longest = max((len(match) for match in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"## A sample\n\n{said}\n\n{fence}text\n{text}\n{fence}"
+    asked = f"What it wrote when asked: {markdown_text(heading)}"
+    said = f"What it wrote at step {heading:,}" if isinstance(heading, int) else asked
+    return f"## A sample\n\n{said}\n\n{markdown_block(text[:MAX_SAMPLE_CHARACTERS])}"
 
 
 def _dataset(run: Run) -> str:
@@ -270,14 +292,16 @@ def _dataset_hash(run: Run) -> dict[str, str] | None:
 
 def _data(run: Run) -> str:
     dataset = _dataset(run)
-    what = "`stdlib`: the source of Python's standard library, read in place" if dataset == "stdlib" else f"`{dataset}`"
-    rows: dict[str, Any] = {"dataset": what}
+    what = markdown_code(dataset)
+    if dataset == "stdlib":
+        what += f": {markdown_text(dataset_in_words(run))}"
+    rows: dict[str, Any] = {"dataset": Markdown(what)}
     for name in ("dataset_config", "split", "text_column", "label_column", "validation_fraction"):
         if run.arguments.get(name) not in (None, ""):
             rows[name.replace("_", " ")] = plain_value(run.arguments[name])
     for name in ("corpus_sha256", "tokenizer_sha256"):
         if run.metrics.get(name):
-            rows[label_of(name)] = f"`{run.metrics[name]}`"
+            rows[label_of(name)] = Markdown(markdown_code(run.metrics[name]))
     if run.metrics.get("train_tokens"):
         rows["training tokens"] = f"{run.metrics['train_tokens']:,}"
     return _table(rows)
@@ -304,9 +328,9 @@ NOT_HYPER_PARAMETERS = {
 }
 
 
-def _hyper_parameters(run: Run) -> dict[str, Any]:
+def _hyper_parameters(run: Run) -> dict[str, str]:
     return {
-        name: value
+        Markdown(f"`{name}`"): plain_value(value)
         for name, value in run.arguments.items()
         if name not in NOT_HYPER_PARAMETERS and value not in (None, False)
     }
@@ -333,6 +357,11 @@ def _limits(run: Run) -> str:
             "It knows the labels and the kind of text it was trained on, and gives every text one of them, however "
             f"little it fits.{window} The numbers above hold for texts like those of its data set."
         )
+    if is_chat(run):
+        return (
+            f"It answers questions of the kind it was fine-tuned on. It answers other questions too, but wrongly."
+            f"{window}{small} Nothing was done to make its answers safe. Check what it writes before you use it."
+        )
     return (
         f"It continues text in the manner of its data, with that data's errors and prejudices, and knows nothing else."
         f"{window}{small} Nothing was done to make its answers safe. Check what it writes before you use it."
@@ -341,7 +370,7 @@ def _limits(run: Run) -> str:
 
 def _table(rows: dict[str, Any]) -> str:
     def cell(value: Any) -> str:
-        return str(value).replace("|", "\\|").replace("\n", " ")
+        return value if isinstance(value, Markdown) else markdown_text(value)
 
     lines = [f"| {cell(name)} | {cell(value)} |" for name, value in rows.items() if value is not None]
     return "\n".join(["| | |", "|---|---|", *lines])

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_token
+from transformers.dynamic_module_utils import get_relative_import_files
 
-from ..model import configuration_gpt, modeling_gpt
+from ..model import configuration_gpt
 from ..report import read_run, without_places
 from ..report.page import PAGE_FILE, render_run
 from ..report.run import is_hub_id, shorten_paths
@@ -116,15 +117,28 @@ def _adapter_files(folder: Path, base_model: str | None) -> Files:
 
 
 def _code_files(folder: Path) -> Files:
-    """For a model of ours its two code files, and a config whose `auto_map` names all its classes."""
+    """For a model of ours its code files, and a config whose `auto_map` names all its classes."""
     config = _public(_read(folder / "config.json"))
     if config["model_type"] != configuration_gpt.GPTConfig.model_type:
         return {"config.json": _as_json(config)}
     files: Files = {"config.json": _as_json({**config, "auto_map": dict(configuration_gpt.AUTO_MAP)})}
-    for module in (configuration_gpt, modeling_gpt):
-        name = Path(str(module.__file__)).name
-        files[name] = folder / name if (folder / name).exists() else Path(str(module.__file__))
-    return files
+    try:
+        code = find_code_files(folder)
+    except FileNotFoundError:  # a folder without its code, or with a part of it
+        code = find_code_files(Path(str(configuration_gpt.__file__)).parent)
+    return files | {path.name: path for path in code}
+
+
+def find_code_files(folder: Path) -> list[Path]:
+    """The files of the classes in `auto_map`, and the files that these import beside them, as `save_pretrained` copies.
+
+    Raises:
+        FileNotFoundError: one of them is not in the folder.
+    """
+    modules = sorted({place.split(".")[0] for place in configuration_gpt.AUTO_MAP.values()})
+    paths = [folder / f"{module}.py" for module in modules]
+    imported = {Path(name) for path in paths for name in get_relative_import_files(path)}
+    return sorted({*paths, *imported})
 
 
 def _public(content: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .escaping import plain_labels
 from .pictures import EDGE, GRID, TEXT, TRAINING, VALIDATION
 
 
@@ -31,6 +32,7 @@ def benchmark_table(results: Mapping[str, Any]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+@plain_labels()
 def plot_benchmark(results: Mapping[str, Any], path: str | Path, *, title: str) -> Path:
     """Draw into a PNG a panel of bars for each number that was measured, ours in colour."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state

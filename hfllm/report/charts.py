@@ -8,11 +8,11 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
 
+from .escaping import html_text
 from .pictures import _series, _smooth
 
 
@@ -80,17 +80,18 @@ def chart(
         for tick in x_ticks
     )
     legend = "".join(
-        f'<span class="key s{line.color % COLORS}">{escape(line.label)} <b>{_last(line.values)}</b></span>'
+        f'<span class="key s{line.color % COLORS}">{html_text(line.label)} <b>{_last(line.values)}</b></span>'
         for line in lines
     )
     scale = {"first": first, "last": last, "bottom": bottom, "top": top, "log": is_logarithmic}
     data = [{"label": line.label, "color": line.color % COLORS, "points": _points(line, digits=5)} for line in lines]
     subtitle = ", ".join([unit] * bool(unit) + ["logarithmic"] * is_logarithmic)
-    return f"""<figure class="chart" data-scale="{escape(json.dumps(scale))}" data-lines="{escape(json.dumps(data))}">
-<figcaption>{escape(title)}{f" <small>{escape(subtitle)}</small>" if subtitle else ""}</figcaption>
+    numbers = f'data-scale="{html_text(json.dumps(scale))}" data-lines="{html_text(json.dumps(data))}"'
+    return f"""<figure class="chart" {numbers}>
+<figcaption>{html_text(title)}{f" <small>{html_text(subtitle)}</small>" if subtitle else ""}</figcaption>
 <div class="legend">{legend}</div>
 <div class="frame"><div class="y">{y_labels}</div><div class="plot">
-<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{escape(title)}">{drawing}</svg>
+<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{html_text(title)}">{drawing}</svg>
 <div class="cursor" hidden></div><div class="tip" hidden></div></div><div class="x">{x_labels}</div></div>
 </figure>"""
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .pictures import EDGE, TEXT, TRAINING, VALIDATION
+from .escaping import plain_labels
+from .pictures import EDGE, TEXT, TRAINING, VALIDATION, drawable
 
 
+@plain_labels()
 def plot_confusion(scores: dict, names: Sequence[str], path: str | Path, *, title: str | None = None) -> Path:
     """Draw the confusion matrix and the reliability of `score_predictions`'s result into a PNG; returns its path.
 
@@ -24,7 +26,7 @@ def plot_confusion(scores: dict, names: Sequence[str], path: str | Path, *, titl
     left, right = figure.subplots(1, 2, width_ratios=[side, 3.8])
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     left.imshow(shares, cmap=LinearSegmentedColormap.from_list("share", ["#ffffff", TRAINING]), vmin=0, vmax=1)
-    shown = [name if len(name) <= 18 else name[:17] + "…" for name in names]
+    shown = [drawable(name) for name in names]
     every = range(0, num_labels, max(1, num_labels // 40))  # more names than that do not fit
     left.set_xticks(every, [shown[index] for index in every], rotation=45, ha="right", rotation_mode="anchor")
     left.set_yticks(every, [shown[index] for index in every])
@@ -62,6 +64,6 @@ def plot_confusion(scores: dict, names: Sequence[str], path: str | Path, *, titl
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(EDGE)
     if title:
-        figure.suptitle(title, color=TEXT)
+        figure.suptitle(drawable(title, 80), color=TEXT)
     figure.savefig(path, dpi=120)
     return Path(path)

@@ -8,11 +8,11 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from .charts import Line, chart, line_of
+from .escaping import html_text
 from .run import Confusion, Run, is_confusion
 from .words import (
     HIGHER_IS_BETTER,
@@ -102,9 +102,9 @@ def _document(title: str, lead: str, head: str, sections: Iterable[tuple[str, st
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
     kept = [(heading, _anchor(heading), body) for heading, body in sections if body]
-    links = "".join(f'<a href="#{anchor}">{_text(heading)}</a>' for heading, anchor, _ in kept)
+    links = "".join(f'<a href="#{anchor}">{html_text(heading)}</a>' for heading, anchor, _ in kept)
     bodies = "".join(
-        f'<section id="{anchor}"><h2>{_text(heading)}</h2>{body}</section>' for heading, anchor, body in kept
+        f'<section id="{anchor}"><h2>{html_text(heading)}</h2>{body}</section>' for heading, anchor, body in kept
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -112,14 +112,14 @@ def _document(title: str, lead: str, head: str, sections: Iterable[tuple[str, st
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
+<title>{html_text(title)}</title>
 <link rel="icon" href="data:,">
 <style>
 {style}</style>
 </head>
 <body>
 <main>
-<header><h1>{_text(title)}</h1><p class="lead">{_text(lead)}</p><nav>{links}</nav>{head}</header>
+<header><h1>{html_text(title)}</h1><p class="lead">{html_text(lead)}</p><nav>{links}</nav>{head}</header>
 {bodies}
 <footer>Made by hfllm from the run's own files. Nothing on this page comes from elsewhere.</footer>
 </main>
@@ -133,12 +133,6 @@ def _anchor(heading: str) -> str:
     return re.sub(r"\W+", "-", heading.lower())
 
 
-def _text(value: Any) -> str:
-    """Escaped, with characters that HTML cannot hold shown as what they are."""
-    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", lambda match: f"\\x{ord(match[0]):02x}", str(value))
-    return escape(shown)
-
-
 def _tiles(run: Run) -> str:
     numbers = run.numbers
     shown = [name for name in TILES if name in numbers][:MAX_TILES]
@@ -150,7 +144,7 @@ def _tiles(run: Run) -> str:
         else:
             figure = format_seconds(value) if name == "train_seconds" else format_value(value, name)
             figure = f"{value:.4g}" if name.endswith("perplexity") and value < 1000 else figure
-        tiles.append(f'<div class="tile"><b>{_text(figure)}</b><span>{_text(label_of(name))}</span></div>')
+        tiles.append(f'<div class="tile"><b>{html_text(figure)}</b><span>{html_text(label_of(name))}</span></div>')
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
@@ -214,7 +208,7 @@ def _samples(samples: Sequence[tuple[Any, str]]) -> str:
 
 def _sample(heading: Any, text: str) -> str:
     label = f"step {heading:,}" if isinstance(heading, int) else str(heading)
-    return f'<div class="sample"><span class="quiet">{_text(label)}</span><pre>{_text(text)}</pre></div>'
+    return f'<div class="sample"><span class="quiet">{html_text(label)}</span><pre>{html_text(text)}</pre></div>'
 
 
 def _evaluation(run: Run) -> str:
@@ -231,31 +225,32 @@ def _evaluation(run: Run) -> str:
     parts += [f'<div class="card wide" style="margin-top:14px">{table}</div>' for table in tables if table]
     hashes = {name: value for name, value in run.metrics.items() if name.endswith("sha256")}
     if hashes:
-        words = "; ".join(f"{label_of(name)} <code>{_text(value)}</code>" for name, value in hashes.items())
+        words = "; ".join(f"{label_of(name)} <code>{html_text(value)}</code>" for name, value in hashes.items())
         parts.append(f'<p class="quiet" style="overflow-wrap:anywhere">{words}</p>')
     return "".join(parts)
 
 
 def _confusion(confusion: Confusion) -> str:
-    head = "".join(f"<th>{_text(label)}</th>" for label in confusion.labels)
+    head = "".join(f"<th>{html_text(label)}</th>" for label in confusion.labels)
     rows = ""
     for label, counts in zip(confusion.labels, confusion.counts):
         total = sum(counts) or 1
         cells = "".join(
             f'<td class="{"strong" if count > 0.55 * total else ""}" style="--share:{count / total:.3f}"'
-            f' title="{count / total:.1%} of {_text(label)}">{count:,}</td>'
+            f' title="{count / total:.1%} of {html_text(label)}">{count:,}</td>'
             for count in counts
         )
-        rows += f"<tr><th>{_text(label)}</th>{cells}</tr>"
+        rows += f"<tr><th>{html_text(label)}</th>{cells}</tr>"
     return (
-        f"<h3>{_text(label_of(confusion.name))}</h3><p class='quiet'>A row is what a text is, a column what the model "
-        f"took it for.</p><table class='confusion'><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        f"<h3>{html_text(label_of(confusion.name))}</h3>"
+        "<p class='quiet'>A row is what a text is, a column what the model took it for.</p>"
+        f"<table class='confusion'><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
     )
 
 
 def _nested(name: str, value: Any) -> str:
     """A dict of dicts or a list of dicts as a table, a dict of values as a list; deeper things are left to the file."""
-    title = f"<h3>{_text(label_of(name))}</h3>"
+    title = f"<h3>{html_text(label_of(name))}</h3>"
     rows: list[tuple[str, dict[str, Any]]] = []
     if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
         rows = [(str(key), item) for key, item in value.items()]
@@ -264,14 +259,14 @@ def _nested(name: str, value: Any) -> str:
     elif isinstance(value, dict) and value:
         return title + _definition_list({k: v for k, v in value.items() if not isinstance(v, (dict, list))})
     elif isinstance(value, list) and value and not any(isinstance(item, list) for item in value):
-        return f"{title}<p>{_text(format_value(value[:50]))}{' ...' if len(value) > 50 else ''}</p>"
+        return f"{title}<p>{html_text(format_value(value[:50]))}{' ...' if len(value) > 50 else ''}</p>"
     if not rows:
         return ""
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
-    head = "".join(f'<th class="number">{_text(label_of(column))}</th>' for column in columns)
+    head = "".join(f'<th class="number">{html_text(label_of(column))}</th>' for column in columns)
     body = "".join(
-        f"<tr><th>{_text(key)}</th>"
-        + "".join(f'<td class="number">{_text(_cell(row.get(column, ""), column))}</td>' for column in columns)
+        f"<tr><th>{html_text(key)}</th>"
+        + "".join(f'<td class="number">{html_text(_cell(row.get(column, ""), column))}</td>' for column in columns)
         + "</tr>"
         for key, row in rows
     )
@@ -287,16 +282,16 @@ def _tokenizer(report: dict[str, Any]) -> str:
         return ""
     rows = [("this tokenizer", report), *report.get("others", {}).items()]
     body = "".join(
-        f"<tr><th>{_text(name)}</th>"
+        f"<tr><th>{html_text(name)}</th>"
         + "".join(
-            f'<td class="number">{_text(format_value(row.get(key)))}</td>'
+            f'<td class="number">{html_text(format_value(row.get(key)))}</td>'
             for key in ("vocab_size", "tokens", "bytes_per_token")
         )
         + "</tr>"
         for name, row in rows
     )
-    tokens = "".join(f'<code class="token">{_text(token)}</code>' for token in report.get("longest_tokens", []))
-    measured = _text(report.get("measured_on", "the text"))
+    tokens = "".join(f'<code class="token">{html_text(token)}</code>' for token in report.get("longest_tokens", []))
+    measured = html_text(report.get("measured_on", "the text"))
     return f"""<div class="card"><div class="wide"><table><thead><tr><th></th><th class="number">vocabulary</th>
 <th class="number">tokens</th><th class="number">bytes per token</th></tr></thead><tbody>{body}</tbody></table></div>
 <p class="quiet">On {format_value(report.get("bytes"))} bytes of {measured}; never used there:
@@ -307,11 +302,16 @@ def _tokenizer(report: dict[str, Any]) -> str:
 def _arguments(arguments: dict[str, Any]) -> str:
     """The options by their own names; those that were not given and have no default are left out."""
     items = "".join(
-        f"<div><dt><code>{_text(name)}</code></dt><dd>{_text(plain_value(value))}</dd></div>"
+        f"<div><dt><code>{_breakable(name)}</code></dt><dd>{html_text(plain_value(value))}</dd></div>"
         for name, value in arguments.items()
         if value is not None
     )
     return f'<div class="card many"><dl>{items}</dl></div>' if items else ""
+
+
+def _breakable(name: str) -> str:
+    """An option's name that a narrow column may break after an underscore."""
+    return html_text(name).replace("_", "_<wbr>")
 
 
 def _definitions(values: dict[str, Any], *, many: bool = False) -> str:
@@ -320,7 +320,7 @@ def _definitions(values: dict[str, Any], *, many: bool = False) -> str:
 
 def _definition_list(values: dict[str, Any]) -> str:
     items = "".join(
-        f"<div><dt>{_text(label_of(name))}</dt><dd>{_text(format_value(value, name))}</dd></div>"
+        f"<div><dt>{html_text(label_of(name))}</dt><dd>{html_text(format_value(value, name))}</dd></div>"
         for name, value in values.items()
         if not isinstance(value, dict)
     )
@@ -358,10 +358,10 @@ def _compared_numbers(runs: Sequence[Run], names: Sequence[str]) -> str:
         best = choose(known) if choose and len(set(known)) > 1 else None
         cells = "".join(
             f'<td class="number{" best" if best is not None and value == best else ""}">'
-            f"{_text(format_value(value, key)) if value is not None else ''}</td>"
+            f"{html_text(format_value(value, key)) if value is not None else ''}</td>"
             for value in values
         )
-        rows.append(f"<tr><th>{_text(label_of(key))}</th>{cells}</tr>")
+        rows.append(f"<tr><th>{html_text(label_of(key))}</th>{cells}</tr>")
     return _comparison_table(names, rows)
 
 
@@ -371,8 +371,8 @@ def _compared_arguments(runs: Sequence[Run], names: Sequence[str]) -> str:
     for key in keys:
         values = [plain_value(run.arguments.get(key)) for run in runs]
         if len(set(values)) > 1:
-            cells = "".join(f'<td class="number">{_text(value)}</td>' for value in values)
-            rows.append(f"<tr><th><code>{_text(key)}</code></th>{cells}</tr>")
+            cells = "".join(f'<td class="number">{html_text(value)}</td>' for value in values)
+            rows.append(f"<tr><th><code>{html_text(key)}</code></th>{cells}</tr>")
     return _comparison_table(names, rows)
 
 
@@ -380,7 +380,7 @@ def _comparison_table(names: Sequence[str], rows: Sequence[str]) -> str:
     if not rows:
         return ""
     head = "".join(
-        f'<th class="number"><span class="key s{number % 8}">{_text(name)}</span></th>'
+        f'<th class="number"><span class="key s{number % 8}">{html_text(name)}</span></th>'
         for number, name in enumerate(names)
     )
     return (

@@ -2,11 +2,13 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .escaping import plain_labels
 
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 TRAINING, VALIDATION, TEXT, GRID = "#31688e", "#d1603d", "#3d4650", "#e3e6e9"
 EDGE, FUTURE = "#b8bec4", "#eceef0"
+SMALLEST_FONT = 5.5  # points: smaller labels of tokens cannot be read
+LARGEST_PICTURE = 24  # inches of attention maps, at 120 pixels an inch
 SMALL_PANELS = (
     ("eval_bits_per_byte", "validation bits per byte"),
     ("learning_rate", "learning rate"),
@@ -26,6 +30,7 @@ SMALL_PANELS = (
 )
 
 
+@plain_labels()
 def plot_curves(log: list[dict[str, Any]], path: str | Path, *, title: str | None = None) -> Path:
     """Draw into a PNG what `read_log` returned: the losses, and below them each other number that was logged."""
     if not log:
@@ -38,7 +43,7 @@ def plot_curves(log: list[dict[str, Any]], path: str | Path, *, title: str | Non
     figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08, hspace=0.03, wspace=0.03)
     grid = figure.add_gridspec(1 + num_rows, 2, height_ratios=[2] + [1] * num_rows)
     if title:
-        figure.suptitle(title, fontsize=13, color=TEXT)
+        figure.suptitle(drawable(title, 80), fontsize=13, color=TEXT)
 
     loss_axes = figure.add_subplot(grid[0, :])
     _draw_losses(loss_axes, log)
@@ -54,6 +59,7 @@ def plot_curves(log: list[dict[str, Any]], path: str | Path, *, title: str | Non
     return Path(path)
 
 
+@plain_labels()
 def plot_attention(
     maps: np.ndarray,
     titles: Sequence[str],
@@ -65,8 +71,10 @@ def plot_attention(
 ) -> Path:
     """Draw attention weights (N, T, T) into a PNG, one map for each title, row after row of `num_columns`.
 
-    A map's row is a token that looks, its columns are the tokens it looks at, up to itself. The tokens are written
-    where there is room, and the weights themselves into the cells of a small map that stands alone.
+    A map's row is a token that looks, its columns are the tokens it looks at, up to itself. Maps grow until each token
+    can be written beside its row; where the picture would be wider or higher than `LARGEST_PICTURE`, only every second,
+    third, ... token is written, and the title says so. The weights themselves stand in the cells of a small map that is
+    alone.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import PowerNorm
@@ -75,9 +83,14 @@ def plot_attention(
     num_tokens, num_rows = len(tokens), math.ceil(len(maps) / num_columns)
     is_alone = len(maps) == 1
     size = min(max(0.3 * num_tokens, 4.5), 12) if is_alone else min(max(8.5 / num_columns, 0.9), 2.8)  # inches of a map
-    font_size = min(7.5, 0.75 * 72 * size / num_tokens)  # points, of which an inch has 72
-    labels = [_drawable(token) for token in tokens] if font_size >= 5.5 else []
-    margin = 0.07 * max(map(len, labels), default=1)  # inches, below and on the left
+    largest = LARGEST_PICTURE / max(num_columns, num_rows)
+    size = min(max(size, SMALLEST_FONT * num_tokens / (0.75 * 72)), max(size, largest))
+    every = max(1, math.ceil(SMALLEST_FONT * num_tokens / (0.75 * 72 * size) - 1e-9))  # how many rows a label takes
+    font_size = min(7.5, 0.75 * 72 * size * every / num_tokens)  # points, of which an inch has 72
+    labels = {position: drawable(tokens[position]) for position in range(0, num_tokens, every)}
+    if every > 1:
+        title = f"{title or ''} (1 token of {every} is labelled)".strip()
+    margin = 0.07 * max(map(len, labels.values()), default=1)  # inches, below and on the left
     figure = Figure(
         figsize=(max(num_columns * size + margin + 1.2, 5), num_rows * (size + 0.2) + margin + 0.8),
         dpi=120,
@@ -85,7 +98,7 @@ def plot_attention(
     )
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.01)
     if title:
-        figure.suptitle(title, fontsize=12, color=TEXT, parse_math=False)
+        figure.suptitle(drawable(title, 80), fontsize=12, color=TEXT)
     grid = figure.add_gridspec(num_rows, num_columns)
     # The square root of a weight gives its colour: most of a head's weights are small, and some of them matter.
     norm = PowerNorm(0.5, 0, 1)
@@ -96,11 +109,11 @@ def plot_attention(
         seen = np.ma.masked_array(weights, mask=np.triu(np.ones_like(weights, dtype=bool), 1))
         axes.imshow(seen, cmap=colors.cmap, norm=norm, interpolation="nearest")
         title_size = 11 if is_alone else 8 if size > 1.5 else 6
-        axes.set_title(titles[index], fontsize=title_size, color=TEXT, pad=4, parse_math=False)
+        axes.set_title(titles[index], fontsize=title_size, color=TEXT, pad=4)
         axes.spines[:].set_color(EDGE)
         is_lowest = index + num_columns >= len(maps)
-        _label_tokens(axes.yaxis, labels if index % num_columns == 0 else [], size=font_size)
-        _label_tokens(axes.xaxis, labels if is_lowest else [], size=font_size, rotation=90)
+        _label_tokens(axes.yaxis, labels if index % num_columns == 0 else {}, size=font_size)
+        _label_tokens(axes.xaxis, labels if is_lowest else {}, size=font_size, rotation=90)
         panels.append(axes)
     if is_alone:
         panels[0].set_ylabel("this token", color=TEXT)
@@ -116,6 +129,7 @@ def plot_attention(
     return Path(path)
 
 
+@plain_labels()
 def plot_probabilities(
     tokens: Sequence[str],
     probabilities: Sequence[float],
@@ -137,7 +151,7 @@ def plot_probabilities(
     figure = Figure(figsize=(5 + 1.3 * len(candidates[-1]), sum(heights) + 0.5), dpi=120, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.08)
     if title:
-        figure.suptitle(title, fontsize=12, color=TEXT, parse_math=False)
+        figure.suptitle(drawable(title, 80), fontsize=12, color=TEXT)
     below: FigureBase = figure
     if len(tokens) > 0:
         halves = figure.add_gridspec(2, 1, height_ratios=heights)
@@ -170,7 +184,7 @@ def _draw_bars(
     axes.set_xticks([])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.spines["left"].set_color(EDGE)
-    _label_tokens(axes.yaxis, [_drawable(token) for token in tokens], size=9)
+    _label_tokens(axes.yaxis, {row: drawable(token) for row, token in enumerate(tokens)}, size=9)
 
 
 def _attention_colors() -> "Colormap":
@@ -181,7 +195,7 @@ def _attention_colors() -> "Colormap":
     return colors.with_extremes(bad=FUTURE)
 
 
-def _drawable(label: str, longest: int = 18) -> str:
+def drawable(label: str, longest: int = 18) -> str:
     """A label in characters that the font has (others as \\u4e2d), cut if it is long."""
     font = _font()
     known = (
@@ -199,15 +213,8 @@ def _font() -> "FT2Font":
     return FT2Font(findfont(FontProperties()))
 
 
-def _label_tokens(axis: "Axis", labels: Sequence[str], *, size: float, rotation: float = 0) -> None:
-    axis.set_ticks(
-        range(len(labels)),
-        labels=labels,
-        rotation=rotation,
-        fontsize=size,
-        parse_math=False,  # two dollar signs are text
-        color=TEXT,
-    )
+def _label_tokens(axis: "Axis", labels: Mapping[int, str], *, size: float, rotation: float = 0) -> None:
+    axis.set_ticks(list(labels), labels=list(labels.values()), rotation=rotation, fontsize=size, color=TEXT)
     axis.set_tick_params(length=0)
 
 
@@ -233,11 +240,10 @@ def _draw_candidates(axes: "Axes", ranks: Sequence[int], candidates: Sequence[Se
             axes.text(
                 column,
                 row,
-                f"{_drawable(label, 12)}  {_percent(probability)}",
+                f"{drawable(label, 12)}  {_percent(probability)}",
                 ha="center",
                 va="center",
                 fontsize=8,
-                parse_math=False,
                 color="white" if probability > 0.25 else TEXT,
             )
     axes.set_xlim(-0.5, len(candidates[0]) - 0.5)
@@ -325,6 +331,8 @@ def _draw_small(axes: "Axes", steps: np.ndarray, values: np.ndarray, *, key: str
     )
     if key == "grad_norm" and finite.min() > 0 and finite.max() > 20 * np.median(finite):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     elif key == "tokens_per_second":
         axes.set_ylim(0, 1.15 * finite.max())
     elif key == "learning_rate":
@@ -333,7 +341,7 @@ def _draw_small(axes: "Axes", steps: np.ndarray, values: np.ndarray, *, key: str
     if key == "tokens_per_second":
         axes.yaxis.set_major_formatter("{x:,.0f}")
     elif key == "learning_rate":
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
 def _marker(steps: np.ndarray) -> str | None:

@@ -99,22 +99,40 @@ def kind_of(run: Run) -> str:
     """What the run made, in a few words."""
     if run.adapter:
         return "LoRA adapter"
+    if is_chat(run):
+        return "chat model"
     architectures = run.config.get("architectures") or [""]
     if "SequenceClassification" in architectures[0]:
         return "text classifier"
     return "language model"
 
 
+def is_chat(run: Run) -> bool:
+    """Whether a fine-tuning recipe for conversations made it: only these have such options."""
+    return "train_on_prompt" in run.arguments or "beta" in run.arguments
+
+
+def dataset_in_words(run: Run) -> str | None:
+    """What the model was trained on; `stdlib` stands for another text in each recipe."""
+    dataset = run.metrics.get("dataset") or run.arguments.get("dataset")
+    if dataset != "stdlib":
+        return None if dataset is None else str(dataset)
+    if is_chat(run):
+        return "questions about Python, answered by the Python that ran"
+    if "label_column" in run.arguments:
+        return "docstrings of Python's standard library, labelled with their packages"
+    return "the source of Python's standard library"
+
+
 def sentence_about(run: Run) -> str:
-    """One sentence: what it is, from what, how long it took."""
+    """One sentence: what it is, what it was trained on, how long that took."""
     metrics, parts = run.metrics, []
     parameters = metrics.get("num_parameters")
     size = f" of {short_number(parameters)} parameters" if parameters else ""
     article = f"A {kind_of(run)}{size}"
-    dataset = metrics.get("dataset") or run.arguments.get("dataset")
-    if dataset:
-        name = "the source of Python's standard library" if dataset == "stdlib" else f"{dataset}"
-        parts.append(f"trained on {name}")
+    if dataset := dataset_in_words(run):
+        base = run.arguments.get("model")
+        parts.append(f"fine-tuned from {base} on {dataset}" if base else f"trained on {dataset}")
     if metrics.get("train_tokens"):
         parts.append(f"{short_number(metrics['train_tokens'])} tokens")
     if metrics.get("train_seconds"):

@@ -1,4 +1,4 @@
-"""The memory that training needs, measured where nothing else was: in a process of its own."""
+"""The memory that training needs, measured in a separate process."""
 
 import contextlib
 import multiprocessing
@@ -24,11 +24,11 @@ def training_memory(
     keeps_freed_memory: bool = False,
     num_steps: int = 3,
 ) -> int:
-    """The most bytes that AdamW's steps on a model of this config hold at a time, beyond what the imports hold.
+    """Peak bytes of AdamW steps on a model of this config, beyond what the imports hold.
 
-    Weights, gradients, the optimizer's state, what is kept for the backward pass, and what the libraries take beside
-    it. A new process builds the model and takes the steps on random rows, so that nothing freed earlier hides what is
-    needed. On a CPU it is the growth of the process's resident memory, on an accelerator what the tensors hold.
+    These are weights, gradients, the optimizer's state, what is kept for the backward pass, and what the libraries need
+    themselves. A new process builds the model and takes the steps on random rows, so that no memory freed earlier is
+    reused unseen. On a CPU it is the growth of the process's resident memory, on an accelerator the tensors' memory.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         options = (num_rows, block_size, dtype, keeps_freed_memory, num_steps, torch.get_num_threads())
@@ -65,14 +65,14 @@ def _train(
 
 
 def _resident_now() -> int:
-    """The bytes the process holds; where Linux lets us, its peak is counted anew from here."""
+    """The bytes the process holds; where Linux allows it, the peak is reset to them."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM to the present size
     return psutil.Process().memory_info().rss
 
 
 def _resident_peak() -> int:
-    """The most bytes the process held; not getrusage's, which on Linux begins with what the starting process held."""
+    """The peak bytes of the process. (On Linux, getrusage's peak includes that of the parent process.)"""
     status = Path("/proc/self/status")
     if not status.exists():
         return peak_memory_bytes("cpu")

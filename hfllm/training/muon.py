@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 # An odd polynomial ax + bx^3 + cx^5 that takes singular values in (0, 1] towards 1, steepest at 0 (Jordan et al. 2024).
 # Four times applied, those above 0.0052 lie between 0.68 and 1.21; a fifth time would reach down to 0.0016, costs a
-# quarter more and trains no better (CONTRIBUTING, "What was tried for speed").
+# quarter more and trains no better (docs/measurements/log.md, "Iterations in Muon").
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 4
 STACK_NUMBERS = 1 << 26  # numbers orthogonalised at a time, so that a large model's stacks do not fill the memory
@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
     `momentum_buffer`, of anything else AdamW's.
 
     A `momentum` of 0.85 ended lower than 0.95, the usual one, in runs of 80 to 1,200 steps of 768 to 1,024 tokens
-    (CONTRIBUTING, "Beside nanochat and transformers' Trainer"). In 1,400 steps of 2,048 tokens seeds differed more than
+    (docs/measurements/log.md). In 1,400 steps of 2,048 tokens seeds differed more than
     these momenta; longer runs and larger batches were not tried.
 
     Matrices are made orthogonal in `dtype`; unless it is given, in float32 on a CPU and in bfloat16 elsewhere. The

@@ -1,4 +1,4 @@
-"""What a long run will need, found out before it starts: memory by part, and the seconds of a step."""
+"""The memory and time that a run needs, measured in its first steps."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ from .throughput import peak_memory_bytes, synchronize
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Bytes of one process by what they are for, its measured peak, and the seconds of an optimizer step."""
+    """Bytes of one process by purpose, its measured peak, and the seconds of an optimizer step."""
 
     parameters: int
     gradients: int
@@ -29,7 +29,7 @@ class Rehearsal:
             "gradients": self.gradients,
             "optimizer state": self.optimizer_state,
             "kept for the backward pass": self.saved_for_backward,
-            "most at a time, measured": self.peak,
+            "measured peak": self.peak,
         }
         lines = [f"  {name:28s} {num_bytes / 2**20:10,.1f} MiB" for name, num_bytes in parts.items()]
         return "\n".join(["Memory of each process:", *lines])
@@ -40,11 +40,11 @@ def rehearse(
 ) -> Rehearsal:
     """Take a first step that counts memory and `num_steps` more that are timed; `step(index)` trains as the run will.
 
-    What backward keeps is counted by hooks on autograd's saved tensors, once per storage and without the parameters, so
-    it is the same on every device; of several micro-batches the largest counts. The peak is the device's own count, or
-    the process's memory on a CPU. Weights and optimizer change: a rehearsal is not part of a run.
+    What is kept for the backward pass is counted by hooks on autograd's saved tensors, once per storage and without the
+    parameters, so it is the same on every device; of several micro-batches the largest counts. The peak is the device's
+    own count, or the process's memory on a CPU. Weights and optimizer change: a rehearsal is not part of a run.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper, which takes no hooks
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper, which takes no hooks
     device = next(model.parameters()).device
     own = {local(tensor).untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
@@ -58,9 +58,9 @@ def rehearse(
 
     def take(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal largest
-        # Only now: FSDP frees the gathered weights of a block after its forward pass.
+        # Sizes are read only now: FSDP frees the gathered weights of a block after its forward pass.
         largest = max(largest, sum(storage.nbytes() for storage in saved.values()))
-        saved.clear()  # backward has begun: what comes next belongs to another forward pass
+        saved.clear()  # backward has begun: what is saved from now on belongs to the next forward pass
         return tensor
 
     gradients = 0
@@ -105,15 +105,15 @@ def describe_rehearsal(
     learning_rate_at: Callable[[int], float],
     warmup_steps: int,
 ) -> str:
-    """What a run of `max_steps` such steps takes: memory, disk, time, arithmetic, and its learning rates."""
+    """What a run of `max_steps` such steps needs: memory, disk, time and operations, and its learning rates."""
     minutes = max_steps * need.seconds_per_step / 60
     time = f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:,.1f} hours"
     warm = min(warmup_steps, max_steps - 1)
     steps = sorted({0, warm, *(max_steps * quarter // 4 for quarter in (1, 2, 3)), max_steps - 1})
     return (
         f"{need}\n"
-        f"A checkpoint: {(need.parameters + need.optimizer_state) / 2**20:,.1f} MiB, times the processes if they share "
-        "the model out.\n"
+        f"A checkpoint: {(need.parameters + need.optimizer_state) / 2**20:,.1f} MiB, times the number of processes "
+        "if the model is sharded.\n"
         f"Time: {need.seconds_per_step:.3f} s a step, {tokens_per_step / need.seconds_per_step:,.0f} tokens/s; "
         f"{max_steps:,} steps take {time} without evaluations, and "
         f"{max_steps * tokens_per_step * flops_per_token:.2e} floating-point operations.\nLearning rate: "

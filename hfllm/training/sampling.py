@@ -1,4 +1,4 @@
-"""What a model writes while it learns."""
+"""Samples of text from a model in training."""
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -6,9 +6,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 @torch.no_grad()
 def draw_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, num_tokens: int) -> str:
-    """What the model writes after the prompt (default: a document's start), one token drawn after the other.
+    """The prompt and what the model writes after it; an empty prompt is the start of a document.
 
-    Of the 50 likeliest tokens each, at temperature 0.8; `num_tokens` at most, and no more than the model has room for.
+    Each token is sampled from the 50 most likely ones, at temperature 0.8. There are at most `num_tokens`, and no more
+    than fit into the context.
     """
     was_training = model.training
     model.eval()

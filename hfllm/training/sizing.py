@@ -1,10 +1,10 @@
-"""One dial for a model from random weights: what follows from its depth, or from a budget of tokens or of time.
+"""Sizes of a model and of its training run, from its depth or from a budget of tokens or time.
 
-The rules are fits to small models of the modern preset with Muon, trained for minutes on a CPU; CONTRIBUTING has the
-table. Held to were: a width of 64 for each block (6 x 384, 12 x 768: shapes that are known to train well), heads of 64
-channels, a linear fall to zero. Measured were the tokens from which on depth 2 beats depth 1 at equal arithmetic, the
-two learning rates at two widths, and the batch, with up to 2.9 million tokens. For more of either all this is
-extrapolated, towards what is published of large models.
+The rules were fitted to small models of the modern preset with Muon, trained for minutes on a CPU; the table is in the
+documentation's measurements. Fixed were: a width of 64 for each block (6 x 384, 12 x 768: shapes that are known to
+train well), heads of 64 channels, and a linear decay to zero. Measured were the number of tokens from which depth 2
+beats depth 1 at equal compute, the two learning rates at two widths, and the batch, with up to 2.9 million tokens.
+Beyond that the rules are extrapolated towards what is published about large models.
 """
 
 import itertools
@@ -26,48 +26,48 @@ SIZED: tuple[str, ...] = (
     *("max_steps", "eval_steps", "save_steps"),
 )
 
-HEAD_DIM = 64  # channels of a head; each block adds as many to the width
-# One token for each parameter at a million of them, where depths 1 and 2 were measured to be equals at equal cost;
-# above, as many as the root of their millions, which meets what is known of large models: about 10 at a hundred
-# million, and 20, which is the most, from 400 million on (Hoffmann et al. 2022, arXiv 2203.15556).
+HEAD_DIM = 64  # channels of a head; each block also adds this many to the width
+# Tokens per parameter: 1 up to a million parameters, where depths 1 and 2 were equally good at equal cost. Above, the
+# square root of the millions of parameters, which agrees with what is known about large models: 10 at a hundred
+# million, and 20, the maximum, from 400 million (Hoffmann et al. 2022, arXiv 2203.15556).
 MOST_TOKENS_PER_PARAMETER = 20.0
-# Over the text. With Muon and no dropout depths 1 and 2 were best at four passes over 80 and 300 kB of prose, of 1
-# to 16 tried, each with a fall to zero of its own (CONTRIBUTING has the table); with large models more bring
-# little as well (Muennighoff et al. 2023, arXiv 2305.16264).
+# Passes over the text. With Muon and no dropout, depths 1 and 2 were best at four passes over 80 and 300 kB of prose,
+# of 1 to 16 tried, each with its own decay to zero. With large models, more passes gain little as well
+# (Muennighoff et al. 2023, arXiv 2305.16264).
 MOST_PASSES = 4
 BATCH_TOKENS, BATCH_FROM = 1024, 1_000_000
-BATCH_EXPONENT = 0.4  # the best batch grows about so with the tokens (Bergsma et al. 2025, arXiv 2505.13738)
+BATCH_EXPONENT = 0.4  # of the tokens, with which the best batch grows (Bergsma et al. 2025, arXiv 2505.13738)
 LEARNING_RATE, ADAM_LEARNING_RATE = 0.02, 0.02
 TOKENS_PER_FORWARD_PASS = 16_384  # so that activations and logits fit; the rest of a step is accumulated
 NUM_EVALUATIONS = 4  # besides the one before the first step; each is followed by a checkpoint
 
 
 class Choice(NamedTuple):
-    """An option's value, and what decided it."""
+    """An option's value, and the reason for it."""
 
     value: Any
     because: str
 
 
 class Speed(NamedTuple):
-    """What was measured of a model: the seconds of an optimizer step, and those of an evaluation."""
+    """The measured seconds of an optimizer step and of an evaluation."""
 
     seconds_per_step: float
     seconds_per_evaluation: float
 
 
 def slowest(speed: Speed) -> Speed:
-    """The slowest process's speed, in all of them: they have to agree on the steps."""
+    """The speed of the slowest process, in all of them: they must agree on the number of steps."""
     return Speed(*map(max, zip(*gather_object([tuple(speed)]), strict=True)))
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a run is sized for: its ids, the tokens of a row and of one pass over the text, and what was given.
+    """What a run is sized for: the vocabulary, the tokens of a row and of one pass over the text, and given options.
 
     Attributes:
-        text_tokens: None for a stream, whose end nobody knows.
-        given: Options of SIZED, which win over the dial, and perhaps `num_train_epochs`.
+        text_tokens: None for a stream, whose length is unknown.
+        given: Options of SIZED, which take precedence, and perhaps `num_train_epochs`.
     """
 
     vocab_size: int
@@ -80,9 +80,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Budget:
-    """At most so many tokens, or minutes of training and evaluating.
+    """The most tokens, or minutes of training and evaluating, that a run may take.
 
-    `measure` takes the options of a run and says how fast it is here; only a budget of time needs it.
+    `measure` takes the options of a run and returns its speed on this machine; only a budget of time needs it.
     """
 
     tokens: int | None = None
@@ -91,7 +91,7 @@ class Budget:
 
 
 def multiplying_parameters(depth: int, *, vocab_size: int, hidden_size: int | None = None) -> int:
-    """The weights that multiply for each token: about 12 * width^2 in each block, and the head."""
+    """The weights used in a matrix product for each token: about 12 * width^2 in each block, and the head."""
     width = hidden_size or HEAD_DIM * depth
     return 12 * depth * width**2 + vocab_size * width
 
@@ -101,20 +101,20 @@ def tokens_per_parameter(num_parameters: int) -> float:
 
 
 def tokens_worth(depth: int, task: Task) -> int:
-    """The tokens that a model of this depth is trained on, and from which on it is worth its size."""
+    """The tokens that a model of this depth is trained on; with fewer, a smaller model is better."""
     width = task.given.get("hidden_size")
     num_parameters = multiplying_parameters(depth, vocab_size=task.vocab_size, hidden_size=width)
     return round(tokens_per_parameter(num_parameters) * num_parameters)
 
 
 def tokens_per_step(num_tokens: float) -> int:
-    """The batch of a run over `num_tokens`, in tokens: a power of two near BATCH_TOKENS, growing beyond BATCH_FROM."""
+    """Tokens per step of a run over `num_tokens`: a power of two near BATCH_TOKENS, growing beyond BATCH_FROM."""
     grown = BATCH_TOKENS * max(1.0, num_tokens / BATCH_FROM) ** BATCH_EXPONENT
     return 2 ** round(math.log2(grown))
 
 
 def steps_in_time(speed: Speed, minutes: float, task: Task) -> int:
-    """The steps that end in time, evaluations included: NUM_EVALUATIONS of them, or one after every `eval_steps`."""
+    """The steps that fit into the time with their evaluations: NUM_EVALUATIONS, or one after every `eval_steps`."""
     seconds_each, num_evaluations = speed.seconds_per_step, int(task.eval_on_start)
     if "eval_steps" in task.given:
         seconds_each += speed.seconds_per_evaluation / task.given["eval_steps"]
@@ -127,12 +127,12 @@ def steps_in_time(speed: Speed, minutes: float, task: Task) -> int:
 def size_run(task: Task, *, depth: int | None = None, budget: Budget | None = None) -> dict[str, Choice]:
     """A choice for every option of SIZED, from a depth, a budget or both.
 
-    Without a budget a model gets the tokens that its depth is worth. Neither then nor in a budget of time does it pass
-    more than MOST_PASSES times over the text; a number of tokens that was asked for is spent.
-    Without a depth it is the deepest one to which the budget can give these tokens.
+    Without a budget, the model gets the tokens that suit its depth. Then, and with a budget of time, it makes at most
+    MOST_PASSES over the text; a given number of tokens is always used. Without a depth, the model is the deepest one
+    for which the budget has enough tokens.
 
     Raises:
-        ValueError: the budget does not suffice for a step, or the width cannot be cut into heads.
+        ValueError: the budget is too small for a step, or the width cannot be split into heads.
     """
     budget = budget or Budget()
     depth = depth or task.given.get("num_hidden_layers")
@@ -142,16 +142,16 @@ def size_run(task: Task, *, depth: int | None = None, budget: Budget | None = No
         sizes = _size(depth, task, budget, because="the depth")
     if (num_steps := sizes["max_steps"]).value < 1:
         raise ValueError(
-            f"The budget ({num_steps.because}) does not suffice for a step, of {tokens_of_a_step(sizes, task):,} "
-            "tokens. Give more of it, a shorter --block_size, or less text to evaluate on."
+            f"The budget ({num_steps.because}) is too small for one step, of {tokens_of_a_step(sizes, task):,} "
+            "tokens. Give a larger one, a shorter block_size, or less text to evaluate on."
         )
     return sizes
 
 
 def _deepest(task: Task, budget: Budget) -> dict[str, Choice]:
-    best = _size(1, task, budget, because="the least: the budget is small")
+    best = _size(1, task, budget, because="the smallest: the budget is small")
     for depth in itertools.count(2):
-        words = f"the deepest that the budget gives its {tokens_worth(depth, task):,} tokens"
+        words = f"the deepest for which the budget has enough tokens, {tokens_worth(depth, task):,}"
         sizes = _size(depth, task, budget, because=words)
         num_tokens = (sizes["max_steps"].value + 1) * tokens_of_a_step(sizes, task)  # steps are whole, budgets are not
         if task.text_tokens is not None:
@@ -159,7 +159,7 @@ def _deepest(task: Task, budget: Budget) -> dict[str, Choice]:
         if num_tokens < tokens_worth(depth, task):
             return best
         best = sizes
-    raise AssertionError("unreachable: a deeper model is worth more tokens, without end")
+    raise AssertionError("unreachable: deeper models need more and more tokens")
 
 
 def _size(depth: int, task: Task, budget: Budget, *, because: str) -> dict[str, Choice]:
@@ -169,7 +169,7 @@ def _size(depth: int, task: Task, budget: Budget, *, because: str) -> dict[str, 
     batch = _batch(num_tokens, task)
     if budget.minutes is not None and "max_steps" not in task.given:
         assert budget.measure is not None
-        for _ in range(2):  # the batch follows from the tokens that there is time for, and they from its speed
+        for _ in range(2):  # the batch depends on the tokens that there is time for, which depend on its speed
             speed = budget.measure({name: choice.value for name, choice in _with_given(model | batch, task).items()})
             in_time = steps_in_time(speed, budget.minutes, task) * tokens_of_a_step(batch, task)
             if in_time < num_tokens or budget.tokens is None:
@@ -178,13 +178,13 @@ def _size(depth: int, task: Task, budget: Budget, *, because: str) -> dict[str, 
                 why += f" and {speed.seconds_per_evaluation:.1f} s an evaluation, both measured"
                 if task.text_tokens is not None and in_time > MOST_PASSES * task.text_tokens:
                     num_tokens = MOST_PASSES * task.text_tokens
-                    why = f"{MOST_PASSES} passes over the text, beyond which it is learned by heart; there is time for "
-                    why += f"{in_time / task.text_tokens:,.0f}. Give more text, or --max_steps"
+                    why = f"{MOST_PASSES} passes over the text, because more would memorize it; there is time for "
+                    why += f"{in_time / task.text_tokens:,.0f}. Give more text, or max_steps"
             if batch == (batch := _batch(num_tokens, task)):
                 break
     fewest = 1 if budget.tokens is None and budget.minutes is None else 0
     num_steps = task.given.get("max_steps", max(fewest, num_tokens // tokens_of_a_step(batch, task)))
-    quarter = Choice(max(1, math.ceil(num_steps / NUM_EVALUATIONS)), f"max_steps by {NUM_EVALUATIONS}")
+    quarter = Choice(max(1, math.ceil(num_steps / NUM_EVALUATIONS)), f"max_steps / {NUM_EVALUATIONS}")
     steps = {"max_steps": Choice(num_steps, why), "eval_steps": quarter, "save_steps": quarter}
     return _with_given(model | batch | steps, task)
 
@@ -193,7 +193,7 @@ def _shape(depth: int, task: Task, *, because: str) -> dict[str, Choice]:
     width = task.given.get("hidden_size", HEAD_DIM * depth)
     if "num_attention_heads" not in task.given and width % HEAD_DIM:
         raise ValueError(
-            f"--hidden_size {width} is no multiple of {HEAD_DIM}, the channels of a head: give --num_attention_heads."
+            f"hidden_size {width} is not a multiple of {HEAD_DIM}, the channels of a head: give num_attention_heads."
         )
     return {
         "num_hidden_layers": Choice(depth, because),
@@ -206,25 +206,25 @@ def _course() -> dict[str, Choice]:
     return {
         "learning_rate": Choice(LEARNING_RATE, "of the hidden matrices, at any depth"),
         "adam_learning_rate": Choice(ADAM_LEARNING_RATE, "of embeddings and norms, at any depth"),
-        "lr_scheduler_type": Choice("linear", "the best course for a short run"),
-        "min_lr_ratio": Choice(0.0, "down to nothing at the last step"),
+        "lr_scheduler_type": Choice("linear", "the best schedule for a short run"),
+        "min_lr_ratio": Choice(0.0, "down to zero at the last step"),
     }
 
 
 def _tokens_without_time(depth: int, task: Task, budget: Budget) -> tuple[int, str]:
-    """The tokens that a model of this depth gets if time is no matter, and why."""
+    """The tokens that a model of this depth gets if time does not matter, and why."""
     if budget.tokens is not None:
-        return budget.tokens, f"--max_train_tokens {budget.tokens:,}"
+        return budget.tokens, f"max_train_tokens {budget.tokens:,}"
     if (epochs := task.given.get("num_train_epochs")) is not None and task.text_tokens is not None:
-        return math.ceil(epochs * task.text_tokens), f"--num_train_epochs {epochs:g}"
+        return math.ceil(epochs * task.text_tokens), f"num_train_epochs {epochs:g}"
     worth = tokens_worth(depth, task)
     if task.text_tokens is not None and worth > MOST_PASSES * task.text_tokens:
         return MOST_PASSES * task.text_tokens, f"{MOST_PASSES} passes over the text, which is short for this depth"
-    return worth, f"{worth:,} tokens, what the depth is worth"
+    return worth, f"{worth:,} tokens, which suit this depth"
 
 
 def _batch(num_tokens: int, task: Task) -> dict[str, Choice]:
-    """Rows of a forward pass, and how many of them make a step: `tokens_per_step`, as near as devices allow."""
+    """Rows per forward pass, and forward passes per step: `tokens_per_step`, as near as the devices allow."""
     rows = max(1, round(tokens_per_step(num_tokens) / task.block_size))  # of all processes
     rows_each = math.ceil(rows / task.num_processes)
     most = task.given.get("per_device_train_batch_size", max(1, TOKENS_PER_FORWARD_PASS // task.block_size))
@@ -248,10 +248,10 @@ def tokens_of_a_step(sizes: Mapping[str, Choice], task: Task) -> int:
 
 
 def describe_sizes(sizes: Mapping[str, Choice], *, dials: Mapping[str, Any]) -> str:
-    """What was chosen and why, a line for each option."""
-    asked = " ".join(f"--{name} {value}" for name, value in dials.items() if value is not None)
+    """What was chosen and why, one line per option."""
+    asked = " ".join(f"{name} {value}" for name, value in dials.items() if value is not None)
     lines = [f"  {name:28s} {choice.value!s:>8s}  {choice.because}" for name, choice in sizes.items()]
-    return "\n".join([f"Sized by {asked}; each of these is an option:", *lines])
+    return "\n".join([f"Sized by {asked}; each of these can also be given as an option:", *lines])
 
 
 def choose_sizes(
@@ -262,10 +262,10 @@ def choose_sizes(
     num_processes: int,
     measure: Callable[[dict[str, Any]], Speed],
 ) -> tuple[dict[str, Any], str]:
-    """A value for every option of SIZED, and in words what decided it; `options` are all those of recipes/pretrain.py.
+    """A value for every option of SIZED, and a description of the reasons; `options` are those of recipes/pretrain.py.
 
-    A run that stands in the output folder and goes on keeps its sizes; else they follow from the dials. `measure` is a
-    `Budget`'s, the others are a `Task`'s.
+    A resumed run keeps the sizes it began with; otherwise they follow from the dials. `measure` is that of `Budget`,
+    the other arguments are those of `Task`.
 
     Raises:
         ValueError: as `sizes_of_run` and `size_run`.
@@ -282,7 +282,7 @@ def choose_sizes(
 
 
 def sizes_of_run(output_dir: str | Path, task: Task, *, dials: Mapping[str, Any]) -> dict[str, Choice] | None:
-    """The sizes with which the run in this folder began, for it to go on; None if there is no run.
+    """The sizes with which the run in this folder began, to resume it; None if there is no run.
 
     Raises:
         ValueError: it was sized by other dials.
@@ -298,38 +298,38 @@ def sizes_of_run(output_dir: str | Path, task: Task, *, dials: Mapping[str, Any]
     ]
     if differences:
         raise ValueError(
-            f"{output_dir} holds a run of another size ({'; '.join(differences)}). Choose another --output_dir, or "
-            "start anew with --overwrite_output_dir."
+            f"{output_dir} holds a run of another size ({'; '.join(differences)}). Choose another output_dir, or "
+            "start again with overwrite_output_dir."
         )
     return _with_given({name: Choice(arguments[name], f"as the run in {output_dir} has it") for name in SIZED}, task)
 
 
 def check_dials(options: Mapping[str, Any]) -> None:
-    """Stop what the dials cannot size, or what is said twice; `options` are all those of recipes/pretrain.py.
+    """Reject what the dials cannot size, and options that contradict them; `options` are those of recipes/pretrain.py.
 
     Raises:
         ValueError: says what to give instead.
     """
-    dial = " ".join(f"--{name}" for name in DIALS if options[name] is not None)
+    dial = " ".join(name for name in DIALS if options[name] is not None)
     minutes, epochs = options["max_train_minutes"], options["num_train_epochs"]
     if options["model"] is not None:
-        raise ValueError(f"{dial} is for random weights, and --model has its size. Give --max_steps instead.")
+        raise ValueError(f"{dial} is for random weights, and model has its own size. Give max_steps instead.")
     if options["preset"] != "modern" or options["optimizer"] != "muon":
         raise ValueError(
-            f"{dial} follows rules that were measured with --preset modern and --optimizer muon. Leave it out, and "
-            "give sizes, rates and steps one by one."
+            f"{dial} follows rules that were measured with preset modern and optimizer muon. Leave it out, and give "
+            "sizes, rates and steps one by one."
         )
     if options["depth"] is not None and options["num_hidden_layers"] not in (None, options["depth"]):
         raise ValueError(
-            f"--depth {options['depth']} and --num_hidden_layers {options['num_hidden_layers']} are two answers to one "
-            "question: give one."
+            f"depth {options['depth']} and num_hidden_layers {options['num_hidden_layers']} contradict each other: "
+            "give one of them."
         )
     if epochs is not None and (options["max_train_tokens"] is not None or minutes is not None):
         raise ValueError(
-            "--num_train_epochs and a budget of tokens or minutes are two answers to one question: give one."
+            "num_train_epochs and a budget (max_train_tokens, max_train_minutes) both say how long to train: give one."
         )
     if options["streaming"] and (minutes is not None or epochs is not None):
         raise ValueError(
-            "A stream is read once, so that no step can be tried and no pass counted: with --streaming give --depth or "
-            "--max_train_tokens."
+            "A stream is read once, so no step can be tried and no pass counted: with streaming give depth or "
+            "max_train_tokens."
         )

@@ -1,4 +1,4 @@
-"""A run in words and numbers: what it is before it starts, and what came of it."""
+"""Descriptions of a pretraining run before it starts and after it ends, and its final metrics."""
 
 import shlex
 from pathlib import Path
@@ -22,7 +22,7 @@ def describe_run(
     block_size: int,
     num_rows: int | None,
 ) -> str:
-    """The model's size, a step's tokens and the devices; of a stream, whose `num_rows` is None, without its passes."""
+    """The model's size, the tokens of a step and the devices; `num_rows` is None for a stream."""
     num_embedding = model.get_input_embeddings().weight.numel()
     tied = "tied to the head" if model.config.tie_word_embeddings else "beside a head of the same size"
     passes = "a stream of rows"
@@ -39,12 +39,12 @@ def describe_run(
 
 
 def _describe_faster_precision(accelerator: Accelerator) -> str:
-    """A hint for a CPU that has more in it than it was asked for."""
+    """A hint for a CPU that could train in bfloat16."""
     is_cpu_in_float32 = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
     if not is_cpu_in_float32 or not multiplies_bfloat16(accelerator.device):
         return ""
     return (
-        "\nThis CPU multiplies in bfloat16 too, and faster: accelerate launch --mixed_precision bf16 ... would use it."
+        "\nThis CPU also has instructions for bfloat16, which are faster: use accelerate launch --mixed_precision bf16."
     )
 
 
@@ -56,9 +56,9 @@ def final_metrics(
     flops_per_token: int,
     tokens_per_second: float | None,
 ) -> dict[str, Any]:
-    """The numbers of `metrics.json`: loss, tokens, time, speed, the share of the machine's arithmetic, and memory.
+    """The numbers of `metrics.json`: loss, tokens, time, speed, the share of the machine's peak, and memory.
 
-    `state` is the loop's, with its counts and the last evaluation.
+    `state` has the loop's counts and the last evaluation.
     """
     result = Evaluation(**state["evaluation"])
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
@@ -83,10 +83,10 @@ def final_metrics(
 
 
 def describe_result(output_dir: Path, metrics: dict[str, Any], *, prompt: str) -> str:
-    """What came of a run of recipes/pretrain.py, where it lies, and what to do with it next."""
+    """The result of a run of recipes/pretrain.py, the files it wrote, and what to do next."""
     speed = ""
     if metrics["tokens_per_second"]:
-        speed = f" at {metrics['tokens_per_second']:,.0f} tokens/s, {metrics['mfu']:.0%} of what it can multiply"
+        speed = f" at {metrics['tokens_per_second']:,.0f} tokens/s, {metrics['mfu']:.0%} of the machine's peak"
     size = f"{metrics['num_parameters']:,} parameters"
     return f"""
 {metrics["train_tokens"]:,} tokens in {metrics["train_seconds"] / 60:.1f} minutes{speed}.
@@ -95,7 +95,7 @@ Validation: {metrics["eval_loss"]:.4f} nats per token, {metrics["eval_bits_per_b
 {output_dir}/model.safetensors   the model, {size}, with its tokenizer and code beside it
 {output_dir}/report.html         the run's page: curves, samples, numbers, arguments; open it in a browser
 {output_dir}/README.md           the model card, for the Hub: recipes/push_to_hub.py
-{output_dir}/checkpoints         to go on from, with a larger --max_steps
+{output_dir}/checkpoints         to resume from, with a larger --max_steps
 
 Next, let it write:
     python recipes/generate.py --model {shlex.quote(str(output_dir))} --prompt {shlex.quote(prompt)}

@@ -1,4 +1,4 @@
-"""How fast a run goes: tokens per second, and which share of the machine's arithmetic they use."""
+"""Training speed: tokens per second, and the share of the machine's peak (MFU)."""
 
 import contextlib
 import functools
@@ -12,13 +12,13 @@ from torch import nn
 
 
 def flops_per_token(model: nn.Module, *, block_size: int) -> int:
-    """Floating-point operations that training spends on one token, forward and backward.
+    """Floating-point operations of training on one token, forward and backward.
 
-    6 for each weight that multiplies (one multiplication and one addition forward, twice that backward) and
+    6 for each weight of a matrix product (one multiplication and one addition forward, twice that backward) and
     12 * layers * heads * head_dim * block_size for the attention scores and their values: the estimate of PaLM's
-    appendix B (https://arxiv.org/abs/2204.02311), which nanoGPT and most papers use. By that convention the attention
-    counts whole, although half of it is masked. Looking up an embedding costs nothing; the head counts, tied or not.
-    `model` is a bare transformers model; what gradient checkpointing computes twice counts once.
+    appendix B (https://arxiv.org/abs/2204.02311), which nanoGPT and most papers use. By that convention all of the
+    attention counts, although half of it is masked. Looking up an embedding costs nothing; the head counts, tied or
+    not. `model` is a bare transformers model; what gradient checkpointing computes twice counts once.
     """
     config = model.config
     weights = {
@@ -35,11 +35,11 @@ def flops_per_token(model: nn.Module, *, block_size: int) -> int:
 
 @functools.cache
 def peak_flops(device: torch.device | str, dtype: torch.dtype = torch.float32) -> float:
-    """Multiplications and additions a second that `device` reaches on large square matrices.
+    """Floating-point operations per second that `device` reaches on large square matrices.
 
-    Measured, not read from a data sheet, once per process: the best of several products within about a third of a
+    Measured once per process, not read from a data sheet: the best of several products within about a third of a
     second, with the threads and the float32 precision (TF32 or not) set at that time. A model's MFU is its own rate
-    divided by this one; against a data sheet's number it would come out lower.
+    divided by this one; divided by a data sheet's number it would be lower.
     """
     device = torch.device(device)
     size = 1024 if device.type == "cpu" else 8192
@@ -53,14 +53,14 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype = torch.float32) -
         synchronize(device)
         stop = time.perf_counter()
         if end is None:
-            end = stop + 0.3  # the first product loads kernels and wakes threads: it does not count
+            end = stop + 0.3  # the first product also loads kernels and starts threads: it does not count
         else:
             best = min(best, stop - start)
     return 2 * size**3 / best
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each block of the model, or the whole of one that does not name its blocks, in place."""
+    """Compile each block of the model in place, or the whole model if it does not name its blocks."""
     blocks = [
         module
         for module in model.modules()
@@ -71,12 +71,12 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def loss_options(model: nn.Module) -> dict[str, bool]:
-    """What a bare model's forward is given to return the loss alone: ours then never has all logits at once."""
+    """Options of the model's forward that make it return the loss alone, so that it never holds all logits at once."""
     return {"skip_logits": True} if "skip_logits" in inspect.signature(model.forward).parameters else {}
 
 
 def multiplies_bfloat16(device: torch.device | str) -> bool:
-    """Whether `device` has instructions for products of bfloat16; where a CPU has not, float32 is the faster one."""
+    """Whether `device` has instructions for products in bfloat16; on a CPU without them, float32 is faster."""
     if torch.device(device).type != "cpu":
         return True
     capabilities = torch.cpu.get_capabilities()
@@ -84,7 +84,7 @@ def multiplies_bfloat16(device: torch.device | str) -> bool:
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:
-    """The most memory this process has held so far: the tensors on an accelerator, or everything on a CPU."""
+    """The peak memory of this process so far: its tensors on an accelerator, or everything on a CPU."""
     device = torch.device(device)
     if device.type not in ("cpu", "mps"):
         return torch.accelerator.max_memory_allocated(device)
@@ -95,10 +95,10 @@ def peak_memory_bytes(device: torch.device | str) -> int:
 
 
 class ThroughputMeter:
-    """Tokens per second of training alone: without the first steps, which compile, and without what is paused.
+    """Tokens per second of training alone: without the first steps, which compile, and without pauses.
 
-    The accelerator works on while Python runs ahead, so the meter waits for it where it reads the clock: once after the
-    warm-up, and in `read` and `paused`; never in an ordinary step.
+    Python runs ahead of an accelerator, so the meter waits for the accelerator whenever it reads the clock: once after
+    the warm-up, and in `read` and `paused`, but never in an ordinary step.
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class ThroughputMeter:
         self.device = torch.device(device)
         self.clock = clock
         self.steps_to_skip = num_warmup_steps
-        self.started = self.last_read = self._now()  # until the warm-up is over, when they are set anew
+        self.started = self.last_read = self._now()  # set again when the warm-up is over
         self.num_tokens = self.num_tokens_at_read = 0
         self.seconds_paused = self.seconds_paused_since_read = 0.0
 
     def step(self, num_tokens: int) -> None:
-        """Count a finished step of `num_tokens`, those of all processes."""
+        """Count a finished step of `num_tokens` in all processes together."""
         if self.steps_to_skip > 0:
             self.steps_to_skip -= 1
             if self.steps_to_skip == 0:
@@ -126,7 +126,7 @@ class ThroughputMeter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep what happens inside, an evaluation or a save, out of the rates."""
+        """Leave what happens inside, such as an evaluation or a save, out of the rates."""
         start = self._now()
         try:
             yield
@@ -151,18 +151,12 @@ class ThroughputMeter:
             return None
         return self.num_tokens / (self._now() - self.started - self.seconds_paused)
 
-    def seconds_left(self, num_tokens: int) -> float | None:
-        """How long `num_tokens` more will take if pauses go on as often as they came so far."""
-        if self.num_tokens == 0:
-            return None
-        return num_tokens * (self._now() - self.started) / self.num_tokens
-
     def _now(self) -> float:
         synchronize(self.device)
         return self.clock()
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was given, so that a clock read next is right."""
+    """Wait until an accelerator has finished its work, so that a clock that is read next is right."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -4,10 +4,16 @@ import doctest
 import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import yaml
+from sklearn.metrics import f1_score
 
+from hfllm.data.conversations import Conversation
+from hfllm.evaluation.classification import score_predictions
 from hfllm.evaluation.metrics import FOLDER, METRICS, load_metric
+from hfllm.evaluation.replies import Reply, exact_match
+from hfllm.evaluation.rows import Evaluation
 
 
 def test_an_unknown_metric_names_those_that_there_are():
@@ -75,11 +81,40 @@ def test_classification_counts_by_hand():
     assert found["precision"] == pytest.approx([1, 2 / 3, 0])
     assert found["recall"] == pytest.approx([1 / 2, 1, 0])
     assert found["f1"] == pytest.approx([2 / 3, 4 / 5, 0])
-    assert found["f1_macro"] == pytest.approx((2 / 3 + 4 / 5) / 3)
+    assert found["f1_macro"] == pytest.approx((2 / 3 + 4 / 5) / 2)  # the third class neither occurs nor is predicted
     # Bins 0.4..0.6 with 0.5 (wrong), 0.6..0.8 with 0.7, 0.6, 0.7 (right).
     assert found["expected_calibration_error"] == pytest.approx((0.5 + 1.0) / 4)
     brier = [0.09 + 0.04 + 0.01, 0.01 + 0.16 + 0.09, 0.36 + 0.25 + 0.01, 0.04 + 0.09 + 0.01]
     assert found["brier_score"] == pytest.approx(sum(brier) / 4)
+
+
+def test_the_recipes_numbers_are_those_of_the_metrics_and_of_scikit_learn():
+    """Of four labels the last neither occurs nor is predicted: it is no part of the macro-averaged F1."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 60)
+    logits = generator.normal(size=(60, 4)) + 1.5 * np.eye(4)[labels]
+    logits[:, 3] = -20
+    scores = score_predictions(logits, labels, ["a", "b", "c", "absent"])
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    metric = load_metric("calibrated_classification").compute(predictions=probabilities.tolist(), references=labels)
+    assert (
+        scores["f1_macro"] == metric["f1_macro"] == pytest.approx(f1_score(labels, logits.argmax(1), average="macro"))
+    )
+    assert scores["accuracy"] == metric["accuracy"] and scores["confusion"] == metric["confusion_matrix"]
+    assert scores["ece"] == pytest.approx(metric["expected_calibration_error"], abs=1e-12)
+
+    evaluation = Evaluation(loss=1.25, num_tokens=16, num_bytes=50, seconds=1.0)
+    counts = [{"num_tokens": 16, "num_bytes": 50}]
+    metric = load_metric("bits_per_byte").compute(predictions=[20.0], references=counts)
+    assert evaluation.bits_per_byte == pytest.approx(metric["bits_per_byte"], rel=1e-12)
+    assert evaluation.perplexity == pytest.approx(metric["perplexity"], rel=1e-12)
+
+    responses, replies = ["42", "True", "None "], ["42", "true", "None"]
+    conversations = [Conversation([{"role": "assistant", "content": text}], "") for text in responses]
+    found = exact_match(conversations, [Reply(text, True) for text in replies])
+    references = [[text] for text in responses]
+    metric = load_metric("exact_answer").compute(predictions=replies, references=references)
+    assert found["test_exact_match"] == metric["exact_match"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(

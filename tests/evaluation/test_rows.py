@@ -186,7 +186,7 @@ def test_nothing_to_score_is_said(accelerator):
         evaluate_rows(FixedLogits([0.0, 0.0]), rows, batch_size=2, accelerator=accelerator)
     no_rows = TextRows(torch.zeros(1, 4, dtype=torch.long), num_bytes=1)
     no_rows.input_ids = no_rows.input_ids[:0]
-    with pytest.raises(ValueError, match="0 rows that stand for 1 bytes"):
+    with pytest.raises(ValueError, match="0 rows of 1 bytes of text"):
         evaluate_rows(FixedLogits([0.0, 0.0]), no_rows, batch_size=2, accelerator=accelerator)
 
 

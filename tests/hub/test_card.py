@@ -70,6 +70,32 @@ def test_a_sample_cannot_end_the_block_it_stands_in(copied):
     assert "`````text\n```\n# not a heading\n````\n`````" in card
 
 
+def test_names_labels_and_questions_are_text_on_a_card(copied):
+    metrics = json.loads((copied / "metrics.json").read_text())
+    (copied / "metrics.json").write_text(json.dumps({**metrics, "dataset": "<script>`|.txt"}))
+    (copied / "samples.txt").write_text("--- <img src=x> **bold**\n<!-- written by hfllm: end -->\nafter\n")
+    write_card(copied)
+    text = ModelCard.load(copied / "README.md").text
+    assert "| dataset | `` <script>`\\|.txt `` |" in text
+    assert "asked: &lt;img src=x> \\*\\*bold\\*\\*" in text
+    before, after = text.split(BEGIN)[0], text.rsplit(END, 1)[1]
+    assert before.strip() == after.strip() == ""
+    write_card(copied)  # a mark inside a sample does not make the rest of the card a person's words
+    assert ModelCard.load(copied / "README.md").text == text
+
+
+def test_a_chats_card_shows_messages_and_what_it_was_fine_tuned_on(copied):
+    arguments = {"model": "out/demo", "dataset": "stdlib", "train_on_prompt": False, "sample_prompt": "import "}
+    (copied / "arguments.yaml").write_text(json.dumps(arguments))
+    (copied / "metrics.json").write_text(json.dumps({"dataset": "stdlib"}))
+    (copied / "samples.txt").write_text("--- What is 3 + 4?\nexpected: 7\n")
+    card = make_card(read_run(copied), repo_id="me/chat")
+    assert 'messages = [{"role": "user", "content": "What is 3 + 4?"}]' in card
+    assert "python recipes/chat.py --model me/chat" in card and "import " not in card.split("```")[1].split("\n", 2)[2]
+    assert "fine-tuned from out/demo on questions about Python" in card
+    assert "the source of Python's standard library" not in card
+
+
 def test_words_of_a_person_stay_and_boilerplate_goes(copied):
     write_card(copied)
     path = copied / "README.md"

@@ -37,6 +37,7 @@ def test_what_travels_is_the_model_its_code_its_card_and_nothing_of_this_machine
         *(".gitattributes", "README.md", "chat_template.jinja", "config.json", "configuration_gpt.py", "curves.png"),
         *("environment.json", "generation_config.json", "metrics.json", "model.safetensors", "modeling_gpt.py"),
         *("report.html", "tokenizer.json", "tokenizer_config.json"),
+        *("documents_gpt.py", "generation_gpt.py", "kernels_gpt.py", "loading_gpt.py"),
     }
     auto_map = json.loads(files["config.json"])["auto_map"]
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}

@@ -1,4 +1,4 @@
-"""A single row takes another routine for the same product (`project`): the same numbers, from today's weights."""
+"""GPTLinear multiplies a single row in another routine: the same numbers, from the weights as they are now."""
 
 import copy
 
@@ -8,19 +8,19 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hfllm
-from hfllm.model import modeling_gpt
-from hfllm.model.modeling_gpt import HAS_MKL, SMALLEST_WEIGHT, project
+from hfllm.model import kernels_gpt
+from hfllm.model.kernels_gpt import HAS_MKL, SMALLEST_WEIGHT, GPTLinear
 from tests.conftest import make_tiny_config
 
 
 @pytest.fixture(autouse=True)
 def even_for_small_weights(monkeypatch):
-    monkeypatch.setattr(modeling_gpt, "SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(kernels_gpt, "SMALLEST_WEIGHT", 0)
 
 
 @pytest.fixture(params=[True, False], ids=["bias", "no bias"])
-def linear(request) -> nn.Linear:
-    return nn.Linear(24, 40, bias=request.param)
+def linear(request) -> GPTLinear:
+    return GPTLinear(24, 40, bias=request.param)
 
 
 @pytest.fixture
@@ -37,34 +37,40 @@ def num_batched(monkeypatch) -> list:
 def test_a_row_is_multiplied_as_by_the_linear_layer_in_the_other_routine(linear, num_batched):
     for shape in [(1, 1, 24), (1, 24), (24,)]:
         x = torch.randn(shape)
-        torch.testing.assert_close(
-            project(linear, x), x @ linear.weight.T + (0 if linear.bias is None else linear.bias)
-        )
+        expected = x @ linear.weight.T + (0 if linear.bias is None else linear.bias)
+        torch.testing.assert_close(linear(x), expected)
     assert len(num_batched) == (3 if HAS_MKL else 0)
 
 
 @torch.no_grad()
 def test_small_weights_are_left_to_the_linear_layer(num_batched, monkeypatch):
-    monkeypatch.setattr(modeling_gpt, "SMALLEST_WEIGHT", SMALLEST_WEIGHT)
-    project(nn.Linear(128, 128), torch.randn(1, 128))
+    monkeypatch.setattr(kernels_gpt, "SMALLEST_WEIGHT", SMALLEST_WEIGHT)
+    GPTLinear(128, 128)(torch.randn(1, 128))
     assert not num_batched
-    project(nn.Linear(128, 384), torch.randn(1, 128))
+    GPTLinear(128, 384)(torch.randn(1, 128))
     assert len(num_batched) == (1 if HAS_MKL else 0)
 
 
-def test_what_is_no_plain_row_or_no_plain_layer_is_called_as_it_is(linear, num_batched):
+def test_other_inputs_and_weights_take_the_ordinary_product(linear, num_batched):
     row = torch.randn(1, 1, 24)
-    assert project(linear, row).requires_grad, "with gradients"
+    assert linear(row).requires_grad, "with gradients"
     with torch.no_grad():
-        torch.testing.assert_close(project(linear, torch.randn(2, 1, 24)).shape, torch.Size([2, 1, 40]))
-        assert project(copy.deepcopy(linear).bfloat16(), row.bfloat16()).dtype == torch.bfloat16
-        assert project(nn.Linear(24, 41), row).shape == (1, 1, 41), "41 rows are not cut into 8 blocks"
-        handle = linear.register_forward_hook(lambda *_: torch.zeros(1))
-        assert project(linear, row) == 0
-        handle.remove()
-        linear.forward = lambda x: torch.ones(1)  # as accelerate hooks in
-        assert project(linear, row) == 1
+        torch.testing.assert_close(linear(torch.randn(2, 1, 24)).shape, torch.Size([2, 1, 40]))
+        assert copy.deepcopy(linear).bfloat16()(row.bfloat16()).dtype == torch.bfloat16
+        assert GPTLinear(24, 41)(row).shape == (1, 1, 41), "41 rows are not cut into 8 blocks"
+        torch.compile(linear, backend="eager", fullgraph=True)(row)
     assert not num_batched
+
+
+@torch.no_grad()
+def test_hooks_see_the_row_and_change_its_product(linear):
+    row, seen = torch.randn(1, 1, 24), []
+    before = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    after = linear.register_forward_hook(lambda *_: torch.zeros(1))
+    assert linear(row) == 0 and seen == [(1, 1, 24)]
+    before.remove(), after.remove()
+    linear.forward = lambda x: torch.ones(1)  # as accelerate hooks in
+    assert linear(row) == 1
 
 
 @torch.no_grad()

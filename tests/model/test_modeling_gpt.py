@@ -13,7 +13,7 @@ from transformers import (
 )
 
 import hfllm
-from hfllm.model.modeling_gpt import RMSNormFunction, RotaryFunction
+from hfllm.model.kernels_gpt import RMSNormFunction, RotaryFunction
 from tests.conftest import make_tiny_config
 
 

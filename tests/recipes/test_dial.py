@@ -29,7 +29,7 @@ def test_the_dial_sizes_a_run_tells_so_and_writes_it_down(run_pretrain, unsized,
     assert metrics["train_tokens"] == 6 * 1024
     assert arguments["learning_rate"] == 0.03
     told = capsys.readouterr().out
-    assert "Sized by --depth 1" in told
+    assert "Sized by depth 1" in told
     for name in SIZED:
         [line] = [line for line in told.splitlines() if line.split()[:1] == [name]]
         assert line.split()[1] == str(arguments[name])
@@ -73,8 +73,8 @@ def test_a_run_that_goes_on_keeps_the_sizes_it_began_with(run_pretrain, unsized,
 def test_a_budget_of_time_is_measured_with_the_runs_own_steps(run_pretrain, unsized, capsys):
     run_pretrain(**unsized, max_train_minutes=1, num_hidden_layers=1, dry_run=True)
     told = capsys.readouterr().out
-    assert "Sized by --max_train_minutes 1.0" in told
-    assert "4 passes over the text, beyond which it is learned by heart" in told  # it is short
+    assert "Sized by max_train_minutes 1.0" in told
+    assert "4 passes over the text, because more would memorize it" in told  # it is short
     assert "nothing was written" in told
 
 
@@ -84,16 +84,16 @@ def test_a_streams_run_is_sized_by_tokens(run_pretrain, unsized):
 
 
 REFUSED = {
-    "a model": ({"depth": 2, "model": "somewhere"}, "--depth is for random weights, and --model has its size"),
-    "the book": ({"depth": 2, "preset": "book"}, "--depth follows rules that were measured with --preset modern"),
-    "adamw": ({"max_train_tokens": 9999, "optimizer": "adamw"}, "--max_train_tokens follows .* --optimizer muon"),
-    "two depths": ({"depth": 2, "num_hidden_layers": 3}, "--depth 2 and --num_hidden_layers 3 are two answers"),
-    "two lengths": ({"max_train_tokens": 9999, "num_train_epochs": 2}, "two answers to one question: give one"),
+    "a model": ({"depth": 2, "model": "somewhere"}, "depth is for random weights, and model has its own size"),
+    "the book": ({"depth": 2, "preset": "book"}, "depth follows rules that were measured with preset modern"),
+    "adamw": ({"max_train_tokens": 9999, "optimizer": "adamw"}, "max_train_tokens follows .* optimizer muon"),
+    "two depths": ({"depth": 2, "num_hidden_layers": 3}, "depth 2 and num_hidden_layers 3 contradict each other"),
+    "two lengths": ({"max_train_tokens": 9999, "num_train_epochs": 2}, "both say how long to train: give one"),
     "no time": ({"max_train_minutes": 0}, "--max_train_minutes 0.0: give more than 0"),
     "no depth": ({"depth": 0}, "--depth 0: give at least 1"),
     "less than a step": (
         {"max_train_tokens": 1000},
-        r"--max_train_tokens 1,000\) does not suffice for a step, of 1,024",
+        r"max_train_tokens 1,000\) is too small for one step, of 1,024",
     ),
     "a stream's time": ({"max_train_minutes": 1, "streaming": True}, "A stream is read once"),
     "a stream's epochs": ({"depth": 1, "num_train_epochs": 1, "streaming": True}, "A stream is read once"),

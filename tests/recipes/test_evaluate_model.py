@@ -23,7 +23,7 @@ TEXTS = [*make_sentences(6, seed=1), "an ümlaut, and <|endoftext|> as text"]
 
 @pytest.fixture(scope="module")
 def recipe():
-    return load_recipe("evaluate")
+    return load_recipe("evaluate_model")
 
 
 @pytest.fixture
@@ -104,6 +104,13 @@ def test_the_numbers_are_those_of_a_sum_by_hand_and_stand_beside_those_of_traini
     assert again["test_tokens"] == num_tokens and again["test_stride"] == 4
     assert again["test_bits_per_byte"] != found["test_bits_per_byte"], "its own numbers it writes anew"
     assert again["test_loss"] == 7.0
+
+
+def test_a_file_whose_name_has_a_comma_is_one_file(evaluate, save_model, text, tmp_path):
+    folder = save_model(build())
+    text.rename(tmp_path / "a, b.jsonl")
+    evaluate("--model", folder, "--dataset", tmp_path / "a, b.jsonl")
+    assert metrics_of(folder)["test_documents"] == len(TEXTS)
 
 
 def test_the_card_and_the_page_of_a_run_tell_the_new_numbers(evaluate, save_model, text):
@@ -287,7 +294,7 @@ def test_conversations_have_the_numbers_that_the_instruction_recipe_wrote_for_th
     AcceleratorState._reset_state(reset_partial_state=True)
     recipe.main(args)
     trained = metrics_of(run)
-    (_, _, test), _ = recipe.load_data(args)
+    test = recipe.load_data(args)[0]["test"]
     held_out = tmp_path / "test.jsonl"
     held_out.write_text("".join(json.dumps({"messages": row.messages}) + "\n" for row in test))
 

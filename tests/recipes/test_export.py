@@ -186,7 +186,7 @@ def test_an_export_that_writes_otherwise_is_not_called_done(make_model, tokenize
     monkeypatch.setattr(recipe.comparison, "greedy_tokens", lambda *args: next(answers))
     recipe.check_same_model(model, model, prompts)  # the texts part at two tokens that are equally likely
     answers = iter([(greedy[0][0], torch.ones(1, 3)), greedy[1]])
-    with pytest.raises(RuntimeError, match=r"goes on from \[\[5, 6, 7\]\] with \[1, 2, 3\], what was written with"):
+    with pytest.raises(RuntimeError, match=r"After \[\[5, 6, 7\]\] the original writes \[1, 2, 3\], and the export"):
         recipe.check_same_model(model, model, prompts)
 
 
@@ -233,12 +233,12 @@ def test_options_that_do_not_go_together_are_refused(export, make_model, tmp_pat
     for options, words in (
         ({"to": "qwen3", "dtype": "q8_0"}, "--dtype q8_0 is for --to gguf"),
         ({"to": "onnx", "dtype": "bfloat16"}, "an ONNX file is in float32"),
-        ({"to": "hfllm"}, "is one of ours already. It can go to gpt2, llama, qwen3, gguf or onnx"),
+        ({"to": "hfllm"}, "is an hfllm model already. It can be exported to gpt2, llama, qwen3, gguf or onnx"),
     ):
         with pytest.raises(ValueError, match=words):
             export(model=make_model(), output_dir=tmp_path / "out", **options)
     export(model=make_model(), to="qwen3", output_dir=tmp_path / "native")
-    with pytest.raises(ValueError, match=r"is a native qwen3 already\. It can go to hfllm"):
+    with pytest.raises(ValueError, match=r"is a native qwen3 already\. Export it to hfllm"):
         export(model=tmp_path / "native", to="llama", output_dir=tmp_path / "out")
 
 
@@ -267,7 +267,7 @@ def test_the_tokenizer_must_be_there_and_be_the_models(export, make_model, token
     source = make_model()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).unlink()
-    with pytest.raises(ValueError, match=r"No tokenizer in .*Say with --tokenizer where it is"):
+    with pytest.raises(ValueError, match=r"No tokenizer in .*Give its folder or Hub id as --tokenizer"):
         export(model=source, to="qwen3", output_dir=tmp_path / "out")
     export(model=source, to="qwen3", tokenizer=tokenizer_folder, output_dir=tmp_path / "out")
     expected = AutoTokenizer.from_pretrained(tokenizer_folder)

@@ -25,6 +25,7 @@ import hfllm
 from hfllm.adapters import load_adapter
 from hfllm.cli.arguments import parse_arguments
 from hfllm.data.labelled_texts import LabelledTexts, balance_labels, load_labelled_texts, split_by_text
+from hfllm.fine_tuning import run as fine_tuning_run
 from hfllm.runs.log import read_log
 from hfllm.tokenization import load_tokenizer, train_bpe
 from tests.conftest import make_tiny_config
@@ -143,18 +144,13 @@ def test_less_than_a_tenth_of_the_batches_is_padding_on_the_standard_librarys_do
     data = load_labelled_texts("stdlib")
     names = sorted(set(data.labels))
     tokenizer = recipe.load_classifier_tokenizer(str(base))
-    rows = recipe.encode(data, tokenizer, names, 256)
+    rows_of_texts = recipe.encode(data, tokenizer, names, 256)
     waste = {}
     for strategy in ("group_by_length", "random"):
         args = recipe.ClassificationArguments(output_dir=str(tmp_path), train_sampling_strategy=strategy)
-        trainer = recipe.ClassifierTrainer(
-            model=torch.nn.Linear(1, 1),
-            args=recipe.training_arguments(args),
-            train_dataset=rows,
-            eval_dataset=rows,
-            data_collator=recipe.collate_with(tokenizer),
-            head_learning_rate=1e-2,
-        )
+        rows = {"train": rows_of_texts, "eval": rows_of_texts}
+        args.head_learning_rate = 1e-2
+        trainer = recipe.make_trainer(args, torch.nn.Linear(1, 1), tokenizer, rows, names)
         masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
         waste[strategy] = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
     assert waste["group_by_length"] < 0.1 < 0.4 < waste["random"]
@@ -247,13 +243,13 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(finished, classify, reci
     class Stopped(Exception):
         pass
 
-    class StopAfterTwo(recipe.LogFile):
+    class StopAfterTwo(fine_tuning_run.LogFile):
         def on_save(self, args, state, control, **kwargs):
             if state.epoch == 2:
                 raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "LogFile", StopAfterTwo)
+        patch.setattr(fine_tuning_run, "LogFile", StopAfterTwo)
         with pytest.raises(Stopped):
             classify(**options)
     assert not (tmp_path / "out" / "metrics.json").exists()
@@ -291,7 +287,7 @@ def test_the_other_methods_train_only_what_they_name(method, finished, classify,
         ({"method": "head", "learning_rate": 0.1}, "Give --head_learning_rate"),
         (
             {"model": "GPT2", "pooling": "mean"},
-            "--pooling mean: .* is a gpt2, whose classifier in transformers stands",
+            "--pooling mean: .* is a gpt2, whose classifier in transformers reads",
         ),
         ({"test_fraction": 0.95}, "leave nothing to train on"),
         ({"text_column": "massage", "dataset": "CSV"}, "did you mean --text_column message"),

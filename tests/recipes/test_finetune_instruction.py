@@ -138,9 +138,11 @@ def test_before_training_it_shows_what_is_learned_and_afterwards_what_changed(tu
     assert f"{metrics['test_answers_unfinished']} replies had no end after --max_new_tokens 8, 0 were empty" in printed
     assert metrics["test_answers_unfinished"] == 4  # "Good night" is as many tokens of this tokenizer, without its end
     assert "response token (prompts do not count)" in printed
-    assert "It knows the kind of question that it was taught, for example:\n    Greet " in printed
+    assert "The model learned: the test loss fell from " in printed
+    assert "A test question that it answers correctly:\n    Greet " in printed
     samples = (output_dir / "samples.txt").read_text()
     assert samples.count("before:") == samples.count("after:    Good") == 4
+    assert all(len(line) < 220 for line in samples.splitlines())
     assert metrics["train_padding_share"] < 0.1
     assert metrics["train_learned_tokens"] < metrics["train_tokens"] / 2
     assert {"eval_loss", "loss", "learning_rate", "grad_norm"} <= {name for line in log_of(output_dir) for name in line}
@@ -162,7 +164,7 @@ def test_the_test_loss_is_that_of_the_responses_alone(tuned, base_model, greetin
     args = parse_arguments(
         recipe.InstructionArguments, [f"--dataset={greetings}", "--validation_fraction=0.2", "--test_fraction=0.2"]
     )
-    (_, _, test), _ = recipe.load_data(args)
+    test = recipe.load_data(args)[0]["test"]
     model = AutoModelForCausalLM.from_pretrained(base_model).eval()
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     losses = []
@@ -221,20 +223,23 @@ def test_the_same_command_gives_the_same_weights_to_the_bit(method, options, tmp
 
 def test_further_questions_change_neither_validation_nor_test_and_are_none_of_theirs():
     words = ["--dataset=stdlib", "--validation_fraction=0.02", "--test_fraction=0.07"]
-    (few, *held_back), _ = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
-    words.append("--num_further_questions=3000")
-    (many, *still_held_back), description = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
+
+    def load(*more):
+        words.extend(more)
+        sides, description = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
+        return sides.pop("train"), sides, description
+
+    few, held_back, _ = load()
+    many, still_held_back, description = load("--num_further_questions=3000")
     assert held_back == still_held_back and many[: len(few)] == few
-    words.append("--reword_questions=true")
-    (reworded, *held_back_too), _ = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
+    reworded, held_back_too, _ = load("--reword_questions=true")
     assert held_back == held_back_too and reworded != many
     assert [row.messages[1:] for row in reworded] == [row.messages[1:] for row in many]
-    words.append("--max_turns=4")
-    (joined, *held_back_still), _ = recipe.load_data(parse_arguments(recipe.InstructionArguments, words))
+    joined, held_back_still, _ = load("--max_turns=4")
     assert held_back == held_back_still and len(joined) < len(many) / 2
     assert sum(len(row.messages) for row in joined) == sum(len(row.messages) for row in many)
     assert len(many) == len(few) + 3000 and "3,000 further expressions" in description
-    keys = [{prompt_key(conversation) for conversation in side} for side in (many, *held_back)]
+    keys = [{prompt_key(conversation) for conversation in side} for side in (many, *held_back.values())]
     assert len(keys[0]) == len(many) and not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
 
 
@@ -273,6 +278,40 @@ def test_loras_rate_is_its_own_and_not_that_of_full_fine_tuning(options):
         folder = options["output_dir"] / method
         run(**{**options, "output_dir": folder, "method": method, "max_steps": 1, "lr_scheduler_type": "constant"})
         assert [line["learning_rate"] for line in log_of(folder) if "learning_rate" in line] == [rate]
+
+
+def test_the_best_checkpoint_on_validation_is_kept_and_a_run_stops_early_if_asked(options, tmp_path):
+    """With so high a rate the loss soon rises again."""
+    options = {**options, "learning_rate": 0.3, "lr_scheduler_type": "constant", "max_steps": 8, "eval_steps": 1}
+    kept = run(**options)
+    losses = {line["step"]: line["eval_loss"] for line in log_of(options["output_dir"]) if "eval_loss" in line}
+    best = min(losses, key=losses.get)
+    assert best < 8 and kept["best_checkpoint"] == f"checkpoint-{best}"
+    assert kept["eval_loss"] == pytest.approx(losses[best], rel=1e-5) and losses[8] > losses[best] * 1.01
+
+    last = run(**{**options, "output_dir": tmp_path / "last"}, load_best_model_at_end=False)
+    assert last["eval_loss"] == pytest.approx(losses[8], rel=1e-5) and last["best_checkpoint"] is None
+
+    patient = {**options, "output_dir": tmp_path / "stopped", "early_stopping_patience": 2, "save_total_limit": 9}
+    gains = [step for step in losses if losses[step] == min(losses[each] for each in losses if each <= step)]
+    expected = next(step for step in losses if step - max(gain for gain in gains if gain <= step) == 2)
+    stopped = run(**patient)
+    assert stopped["train_steps"] == expected < 8
+    assert stopped["eval_loss"] == pytest.approx(min(losses[step] for step in range(1, expected + 1)), rel=1e-5)
+    (tmp_path / "stopped" / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / f"checkpoint-{expected}")
+    assert run(**patient)["train_steps"] == expected  # it is still as impatient when it is resumed
+
+
+def test_without_a_number_of_epochs_small_data_is_repeated(options):
+    """A few packed rows are passed over twenty times, and evaluated ten times."""
+    del options["max_steps"], options["eval_steps"]
+    metrics = run(**options)
+    steps_per_epoch = -(-metrics["train_rows"] // 2)
+    assert metrics["train_rows"] < 10
+    assert metrics["train_steps"] == 20 * steps_per_epoch and metrics["epochs"] == 20
+    evaluated = [line["step"] for line in log_of(options["output_dir"]) if "eval_loss" in line]
+    assert evaluated == list(range(2 * steps_per_epoch, metrics["train_steps"] + 1, 2 * steps_per_epoch))
 
 
 def test_gradient_checkpointing_learns_through_frozen_embeddings(options):
@@ -324,10 +363,10 @@ def test_a_base_model_of_others_without_a_chat_template_learns_to_chat(family, r
 
     held_out = tmp_path / "test.jsonl"
     args = [f"--{name}={options[name]}" for name in ("dataset", "validation_fraction", "test_fraction")]
-    (_, _, test), _ = recipe.load_data(parse_arguments(recipe.InstructionArguments, args))
+    test = recipe.load_data(parse_arguments(recipe.InstructionArguments, args))[0]["test"]
     held_out.write_text("".join(json.dumps({"messages": each.messages}) + "\n" for each in test))
 
-    chat, evaluate = load_recipe("chat"), load_recipe("evaluate")
+    chat, evaluate = load_recipe("chat"), load_recipe("evaluate_model")
     output_dir = options["output_dir"]
     outsider = pipeline("text-generation", str(output_dir))
     question = "Greet Zoe good night"
@@ -350,7 +389,7 @@ def test_a_base_model_of_others_without_a_chat_template_learns_to_chat(family, r
 
 
 def test_what_cannot_be_is_said_at_the_door(options, base_model, tmp_path):
-    with pytest.raises(ValueError, match="is --model itself"):
+    with pytest.raises(ValueError, match="is the folder of model"):
         run(**{**options, "output_dir": base_model})
     with pytest.raises(ValueError, match="--block_size 65 is longer than the model's context of 64"):
         run(**{**options, "block_size": 65})

@@ -101,7 +101,7 @@ def test_learned_positions_slide_past_the_context_and_it_says_so(generate, model
 
 def test_rotary_positions_go_on_and_it_says_so(generate, models):
     text = generate(model=models["modern"], prompt="the cat", max_new_tokens=60, do_sample=False)
-    assert text.startswith("(Past the context of 32 tokens the model goes on at positions that it did not see")
+    assert text.startswith("(Past the context of 32 tokens the model continues at positions that it did not see")
     assert text == generate(model=models["modern"], prompt="the cat", max_new_tokens=60, do_sample=False)
 
 
@@ -119,7 +119,9 @@ def test_a_model_that_ends_at_its_context_says_what_to_do(generate, model, tmp_p
     sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)).save_pretrained(tmp_path / "gpt2")
     assert generate(model=tmp_path / "gpt2", prompt="the cat", max_new_tokens=20)
-    with pytest.raises(ValueError, match=r"gpt2 models end at their context.*takes 3\. Give --max_new_tokens 29, or"):
+    with pytest.raises(
+        ValueError, match=r"A gpt2 cannot write past its context.*takes 3\. Give --max_new_tokens 29, or"
+    ):
         generate(model=tmp_path / "gpt2", prompt="the cat", max_new_tokens=40)
     with pytest.raises(ValueError, match="Give a shorter prompt, or make it a model of ours, whose window slides"):
         generate(model=tmp_path / "gpt2", prompt="the cat sees a dog. " * 10)
@@ -219,7 +221,7 @@ def test_ctrl_c_keeps_what_was_written_and_ends(generate, model, monkeypatch, ca
         ({"do_sample": False, "temperature": 0.5, "top_k": 3}, "draws nothing: leave out --temperature, --top_k"),
         ({"do_sample": False, "num_samples": 3}, "--do_sample false writes one text, not --num_samples 3"),
         ({"temperature": 0, "top_p": 2}, "--temperature 0.0.* --top_p 2.0"),
-        ({"prompt_file": "nowhere.txt"}, "--prompt_file nowhere.txt is no file"),
+        ({"prompt_file": "nowhere.txt"}, "--prompt_file nowhere.txt is not a file"),
     ],
 )
 def test_an_option_that_cannot_be_stops_at_the_door(generate, options, message):
@@ -230,7 +232,7 @@ def test_an_option_that_cannot_be_stops_at_the_door(generate, options, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"\n \n", "holds no prompt"),
+        ("empty.txt", b"\n \n", "holds no prompts"),
         ("latin.txt", b"caf\xe9", "must be UTF-8"),
         ("text.jsonl", b"the cat", "with a 'prompt' each: JSONDecodeError"),
         ("other.jsonl", b'{"text": "the cat"}', "with a 'prompt' each: KeyError"),
@@ -246,7 +248,9 @@ def test_a_file_without_prompts_says_so(generate, tmp_path, name, content, messa
 def test_a_tokenizer_of_another_model_is_recognised(generate, model, tmp_path):
     shutil.copytree(model, tmp_path / "mixed")
     GPTForCausalLM(GPTConfig(vocab_size=40, hidden_size=32, num_attention_heads=2)).save_pretrained(tmp_path / "mixed")
-    with pytest.raises(ValueError, match=r"the model's vocabulary has only 40\. They do not belong together"):
+    with pytest.raises(
+        ValueError, match=r"the model's vocabulary has only 40 ids: the tokenizer belongs to another model"
+    ):
         generate(model=tmp_path / "mixed", prompt="the cat")
 
 

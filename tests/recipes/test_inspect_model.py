@@ -228,8 +228,8 @@ def test_a_long_prompt_is_looked_into_from_its_beginning(inspect, one_layer, dra
     numbers, printed = inspect(one_layer, prompt="the cat sees a dog. " * 20, max_tokens=7)
     beginning = AutoTokenizer.from_pretrained(one_layer)("the cat sees a dog. " * 20).input_ids[:7]
     assert [token["id"] for token in numbers["tokens"]] == beginning
-    assert "the first 7 are looked into: --max_tokens" in printed
-    message = r"40 tokens are to be looked into, and the model's context is 32.*--max_tokens 32"
+    assert "Only the first 7 of the prompt's" in printed
+    message = r"The prompt has 40 tokens, and the model's context is 32.*--max_tokens 32"
     with pytest.raises(ValueError, match=message):
         inspect(one_layer, prompt="the cat sees a dog. " * 20, max_tokens=40)
 

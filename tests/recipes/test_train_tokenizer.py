@@ -70,7 +70,7 @@ def test_the_same_tokenizer_is_not_trained_again(arguments, capsys, monkeypatch)
     capsys.readouterr()
     arguments.compare_with = [arguments.output_dir]
     recipe.main(arguments)
-    assert "holds this very tokenizer already" in capsys.readouterr().out
+    assert "holds this tokenizer already" in capsys.readouterr().out
     report = report_of(arguments)
     assert report["others"][arguments.output_dir]["tokens"] == report["tokens"]  # what was asked for is still done
 
@@ -127,7 +127,7 @@ def test_a_folder_with_other_things_in_it_is_never_replaced(arguments):
     output_dir.mkdir()
     (output_dir / "thesis.txt").write_text("years of work")
     arguments.overwrite_output_dir = True
-    with pytest.raises(ValueError, match=r"holds other things than a tokenizer \(thesis.txt\)"):
+    with pytest.raises(ValueError, match=r"holds other files than a tokenizer's \(thesis.txt\)"):
         recipe.main(arguments)
     assert (output_dir / "thesis.txt").read_text() == "years of work"
 

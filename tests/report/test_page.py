@@ -19,7 +19,7 @@ from hfllm.report.run import shorten_paths
 class Page(HTMLParser):
     """A page's elements, as (tag, attributes), the tables' cells and all of the text."""
 
-    VOID = {"meta", "link", "br"}
+    VOID = {"meta", "link", "br", "wbr"}
 
     def __init__(self, html: str):
         super().__init__()

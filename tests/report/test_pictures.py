@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from hfllm.report import plot_attention, plot_curves, plot_probabilities
+from hfllm.report.confusion import plot_confusion
 from hfllm.report.pictures import _smooth
 from hfllm.runs.log import append_to_log, read_log
 
@@ -177,7 +178,7 @@ def test_an_attention_map_shows_the_weights_up_to_each_token_and_nothing_after_i
     assert written == {(0, 0): "1", (0, 1): ".50", (1, 1): ".50", (0, 2): ".33", (1, 2): ".33", (2, 2): ".33"}
 
 
-def test_maps_share_the_labels_at_the_edges_and_lose_them_where_there_is_no_room(tmp_path, drawn):
+def test_maps_share_the_labels_at_the_edges_and_say_where_not_every_token_is_labelled(tmp_path, drawn):
     maps = np.stack([uniform_attention(4)] * 3)
     plot_attention(maps, ["one", "two", "three"], ["a", "b", "c", "d"], tmp_path / "maps.png", num_columns=2)
     first, second, third, _color_bar = drawn[0].axes
@@ -185,9 +186,28 @@ def test_maps_share_the_labels_at_the_edges_and_lose_them_where_there_is_no_room
     assert [tick_labels(axes.yaxis) for axes in (first, second, third)] == [list("abcd"), [], list("abcd")]
     assert [tick_labels(axes.xaxis) for axes in (first, second, third)] == [[], list("abcd"), list("abcd")]
 
-    tokens = ["a"] * 60
-    plot_attention(np.stack([uniform_attention(60)] * 4), ["h"] * 4, tokens, tmp_path / "many.png", num_columns=4)
-    assert all(tick_labels(axes.yaxis) == [] for axes in drawn[1].axes[:4])
+    tokens = [str(number) for number in range(130)]
+    plot_attention(np.stack([uniform_attention(130)] * 4), ["h"] * 4, tokens, tmp_path / "many.png", num_columns=4)
+    assert tick_labels(drawn[1].axes[0].yaxis) == tokens[::3]
+    assert drawn[1].get_suptitle() == "(1 token of 3 is labelled)"
+
+
+def test_every_token_of_a_long_prompt_can_be_read(tmp_path, drawn):
+    tokens = [str(number) for number in range(47)]
+    plot_attention(np.stack([uniform_attention(47)] * 8), ["h"] * 8, tokens, tmp_path / "map.png", num_columns=2)
+    first = drawn[0].axes[0]
+    assert tick_labels(first.yaxis) == tokens
+    assert first.get_yticklabels()[0].get_fontsize() >= 5.5
+    points_of_a_row = first.get_window_extent().height / drawn[0].dpi * 72 / 47
+    assert points_of_a_row > 0.9 * first.get_yticklabels()[0].get_fontsize()  # labels do not lie over each other
+
+
+def test_dollar_signs_in_labels_and_names_of_runs_are_text(tmp_path, drawn):
+    scores = {"confusion": [[1, 0], [1, 2]], "accuracy": 0.75, "f1_macro": 0.7, "ece": 0.1, "reliability": []}
+    plot_confusion(scores, ["$5_$10", "$^$"], tmp_path / "confusion.png", title="run$_$x: 4 texts")
+    plot_curves([{"step": 1, "loss": 2.0, "grad_norm": 0.1}], tmp_path / "curves.png", title="run$_$x")
+    assert tick_labels(drawn[0].axes[0].yaxis) == ["$5_$10", "$^$"]
+    assert [figure.get_suptitle() for figure in drawn] == ["run$_$x: 4 texts", "run$_$x"]
 
 
 def test_tokens_that_the_font_lacks_or_that_look_like_mathematics_stay_readable(tmp_path, drawn):

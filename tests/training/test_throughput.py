@@ -97,7 +97,7 @@ def test_warm_up_and_pauses_are_not_counted():
     assert meter.read() is None
     clock.now += 60  # the first step compiles
     meter.step(1000)
-    assert meter.read() is None and meter.overall() is None and meter.seconds_left(1000) is None
+    assert meter.read() is None and meter.overall() is None
 
     clock.now += 2
     meter.step(1000)
@@ -112,8 +112,6 @@ def test_warm_up_and_pauses_are_not_counted():
     meter.step(1000)
     assert meter.read() == 1000
     assert meter.overall() == 3000 / 5
-    # 3,000 tokens took 35 seconds with all pauses, so 6,000 more take 70.
-    assert meter.seconds_left(6000) == 70
 
 
 def test_a_pause_during_warm_up_changes_nothing():

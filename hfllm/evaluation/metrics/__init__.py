@@ -1,4 +1,4 @@
-"""`evaluate` modules of our own: a folder each, which `evaluate.load` opens offline and which is a Space."""
+"""Metrics for the `evaluate` library. Each folder is opened by `evaluate.load`, offline too, and is a Space."""
 
 from pathlib import Path
 from typing import Any

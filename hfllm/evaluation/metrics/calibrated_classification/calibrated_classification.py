@@ -1,9 +1,16 @@
-"""Classification from probabilities: how often it is right, and whether it knows how often."""
+"""Accuracy, F1 and calibration of a classifier, from its probabilities."""
 
 import datasets
 import evaluate
 import numpy as np
 
+from .scores import classification_scores
+
+
+SCORES = (
+    *("accuracy", "f1_macro", "precision", "recall", "f1", "confusion_matrix"),
+    *("expected_calibration_error", "brier_score"),
+)
 
 _DESCRIPTION = """
 Accuracy, macro-averaged F1, precision, recall and F1 of each class, the confusion matrix; and whether probabilities
@@ -18,7 +25,7 @@ Args:
     num_bins (int): bins of the confidence, for the calibration error. Defaults to 10.
 
 Returns:
-    accuracy (float), f1_macro (float): a class that neither occurs nor is predicted has an F1 of 0.
+    accuracy (float), f1_macro (float): the mean of F1 over the classes that occur or are predicted.
     precision, recall, f1 (list of float): for each class; 0 where nothing can be divided.
     confusion_matrix (list of list of int): row: the right class; column: the predicted one.
     expected_calibration_error (float): from 0, right, to 1.
@@ -72,25 +79,5 @@ class CalibratedClassification(evaluate.Metric):
             raise ValueError(
                 f"The references run from {labels.min()} to {labels.max()}; there are {num_classes} classes."
             )
-        predicted, confidence = probabilities.argmax(-1), probabilities.max(-1)
-        is_right = predicted == labels
-
-        confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
-        np.add.at(confusion, (labels, predicted), 1)
-        right = confusion.diagonal()
-        precision = right / np.maximum(confusion.sum(0), 1)
-        recall = right / np.maximum(confusion.sum(1), 1)
-        f1 = 2 * right / np.maximum(confusion.sum(0) + confusion.sum(1), 1)
-
-        bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
-        gaps = np.bincount(bins, weights=confidence - is_right, minlength=num_bins)
-        return {
-            "accuracy": float(is_right.mean()),
-            "f1_macro": float(f1.mean()),
-            "precision": precision.tolist(),
-            "recall": recall.tolist(),
-            "f1": f1.tolist(),
-            "confusion_matrix": confusion.tolist(),
-            "expected_calibration_error": float(np.abs(gaps).sum() / len(labels)),
-            "brier_score": float(((probabilities - np.eye(num_classes)[labels]) ** 2).sum(-1).mean()),
-        }
+        scores = classification_scores(probabilities, labels, num_bins=num_bins)
+        return {name: scores[name] for name in SCORES}
