@@ -37,8 +37,8 @@ def read(path: Path, options: ReadOptions, *, within: range | None = None) -> It
                 yield from batch_records(str(path), batch, first_row=row, class_names=names, unread=unread)
                 row += len(batch)
             if num_rows is not None and row - 1 - first_row < num_rows:
-                problem = f"not a readable {kind} file after row {row - 1:,}, and it says that it has more"
-                yield Record(str(path), problem=problem)
+                what = f"not a readable {kind} file after row {row - 1:,}, and it says that it has more"
+                yield Record(str(path), problem=what)
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise

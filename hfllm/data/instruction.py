@@ -68,8 +68,9 @@ def encode_conversations(
     continue each other. A template by which the model answers after another prompt than it was trained on is refused,
     too. With `train_on_prompt`, all tokens but the first are learned.
 
-    A response with the weight 0 is read and not learned. A conversation longer than `max_length` tokens is cut at its end, and dropped if nothing to learn is left of it; if
-    so of all, that is an error. So is a response that is not ended by a control token: the model would never stop.
+    A response with the weight 0 is read and not learned. A conversation longer than `max_length` tokens is cut at its
+    end, and dropped if nothing to learn is left of it; if so of all, that is an error. So is a response that is not
+    ended by a control token: the model would never stop.
     """
     check_template(tokenizer)
     encoded: list[EncodedConversation] = []
@@ -183,8 +184,8 @@ def _unlearned_responses(mask: np.ndarray, conversation: Conversation) -> np.nda
     starts = mask & ~np.append(False, mask[:-1])
     if starts.sum() != len(responses):
         raise ValueError(
-            f"{conversation.place}: the chat template puts nothing between some of its {len(responses):,} responses, so "
-            "those of weight 0 cannot be told from the others."
+            f"{conversation.place}: the chat template puts nothing between some of its {len(responses):,} responses, "
+            "so those of weight 0 cannot be told from the others."
         )
     number = np.cumsum(starts) - 1  # of the response that a token is in, or after
     return mask & ~np.array([is_learned(message) for message in responses])[number]

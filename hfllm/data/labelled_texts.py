@@ -129,14 +129,13 @@ def _checked(record: Record, text_column: str, label_column: str) -> Record:
     if columns is None:
         problem = record.problem or f"plain text, which has no columns {text_column!r} and {label_column!r}"
         return replace(record, problem=problem)
-    if problem := text_problem(columns[text_column], text_column):
-        return replace(record, problem=problem)
     label = _label(columns[label_column])
+    label_problem = None if label is None else text_problem(label, label_column)
     if label is None:
         given = columns[label_column]
         what = repr(given)[:60] if isinstance(given, str | float) else json_type(given)
-        return replace(record, problem=f"its {label_column!r} is {what}, not a word or a whole number")
-    return replace(record, problem=text_problem(label, label_column))
+        label_problem = f"its {label_column!r} is {what}, not a word or a whole number"
+    return replace(record, problem=text_problem(columns[text_column], text_column) or label_problem)
 
 
 def label_names(labels: Iterable[str]) -> list[str]:
