@@ -264,6 +264,12 @@ def describe_held_out(corpus: Corpus, validation: datasets.Dataset) -> str:
     return f"{total}: {', '.join(shares)}"
 
 
+def num_shared_documents(corpus: Corpus, other: Corpus) -> int:
+    """How many documents of `other` are in `corpus`, too."""
+    known, others = (_documents_index(each.documents)[2] for each in (corpus, other))
+    return int(np.isin(others, known).sum())
+
+
 def _documents_index(documents: datasets.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per document: the row of its first part, its bytes, and 64 bits of the sha256 of its text."""
     starts: list[int] = []

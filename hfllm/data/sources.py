@@ -72,6 +72,23 @@ def is_local(dataset: str) -> bool:
     return dataset == "stdlib" or bool(_local_paths(dataset))
 
 
+def named_datasets(datasets: str) -> dict[str, str]:
+    """Several datasets separated by commas, each by a short name of its own, such as `fr` for texts/fr.txt.gz."""
+    names = [datasets] if _exists(datasets) else [name.strip() for name in datasets.split(",") if name.strip()]
+    named: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        stem = Path(name).name
+        while Path(stem).suffix.lower() in (*COMPRESSIONS, *SUFFIXES):
+            stem = Path(stem).stem
+        short = re.sub(r"\W+", "_", stem).strip("_") or "text"
+        number = 2
+        unique = short
+        while unique in named:
+            unique, number = f"{short}_{number}", number + 1
+        named[unique] = name
+    return named
+
+
 def local_paths(dataset: str, *, dataset_config: str | None, split: str) -> list[Path] | None:
     """The files and folders that `dataset` names, none of them for `stdlib`; or None if it is a dataset on the Hub."""
     paths = [] if dataset == "stdlib" else _local_paths(dataset)
