@@ -243,9 +243,9 @@ def _as_messages(row: dict[str, Any]) -> tuple[Messages, set[str]]:
             messages = pair(_question(values, "prompt"), _text(values[answer], answer))
     else:
         nulls = [name for name, value in row.items() if value is None]
-        are_null = f", and {', '.join(map(repr, nulls))} {'is' if len(nulls) == 1 else 'are'} null" if nulls else ""
+        are_null = f" ({', '.join(map(repr, nulls))} {'is' if len(nulls) == 1 else 'are'} null)" if nulls else ""
         raise ValueError(
-            f"the columns {list(values)}{are_null}, are none of the forms known; {_known_forms()}. Rename them with "
+            f"the columns {list(values)}{are_null} are none of the forms known; {_known_forms()}. Rename them with "
             "column_map."
         )
     messages = [*_turns_before(values, used, unused), *messages]

@@ -335,3 +335,30 @@ def test_the_files_of_a_folder_that_are_not_read_are_told(tmp_path, caplog):
         (tmp_path / name).write_text("a text")
     load_corpus(str(tmp_path), cache_dir=tmp_path / "cache")
     assert f"Not read of {tmp_path}: 2 .log, 1 .bin; read are .txt" in caplog.text
+
+
+def test_a_separator_cuts_a_text_into_documents_and_is_part_of_what_is_cached(tmp_path, load, caplog):
+    path = write(tmp_path / "fortunes", "One.\n%\nTwo.\n%\n")
+    assert texts_of(load(path)) == ["One.\n%\nTwo.\n%\n"]
+    assert texts_of(load(path, document_separator="%")) == ["One.\n", "Two.\n"]
+    load(path, document_separator="---")
+    assert "no line is '---', so the whole file is one document" in caplog.text
+
+
+def test_the_account_says_how_much_is_from_each_file(tmp_path, load):
+    write(tmp_path / "texts" / "a.txt", "four")
+    write(tmp_path / "texts" / "b.jsonl", '{"text": "x", "id": 1}\n{"text": ""}\n{"text": "yz", "url": ""}\n')
+    account = load(tmp_path / "texts").account
+    assert account["sources"] == [
+        {"name": str(tmp_path / "texts" / "a.txt"), "documents": 1, "bytes": 4},
+        {"name": str(tmp_path / "texts" / "b.jsonl"), "documents": 2, "bytes": 3},
+    ]
+    assert account["unused_columns"] == ["id", "url"]
+
+
+def test_a_run_below_the_folder_of_its_text_reads_the_same_text_again(tmp_path, load):
+    write(tmp_path / "texts" / "a.txt", "text")
+    first = load(tmp_path / "texts", exclude=[tmp_path / "texts" / "run"])
+    write(tmp_path / "texts" / "run" / "samples.txt", "written by the run")
+    assert load(tmp_path / "texts", exclude=[tmp_path / "texts" / "run"]).fingerprint == first.fingerprint
+    assert load(tmp_path / "texts").fingerprint != first.fingerprint

@@ -200,8 +200,12 @@ def test_the_formats_own_delimiter_comes_first_and_an_unclear_one_is_asked_for(t
     assert texts_of(write(tmp_path / "a.csv", "text,a;b\nx;y,z\n")) == ["x;y"]
     assert texts_of(write(tmp_path / "b.csv", "text\nx;y\n")) == ["x;y"]
     path = write(tmp_path / "c.csv", "a;text|b\n1;x|y\n")
-    assert "may be separated by ';' or '|'" in problems_of(path)[0] and "name one with delimiter" in problems_of(path)[0]
-    assert problems_of(path, delimiter=";")[0].endswith("no column 'text' but ['a', 'text|b']; did you mean text_column='text|b'?")
+    assert (
+        "may be separated by ';' or '|'" in problems_of(path)[0] and "name one with delimiter" in problems_of(path)[0]
+    )
+    assert problems_of(path, delimiter=";")[0].endswith(
+        "no column 'text' but ['a', 'text|b']; did you mean text_column='text|b'?"
+    )
     with pytest.raises(ValueError, match="delimiter=';;': it is one character"):
         ReadOptions(delimiter=";;")
 
@@ -262,7 +266,9 @@ def test_a_large_list_is_read_without_having_all_of_it_in_memory(tmp_path):
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "stream"])
 def test_a_class_labels_numbers_are_read_by_their_names(kind, tmp_path):
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["ham", "spam"])})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["ham", "spam"])}
+    )
     table = datasets.Dataset.from_dict({"text": ["Sorry", "WINNER", "?"], "label": [0, 1, -1]}, features=features)
     path = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")
     if kind == "parquet":

@@ -1,3 +1,4 @@
+import gzip
 import itertools
 import json
 import os
@@ -93,6 +94,16 @@ def test_other_files_are_a_shard_each_and_empty_ones_none(tmp_path, monkeypatch)
         path.write_text("")
     with pytest.raises(ValueError, match="has no text: 4 files, all of them empty"):
         find_shards(str(tmp_path / "texts"))
+
+
+def test_files_that_cannot_be_cut_are_a_shard_and_a_separator_cuts_within_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MOST_PIECE_BYTES", 4)
+    (tmp_path / "a.jsonl").write_bytes('{"text": "first"}\n{"text": "second"}'.encode("utf-16"))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "third"}\n{"text": "fourth"}\n'))
+    (tmp_path / "c.txt").write_text("fifth\n%\nsixth")
+    found = find_shards(str(tmp_path), document_separator="%")
+    assert texts_of(found) == [["first", "second"], ["third", "fourth"], ["fifth\n", "sixth"]]
+    assert found.reading == {"document_separator": "%"} and find_shards(str(tmp_path)).reading == {}
 
 
 def test_the_standard_library_is_streamed_as_it_is_loaded(tmp_path):
