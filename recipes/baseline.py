@@ -7,32 +7,25 @@ steps of AdamW with beta2 0.99, the rate rising to 1e-3 over 100 steps and falli
 text held out is that of recipes/pretrain.py.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
-import dataclasses
 import json
 import math
 from pathlib import Path
 
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
-from transformers.hf_argparser import HfArg
-
-from hfllm.cli.arguments import check_numbers, run
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import run
+from hfllm.cli.options import arguments, check_numbers, differs
 from hfllm.data import load_corpus, split_documents
 
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-@dataclasses.dataclass
-class BaselineArguments:
-    dataset: str = HfArg(default="stdlib", help="The text, best a single file.")
-    validation_fraction: float = HfArg(default=0.05, help="Share held back: the end of a single document.")
-    max_steps: int = HfArg(default=2000, help="Optimizer steps, each of 12 rows of 64 characters.")
-    output_dir: str = HfArg(default="out/baseline", help="Where metrics.json is written.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+
+@arguments
+class BaselineArguments(groups.Dataset, groups.ValidationFraction, groups.MaxSteps, groups.OutputDir, groups.Config):
+    dataset = differs(help="The text, best a single file.")
+    validation_fraction = differs(help="Share held out: the end of a single document.")
+    max_steps = differs(2000, help="Optimizer steps, each of 12 rows of 64 characters.")
+    output_dir = differs("out/baseline", help="Folder of metrics.json.")
 
 
 BLOCK_SIZE, ROWS = 64, 12

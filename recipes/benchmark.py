@@ -4,8 +4,8 @@
     python recipes/benchmark.py --measure decoding --num_key_value_heads 2
     python recipes/benchmark.py --measure scaling --output_dir out/scaling
     python recipes/benchmark.py --measure time_to_quality --dataset literature.txt
-    python recipes/benchmark.py --hidden_size 768 --num_hidden_layers 12 --num_attention_heads 12 --block_size 1024 \\
-        --vocab_size 50257 --bf16
+    accelerate launch --mixed_precision bf16 recipes/benchmark.py --hidden_size 768 --num_hidden_layers 12 \\
+        --num_attention_heads 12 --block_size 1024 --vocab_size 50257
     python recipes/benchmark.py --tokenizer out/tokenizer --dataset stdlib
 
 The models take turns, so that a machine whose speed drifts does so for all of them; the ratios are medians over those
@@ -17,12 +17,6 @@ heads, for what they save. With a tokenizer it also measures the data path: enco
 `--measure scaling` tells how a token's time grows with the model and with the context. `--measure time_to_quality` runs
 the commands of pretrain_time_to_quality.yaml on a text, and recipes/baseline.py beside them, imports and all.
 """
-
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
 
 import dataclasses
 import json
@@ -36,12 +30,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.hf_argparser import HfArg
-
-from hfllm.cli.arguments import check_numbers, run
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import run
+from hfllm.cli.options import arguments, check_numbers, differs, option
 from hfllm.data import load_corpus, prepare_rows, rows_of_step, split_documents
 from hfllm.model import GPTConfig, GPTForCausalLM
 from hfllm.report.benchmark import benchmark_table, plot_benchmark, plot_scaling
@@ -51,38 +42,50 @@ from hfllm.training.footprint import training_memory
 from hfllm.training.optimization import build_adamw
 from hfllm.training.throughput import flops_per_token, loss_options, peak_flops
 
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-@dataclasses.dataclass
-class BenchmarkArguments:
-    vocab_size: int = HfArg(default=8192, help="Token ids.")
-    hidden_size: int = HfArg(default=384, help="Width of the models.")
-    num_hidden_layers: int = HfArg(default=6, help="Blocks.")
-    num_attention_heads: int = HfArg(default=6, help="Heads.")
-    num_key_value_heads: int = HfArg(default=2, help="Of the grouped-query model that decoding is also measured with.")
-    block_size: int = HfArg(default=256, help="Tokens per row.")
-    measure: Literal["all", "training", "memory", "decoding", "scaling", "time_to_quality"] = HfArg(
-        default="all", help="What to measure; all is the first three of the others."
+
+@arguments
+class BenchmarkArguments(
+    groups.Dataset,
+    groups.Tokenizer,
+    groups.VocabSize,
+    groups.BlockSize,
+    groups.Shape,
+    groups.Compile,
+    groups.Precision,
+    groups.TrainBatch,
+    groups.OutputDir,
+    groups.Config,
+):
+    dataset = differs(help="Text for the data path; a text file for time_to_quality.")
+    tokenizer = differs(None, help="Also measure the data path with this tokenizer.")
+    vocab_size = differs(8192)
+    block_size = differs(256, help="Tokens per row.")
+    num_key_value_heads = differs(2, help="Key and value heads of the model with grouped heads, for decoding.")
+    torch_compile = differs(help="Compile each model for measure training only; compiling is not measured.")
+    per_device_train_batch_size = differs(help="Rows per step.")
+    measure: Literal["all", "training", "memory", "decoding", "scaling", "time_to_quality"] = option(
+        "all", help="What to measure; all is training, memory and decoding."
     )
-    per_device_train_batch_size: int = HfArg(default=8, help="Rows per step.")
-    num_steps: int = HfArg(default=10, help="Measured steps, and measured continuations, of each model.")
-    num_prompt_tokens: int = HfArg(default=32, help="Tokens that decoding starts from.")
-    num_new_tokens: int = HfArg(default=128, help="Tokens that each continuation has.")
-    keep_freed_memory: Literal["ours", "all", "none"] = HfArg(
-        default="ours", help="For which models a CPU's freed memory is kept for the next step."
+    num_steps: int = option(10, help="Measured steps, and continuations, of each model.", at_least=1)
+    num_prompt_tokens: int = option(32, help="Tokens of the prompt that is continued.", at_least=1)
+    num_new_tokens: int = option(128, help="Tokens of each continuation.", at_least=1)
+    keep_freed_memory: Literal["ours", "all", "none"] = option(
+        "ours", help="Models for which a CPU keeps freed memory for the next step."
     )
-    bf16: bool = HfArg(default=False, help="Multiply in bfloat16.")
-    torch_compile: bool = HfArg(
-        default=False, help="Compile each model for --measure training, and for that alone; compiling is not measured."
+    scaling_depths: list[int] = option(
+        default_factory=lambda: [1, 2, 4, 6, 8], help="Numbers of blocks to measure, each block 64 wider.", at_least=1
     )
-    tokenizer: str | None = HfArg(default=None, help="Also measure the data path with this tokenizer.")
-    dataset: str = HfArg(default="stdlib", help="Text for the data path; a text file for time_to_quality.")
-    scaling_depths: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 6, 8], help="Blocks, each 64 wider.")
-    scaling_contexts: list[int] = HfArg(default_factory=lambda: [64, 128, 256, 512, 1024], help="Tokens.")
-    output_dir: str | None = HfArg(default=None, help="Write numbers, a table and pictures there.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+    scaling_contexts: list[int] = option(
+        default_factory=lambda: [64, 128, 256, 512, 1024], help="Contexts to measure, in tokens.", at_least=1
+    )
+    output_dir = differs(help="Folder of numbers, table and pictures.", default_is="nothing is written")
 
     def check(self) -> None:
-        """Stop at the door what cannot be measured, or would be left out without a word."""
+        """Reject what cannot be measured or would be ignored."""
         check_numbers(self)
         if self.torch_compile and self.measure not in ("all", "training"):
             raise ValueError(

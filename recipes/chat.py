@@ -10,12 +10,6 @@ In the terminal each line is a turn. /reset forgets the conversation, /system TE
 anew, /exit or Ctrl-D ends; Ctrl-C ends a reply. When the context is full, the oldest turns are dropped.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import contextlib
 import importlib.util
 import json
@@ -28,9 +22,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hfllm.adapters import load_adapter, merge_adapter, tokenizer_source
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import run
+from hfllm.cli.opening import open_causal_lm
+from hfllm.cli.options import arguments, check_numbers, differs, option
+from hfllm.data.conversations import Messages
+from hfllm.data.instruction import fit_messages
+from hfllm.data.templates import check_template
+from hfllm.tokenization import TURN_END_TOKEN, load_tokenizer
 
 import torch
 from transformers import (
@@ -42,40 +45,29 @@ from transformers import (
     TextStreamer,
     set_seed,
 )
-from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
-from hfllm.adapters import load_adapter, merge_adapter, tokenizer_source
-from hfllm.cli.arguments import check_numbers, run
-from hfllm.cli.opening import open_causal_lm
-from hfllm.data.conversations import Messages
-from hfllm.data.instruction import fit_messages
-from hfllm.data.templates import check_template
-from hfllm.tokenization import TURN_END_TOKEN, load_tokenizer
 
-
-@dataclass
-class ChatArguments:
-    model: str = HfArg(default="out/chat", help="Folder or Hub id of the model.")
-    adapter: str | None = HfArg(default=None, help="Folder or Hub id of a LoRA adapter to put on it.")
-    system: str | None = HfArg(default=None, help="The system message; it stays when old turns are dropped.")
-    max_new_tokens: int = HfArg(default=256, help="Most tokens of a reply; at most half of the context.")
-    temperature: float = HfArg(default=0.0, help="0 takes the likeliest token; above, tokens are drawn.")
-    top_p: float = HfArg(default=1.0, help="Draw from the likeliest tokens that together have this probability.")
-    seed: int = HfArg(default=42, help="Of the draws.")
-    web: bool = HfArg(default=False, help="Chat in the browser, by Gradio.")
-    serve: bool = HfArg(default=False, help="Answer HTTP requests in OpenAI's form, by transformers' own server.")
-    host: str = HfArg(default="127.0.0.1", help="Address of --web and --serve.")
-    port: int = HfArg(default=8000, help="Port of --web and --serve.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+@arguments
+class ChatArguments(
+    groups.Model, groups.Adapter, groups.Dtype, groups.NewTokens, groups.Sampling, groups.Seed, groups.Config
+):
+    model = differs("out/chat")
+    system: str | None = option(
+        None, section="generation", help="System message; it is kept when old turns are dropped."
+    )
+    max_new_tokens = differs(256, help="Longest reply in tokens; at most half of the context.")
+    temperature = differs(0.0, help="Sampling temperature; 0 takes the likeliest token.")
+    seed = differs(section="generation", help="Sampling seed.")
+    web: bool = option(False, section="server", help="Chat in the browser, with Gradio.")
+    serve: bool = option(False, section="server", help="Answer HTTP requests in OpenAI's format.")
+    host: str = option("127.0.0.1", section="server", help="Address of web and serve.")
+    port: int = option(8000, section="server", help="Port of web and serve.", at_least=1, at_most=65535)
 
     def check(self) -> None:
         check_numbers(self)
         problems = [
             (self.web and self.serve, "--web and --serve: give one of the two."),
-            (not 0 < self.port < 65536, f"--port {self.port}: give one from 1 to 65535."),
-            (self.temperature < 0, f"--temperature {self.temperature}: it must be at least 0."),
-            (not 0 < self.top_p <= 1, f"--top_p {self.top_p}: it is a probability, above 0 and at most 1."),
             (
                 self.temperature == 0 and self.top_p != 1,
                 f"--top_p {self.top_p}: nothing is drawn at temperature 0. Set --temperature.",
@@ -122,7 +114,7 @@ def check_address(args: ChatArguments) -> None:
 
 def load_model(args: ChatArguments) -> PreTrainedModel:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = open_causal_lm(args.model)
+    model = open_causal_lm(args.model, **({"dtype": args.dtype} if args.dtype else {}))
     if args.adapter is not None:
         model = merge_adapter(load_adapter(model, args.adapter))
     return model.to(device).eval()

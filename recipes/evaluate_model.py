@@ -18,30 +18,13 @@ texts, with the numbers of finetune_classification.py. The numbers go into `metr
 `--output_dir`, beside what training wrote there.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import datasets
-import torch
-from accelerate import Accelerator, DistributedType
-from transformers import (
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.hf_argparser import HfArg
-from transformers.utils.logging import disable_progress_bar
-
-from hfllm.cli.arguments import check_numbers, run
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import run
 from hfllm.cli.opening import open_causal_lm, open_config
+from hfllm.cli.options import Location, arguments, check_numbers, differs, option
 from hfllm.data import load_corpus, split_documents
 from hfllm.data.conversations import Conversation, load_conversations
 from hfllm.data.labelled_texts import LabelledTexts, load_labelled_texts
@@ -56,51 +39,70 @@ from hfllm.report.metrics import add_metrics, metrics_table
 from hfllm.tokenization import document_encoder, load_classifier_tokenizer, load_tokenizer
 from hfllm.training.devices import start_accelerator
 
+import datasets
+import torch
+from accelerate import Accelerator, DistributedType
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
 
-DTYPES = ["float32", "bfloat16", "float16"]
 
+@arguments
+class EvaluateArguments(
+    groups.HubDataset,
+    groups.TextColumn,
+    groups.LabelColumn,
+    groups.ColumnMap,
+    groups.ValidationFraction,
+    groups.BlockSize,
+    groups.Stride,
+    groups.Cache,
+    groups.Model,
+    groups.Adapter,
+    groups.Dtype,
+    groups.EvalBatch,
+    groups.Replies,
+    groups.NewTokens,
+    groups.OutputDir,
+    groups.Config,
+):
+    # Text
+    dataset = differs(None, help="Hub id, files or folders to score, or 'stdlib'.")
+    split = differs("test", help="Split of the Hub dataset; local files are read whole.")
+    label_column = differs(help="Column or JSON key of the label, for classifiers.")
+    conversations: bool = option(False, section="text", help="The rows are conversations: score the responses only.")
+    validation_fraction = differs(
+        0.0, help="Score only what pretrain.py holds out with this fraction; 0: all documents."
+    )
+    block_size = differs(help="Tokens per window or row.", default_is="the model's context, at most 1,024")
+    stride = differs(help="New tokens per further window.", default_is="block_size")
+    tasks: list[str] | None = option(None, section="lm-eval", help="Tasks of lm-eval (pip install -e '.[interop]').")
+    include_path: str | None = option(
+        None, section="lm-eval", help="Folder of your own tasks, YAML files.", location=Location.READ
+    )
+    limit: int | None = option(None, section="lm-eval", help="Most examples of each task, for a first try.", at_least=1)
 
-@dataclass
-class EvaluateArguments:
-    model: list[str] = HfArg(
-        default_factory=lambda: ["out/demo"], help="Folders or Hub ids, all causal or all classifiers."
+    # Models
+    model: list[str] = differs(
+        default_factory=lambda: ["out/demo"], help="Folders or Hub ids, all causal models or all classifiers."
     )
-    adapter: str | None = HfArg(default=None, help="Folder or Hub id of a PEFT adapter, on top of the one model.")
-    dataset: str | None = HfArg(default=None, help="What to score: a Hub id, files or folders, or 'stdlib'.")
-    dataset_config: str | None = HfArg(default=None, help="Configuration of a dataset on the Hub.")
-    split: str = HfArg(default="test", help="Split of a dataset on the Hub; local files are read whole.")
-    text_column: str = HfArg(default="text", help="Column that holds the text.")
-    label_column: str = HfArg(default="label", help="Column that holds the label, for classifiers.")
-    conversations: bool = HfArg(default=False, help="The rows are conversations: score the responses alone.")
-    column_map: list[str] | None = HfArg(default=None, help="Columns to rename, e.g. question=prompt answer=response")
-    check_answers: bool = HfArg(
-        default=False, help="Compare greedy replies with the responses, character by character."
-    )
-    max_new_tokens: int = HfArg(default=64, help="Most tokens of a reply.")
-    validation_fraction: float = HfArg(
-        default=0.0, help="Score only what pretrain.py holds out with this fraction; 0: all documents."
-    )
-    tasks: list[str] | None = HfArg(default=None, help="Tasks of lm-eval (pip install -e '.[interop]').")
-    include_path: str | None = HfArg(default=None, help="Folder with YAML tasks of your own.")
-    limit: int | None = HfArg(default=None, help="Examples of each task, at most; for a first try.")
-    block_size: int | None = HfArg(
-        default=None, help="Tokens per window or row; default: the model's context, at most 1,024."
-    )
-    stride: int | None = HfArg(default=None, help="New tokens per further window; default: block_size.")
-    per_device_eval_batch_size: int = HfArg(default=8, help="Windows, rows or texts per forward pass.")
-    dtype: str = HfArg(default="float32", help="Of the weights: float32, bfloat16 or float16.")
-    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a model.")
-    output_dir: str | None = HfArg(default=None, help="Where metrics.json goes; default: the model's folder.")
-    cache_dir: str | None = HfArg(default=None, help="Where prepared text is kept.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+    dtype: Literal["float32", "bfloat16", "float16"] = differs("float32")
+    trust_remote_code: bool = option(False, section="model", help="Run the code that comes with a model.")
+
+    # Evaluation and output
+    per_device_eval_batch_size = differs(8, help="Windows, rows or texts per device and forward pass.")
+    output_dir = differs(help="Folder of metrics.json.", default_is="the model's folder")
 
     def check(self) -> None:
-        """Stop at the door what cannot be."""
+        """Reject out-of-range values and options that exclude each other, all at once."""
         check_numbers(self)
         names = [Path(name).name for name in self.model]
         problems = [
             (self.dataset is None and not self.tasks, "Measure on what? Give --dataset, --tasks or both."),
-            (self.dtype not in DTYPES, f"--dtype {self.dtype}: it is one of {', '.join(DTYPES)}."),
             (
                 self.adapter is not None and len(self.model) > 1,
                 "An --adapter belongs to one --model; several are given.",

@@ -14,28 +14,22 @@ The preset `modern` is a qwen3, and `book` a gpt2. Nothing is called done before
 and compared with the original: logits, greedy tokens, and the ids of text that tokenizers find hard.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import shlex
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.hf_argparser import HfArg
-from transformers.utils.logging import disable_progress_bar
-
 from hfllm import GPTForCausalLM, from_native, to_native
+from hfllm.cli import options as groups
 from hfllm.cli.arguments import run
+from hfllm.cli.options import arguments, differs, option
 from hfllm.conversion import comparison
 from hfllm.conversion.folder import new_folder, save_model, save_tokenizer
 from hfllm.conversion.loading import NATIVE_TYPES, load_causal_lm
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 
 # The largest difference between logits that may be due to the order of additions, in float32 and in proportion to the
@@ -47,22 +41,20 @@ PROMPT = "Every effort moves you"
 GGUF_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "q8_0": "q8_0"}
 
 
-@dataclass
-class ExportArguments:
-    to: Literal["gpt2", "llama", "qwen3", "gguf", "onnx", "hfllm"] = HfArg(
-        help="A native class of transformers, a file format, or, from a native class, our own."
+@arguments
+class ExportArguments(groups.Model, groups.Dtype, groups.Tokenizer, groups.Overwrite, groups.Config):
+    to: Literal["gpt2", "llama", "qwen3", "gguf", "onnx", "hfllm"] = option(
+        help="A native class of transformers, a file format or, from a native class, our own class."
     )
-    model: str = HfArg(default="out/demo", help="Folder or Hub id of the model: ours, or a native gpt2, llama, qwen3.")
-    tokenizer: str | None = HfArg(default=None, help="Folder or Hub id of the tokenizer; default: the model's own.")
-    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = HfArg(
-        default=None, help="Of the weights; default: the model's own. q8_0 (8 bits) is for gguf; onnx is float32."
+    model = differs(help="Folder or Hub id of the model: ours, or a native gpt2, llama or qwen3.")
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = differs(
+        help="Data type of the weights; q8_0 (8 bits) is for gguf, and onnx is float32."
     )
-    output_dir: str = HfArg(default="out/export", help="Folder to make.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Replace the export that stands there.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+    output_dir = differs("out/export", help="Folder to make.")
+    overwrite_output_dir = differs(help="Replace an earlier export in output_dir.")
 
     def check(self) -> None:
-        """Stop at the door what is wrong whatever the model is."""
+        """Validate options that do not need the model."""
         source, target = Path(self.model).expanduser().resolve(), Path(self.output_dir).expanduser().resolve()
         if source.is_dir() and target in (source, *source.parents):
             raise ValueError(f"--output_dir {self.output_dir} is where the model itself lies. Choose another folder.")

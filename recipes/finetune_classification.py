@@ -17,35 +17,19 @@ On the GPUs of one machine:
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 recipes/finetune_classification.py \\
         --config recipes/configs/classification_sms.yaml --model openai-community/gpt2 --output_dir out/spam
 
-The same command again goes on where the run was interrupted. `--help` explains every option.
+The same command again resumes an interrupted run. `--help` explains every option.
 """
-
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
 
 import dataclasses
 import os
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from datasets import Dataset
-from transformers import (
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.hf_argparser import HfArg
-
 from hfllm.adapters import add_lora, count_parameters, describe_trained
-from hfllm.cli.arguments import check_numbers, check_recipe, run
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import check_recipe, run
 from hfllm.cli.opening import check_fit, open_config
+from hfllm.cli.options import Location, arguments, check_numbers, differs, option
 from hfllm.data.labelled_texts import (
     LabelledTexts,
     balance_labels,
@@ -57,10 +41,22 @@ from hfllm.data.labelled_texts import (
 )
 from hfllm.evaluation.classification import describe_scores, predict_logits, score_beside_baselines, score_predictions
 from hfllm.fine_tuning.classification import ClassifierTrainer, freeze_all_but
-from hfllm.fine_tuning.run import Course, open_run, training_arguments
+from hfllm.fine_tuning.run import open_run, training_arguments
 from hfllm.model import GPTConfig
 from hfllm.report.confusion import plot_confusion
 from hfllm.tokenization import load_classifier_tokenizer
+from hfllm.training.devices import check_precision
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 # By method, for models of fewer than 512 channels and for larger ones. The first are for the demo's model: `lora` and
@@ -79,85 +75,108 @@ EVALUATION = (
 )
 
 
-@dataclasses.dataclass
-class ClassificationArguments:
-    # Texts
-    dataset: str = HfArg(default="stdlib", help="A file of labelled texts, an id on the Hub, or 'stdlib' (docstrings).")
-    dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
-    split: str = HfArg(default="train", help="Split of the Hub dataset to train on.")
-    validation_split: str | None = HfArg(default=None, help="Hub split to choose the epoch by; default: hold back.")
-    test_split: str | None = HfArg(default=None, help="Hub split to test on; default: hold texts back.")
-    validation_dataset: str | None = HfArg(default=None, help="File to choose the epoch by; default: hold texts back.")
-    test_dataset: str | None = HfArg(default=None, help="File to test on; default: hold texts back.")
-    text_column: str = HfArg(default="text", help="Column or JSON key of the text.")
-    label_column: str = HfArg(default="label", help="Column or JSON key of the label, a word or a whole number.")
-    validation_fraction: float = HfArg(default=0.1, help="Share of the texts held back for validation.")
-    test_fraction: float = HfArg(default=0.2, help="Share of the texts held back for the test.")
-    balance: bool = HfArg(default=False, help="Use as many texts of each label as the rarest has, as the book does.")
-    split_seed: int = HfArg(default=0, help="Of the balanced sample and the split, which belong to the data.")
-    on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with a record that is broken.")
-    block_size: int | None = HfArg(default=None, help="Tokens of a text that are read; default: the model's context.")
+@arguments
+class ClassificationArguments(
+    groups.TrainingDataset,
+    groups.ValidationSplit,
+    groups.TestFraction,
+    groups.TextColumn,
+    groups.LabelColumn,
+    groups.BlockSize,
+    groups.Model,
+    groups.Method,
+    groups.LoRA,
+    groups.GradientCheckpointing,
+    groups.Precision,
+    groups.Training,
+    groups.Schedule,
+    groups.EvalBatch,
+    groups.Run,
+    groups.Trackers,
+    groups.Config,
+):
+    # Text
+    dataset = differs(help="File of labelled texts, Hub id, or 'stdlib': docstrings and their packages.")
+    validation_fraction = differs(
+        0.1, help="Share of the texts held out to choose the epoch by.", at_least=None, above=0
+    )
+    validation_split = differs(help="Split of the Hub dataset to choose the epoch by.")
+    validation_dataset: str | None = option(
+        None,
+        section="text",
+        help="File of labelled texts to choose the epoch by.",
+        default_is="see validation_fraction",
+        location=Location.READ_OR_NAMED,
+    )
+    test_fraction = differs(0.2, help="Share of the texts held out for the test.")
+    test_split: str | None = option(
+        None, section="text", help="Split of the Hub dataset to test on.", default_is="see test_fraction"
+    )
+    test_dataset: str | None = option(
+        None,
+        section="text",
+        help="File of labelled texts to test on.",
+        default_is="see test_fraction",
+        location=Location.READ_OR_NAMED,
+    )
+    label_column = differs(help="Column or JSON key of the label, a word or a whole number.")
+    balance: bool = option(
+        False, section="text", help="Use as many texts of each label as the rarest label has, as the book does."
+    )
+    split_seed: int = option(
+        0, section="text", help="Random seed of the split and of balance.", at_least=0, at_most=2**32 - 1
+    )
+    block_size = differs(help="Tokens of a text that are read; a longer one loses its end.", at_least=2)
 
     # Model
-    model: str = HfArg(default="out/demo", help="Folder or Hub id of the pretrained model, with its tokenizer.")
-    pooling: Literal["last", "mean", "mean_first_last"] | None = HfArg(
-        default=None,
-        help="The head stands on the last token, on the mean of all, or on that and the mean of their embeddings, the "
-        "default for models of ours; the Hub's other classes have the last token only.",
+    model = differs(help="Folder or Hub id of the pretrained model, with its tokenizer.")
+    pooling: Literal["last", "mean", "mean_first_last"] | None = option(
+        None,
+        section="model",
+        help="Input of the classification head: the last token's state, the mean of all states, or that mean beside "
+        "the mean of the embeddings. Other architectures than ours have the last token's only.",
+        default_is="mean_first_last for our models, last for others",
     )
-    method: Literal["lora", "full", "last_block", "head"] = HfArg(default="lora", help="What is trained.")
-    lora_r: int = HfArg(default=16, help="LoRA's rank.")
-    lora_alpha: float = HfArg(default=16, help="LoRA's scale: its output is multiplied by lora_alpha / lora_r.")
-    lora_dropout: float = HfArg(default=0.0, help="Dropout of LoRA's input.")
-    lora_target_modules: list[str] | None = HfArg(default=None, help="Layers with LoRA; default: all in the blocks.")
-    gradient_checkpointing: bool = HfArg(default=False, help="Less memory for more time.")
+    lora_target_modules: list[str] | None = option(
+        None, section="LoRA", help="Layers with LoRA.", default_is="all linear layers of the blocks"
+    )
 
     # Optimization
-    num_train_epochs: float = HfArg(default=5.0, help="Passes over the training texts.")
-    max_steps: int | None = HfArg(default=None, help="Optimizer steps, instead of num_train_epochs.")
-    per_device_train_batch_size: int = HfArg(default=8, help="Texts per device and forward pass.")
-    per_device_eval_batch_size: int = HfArg(default=32, help="Texts per device in evaluation.")
-    gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
-    learning_rate: float | None = HfArg(
-        default=None,
-        help="Highest learning rate of what is pretrained, or LoRA's; default by method, for models of fewer than "
-        f"{SMALL} channels / larger ones: {BY_METHOD}.",
+    num_train_epochs = differs(5.0, help="Passes over the training texts, unless max_steps is given.")
+    per_device_train_batch_size = differs(help="Texts per device and forward pass.")
+    per_device_eval_batch_size = differs(32, help="Texts per device in evaluation.")
+    learning_rate = differs(
+        None,
+        help="Highest learning rate of the pretrained weights, or of LoRA's.",
+        default_is=f"by method, for fewer than {SMALL} channels / for more: {BY_METHOD}",
     )
-    head_learning_rate: float | None = HfArg(
-        default=None,
-        help=f"Of the new head and, with --method full, of the token embeddings; default: {HEAD_BY_METHOD}.",
+    head_learning_rate: float | None = option(
+        None,
+        section="optimization",
+        help="Highest learning rate of the new head and, with method full, of the token embeddings.",
+        default_is=HEAD_BY_METHOD,
+        at_least=0,
     )
-    lr_scheduler_type: Course = HfArg(default="linear", help="Course of the learning rate after warm-up.")
-    warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
-    weight_decay: float = HfArg(default=0.1, help="Decoupled decay of the matrices.")
-    label_smoothing_factor: float = HfArg(default=0.0, help="Share of the target that all labels have, in training.")
-    train_sampling_strategy: Literal["group_by_length", "random"] = HfArg(
-        default="group_by_length", help="Batches of about equal lengths, or as chance has it."
+    label_smoothing_factor: float = option(
+        0.0, section="optimization", help="Share of the target spread over all labels.", at_least=0, below=1
     )
-    bf16: bool = HfArg(default=False, help="Compute in bfloat16, where the device is fast at it.")
-    seed: int = HfArg(default=42, help="Of the head, LoRA, the order of texts and dropout.")
+    train_sampling_strategy: Literal["group_by_length", "random"] = option(
+        "group_by_length", section="optimization", help="Batches of texts of similar lengths, or of random ones."
+    )
+    seed = differs(help="Random seed of head, LoRA, order of texts and dropout.")
 
-    # What is written, and when
-    output_dir: str = HfArg(default="out/classifier", help="The run's folder. A run that stands there goes on.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Delete the run that stands there and start anew.")
-    logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
-    save_total_limit: int = HfArg(default=2, help="Checkpoints kept; one is written after every epoch.")
-    report_to: list[str] | None = HfArg(
-        default=None, help="Trackers, by transformers' names: tensorboard trackio wandb"
-    )
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+    # Output
+    output_dir = differs("out/classifier")
+    save_total_limit = differs(help="Number of checkpoints to keep; one is saved after each epoch.")
+    report_to = differs(help="Experiment trackers, by transformers' names, e.g. tensorboard trackio wandb.")
 
     def check(self) -> None:
         check_numbers(self)
         check_recipe(self)
-        if self.block_size is not None and self.block_size < 2:
-            raise ValueError(f"--block_size {self.block_size}: a text needs at least two tokens.")
-        for name, split in (("validation", self.validation_split), ("test", self.test_split)):
-            if split is not None and getattr(self, f"{name}_dataset") is not None:
+        check_precision()
+        for name in ("validation", "test"):
+            if getattr(self, f"{name}_split") is not None and getattr(self, f"{name}_dataset") is not None:
                 raise ValueError(f"--{name}_split and --{name}_dataset both say what to use for {name}. Leave one out.")
-            fraction = getattr(self, f"{name}_fraction")
-            if not 0 < fraction < 1:
-                raise ValueError(f"--{name}_fraction {fraction}: it is more than 0 and less than 1.")
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("--validation_fraction and --test_fraction leave nothing to train on.")
         defaults = ClassificationArguments()
@@ -169,8 +188,8 @@ class ClassificationArguments:
             raise ValueError("--learning_rate: --method head trains the new head alone. Give --head_learning_rate.")
         if (os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_USE_DEEPSPEED") or "") == "true":
             raise ValueError(
-                "The accelerate file cuts the model among the processes (FSDP, DeepSpeed), and this recipe tests and "
-                "saves whole models. Use accelerate_configs/ddp.yaml or multi_cpu.yaml; LoRA needs little memory."
+                "The accelerate file shards the model (FSDP, DeepSpeed), and this recipe tests and saves whole models. "
+                "Use accelerate_configs/ddp.yaml or multi_cpu.yaml; LoRA needs little memory."
             )
 
 

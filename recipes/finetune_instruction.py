@@ -1,8 +1,9 @@
 """Chapter 7: teach a pretrained model to follow instructions.
 
-Offline, on questions about the Python that runs (about four minutes on two cores; bfloat16 by --bf16 true):
+Offline, on questions about the Python that runs (about four minutes on two cores whose CPU has bfloat16):
 
-    python recipes/finetune_instruction.py --config recipes/configs/instruction_python.yaml \\
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml --mixed_precision bf16 \\
+        recipes/finetune_instruction.py --config recipes/configs/instruction_python.yaml \\
         --model out/demo --output_dir out/chat
     python recipes/chat.py --model out/chat
 
@@ -20,14 +21,8 @@ On eight GPUs:
 
 A row has the columns instruction, input and output (Alpaca), or prompt and response, or `messages`, or `conversations`
 (ShareGPT). The loss is on the responses alone. By default LoRA trains small matrices beside the frozen weights
-(chapter 7.0); `--method full` trains all of them. The same command goes on where the run was interrupted.
+(chapter 7.0); `--method full` trains all of them. The same command again resumes an interrupted run.
 """
-
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
 
 import dataclasses
 import functools
@@ -38,15 +33,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from accelerate import PartialState
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.hf_argparser import HfArg
-
 from hfllm.adapters import add_lora, count_parameters, describe_trained
-from hfllm.cli.arguments import check_numbers, check_recipe, run
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import check_recipe, run
 from hfllm.cli.opening import check_fit, open_causal_lm
+from hfllm.cli.options import Location, arguments, check_numbers, differs, option
 from hfllm.data.conversations import (
     Conversation,
     further_questions,
@@ -72,114 +63,131 @@ from hfllm.fine_tuning.instruction import (
     describe_samples,
 )
 from hfllm.fine_tuning.responses import learned_loss, logits_only_at, shift_left
-from hfllm.fine_tuning.run import Course, open_run, training_arguments
+from hfllm.fine_tuning.run import open_run, training_arguments
 from hfllm.tokenization import load_tokenizer
+from hfllm.training.devices import check_precision
 from hfllm.training.optimization import build_muon
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 
 # The book trains all weights with 5e-5 (GPT-2 355M) and LoRA with 5e-5 to 8e-4. Muon's is the demo's model's.
 LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "muon": 0.02}
 
 
-@dataclasses.dataclass
-class InstructionArguments:
-    # Conversations
-    dataset: str = HfArg(default="stdlib", help="A Hub id, local files, or 'stdlib': questions about this Python.")
-    dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
-    split: str = HfArg(default="train", help="Split of the Hub dataset.")
-    num_further_questions: int = HfArg(
-        default=0, help="Expressions of stdlib to train on beside its 12,000; none that is held back."
+@arguments
+class InstructionArguments(
+    groups.TrainingDataset,
+    groups.TestFraction,
+    groups.ColumnMap,
+    groups.BlockSize,
+    groups.Model,
+    groups.Method,
+    groups.LoRA,
+    groups.GradientCheckpointing,
+    groups.Precision,
+    groups.Training,
+    groups.Muon,
+    groups.Schedule,
+    groups.EvalSteps,
+    groups.EvalBatch,
+    groups.Replies,
+    groups.NumSamples,
+    groups.NewTokens,
+    groups.Run,
+    groups.SaveSteps,
+    groups.Trackers,
+    groups.Config,
+):
+    # Text
+    dataset = differs(help="Hub id, local files, or 'stdlib': questions about this Python.")
+    validation_fraction = differs(help="Share held out to follow the loss, by whole prompts.", at_least=None, above=0)
+    test_fraction = differs(help="Share held out for the numbers at the end, by whole prompts.")
+    num_further_questions: int = option(
+        0,
+        section="text",
+        help="Further expressions of stdlib to train on beside its 12,000, none of which is held out.",
+        at_least=0,
     )
-    reword_questions: bool = HfArg(
-        default=False, help="Ask half of stdlib's expressions to train on in other words: 3 + 4, What is 3 + 4?"
+    reword_questions: bool = option(
+        False,
+        section="text",
+        help="Ask half of stdlib's training expressions in other words: 3 + 4, What is 3 + 4?",
     )
-    max_turns: int = HfArg(
-        default=1,
-        help="Join the training questions at random into conversations of 1 to so many turns, each question once, so "
-        "that the model is not lost in the second turn of a chat.",
+    max_turns: int = option(
+        1,
+        section="text",
+        help="Join the training questions at random into conversations of 1 to this many turns, each question once, so "
+        "that later turns of a chat are learned too.",
+        at_least=1,
     )
-    column_map: list[str] | None = HfArg(default=None, help="Columns to rename, e.g. question=prompt answer=response")
-    on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with rows that are none.")
-    validation_fraction: float = HfArg(default=0.05, help="Share held back to follow the loss, by whole prompts.")
-    test_fraction: float = HfArg(default=0.1, help="Share held back for the numbers at the end, by whole prompts.")
-    train_on_prompt: bool = HfArg(default=False, help="Also learn what the user says.")
-    packing: bool = HfArg(default=True, help="Several conversations a row; false: rows of similar length in a batch.")
-    block_size: int | None = HfArg(
-        default=None, help="Longest row in tokens; default: the model's context, up to 1024."
+    train_on_prompt: bool = option(False, section="text", help="Also learn what the user says.")
+    packing: bool = option(
+        True, section="text", help="Several conversations per row; false: batches of conversations of similar length."
     )
-    check_answers: bool | None = HfArg(
-        default=None, help="Compare replies with the responses, character by character; default: for stdlib."
-    )
+    block_size = differs(default_is="the model's context, at most 1,024", at_least=2)
 
     # Model
-    model: str = HfArg(default="out/demo", help="Folder or Hub id of a pretrained model.")
-    chat_template: str | None = HfArg(
-        default=None,
-        help=f"How conversations are written, if the tokenizer does not say: {', '.join(TEMPLATES)}, or a Jinja file.",
+    model = differs(help="Folder or Hub id of a pretrained model.")
+    chat_template: str | None = option(
+        None,
+        section="model",
+        help=f"How conversations are written: {', '.join(TEMPLATES)}, or a Jinja file.",
+        default_is="the tokenizer's",
+        location=Location.READ_OR_NAMED,
     )
-    method: Literal["lora", "full"] = HfArg(default="lora", help="Train small matrices beside the weights, or all.")
-    lora_r: int = HfArg(default=16, help="Rank of LoRA's matrices.")
-    lora_alpha: float = HfArg(default=16, help="LoRA's scale: its output is multiplied by lora_alpha / lora_r.")
-    lora_dropout: float = HfArg(default=0.0, help="Dropout in front of LoRA's matrices.")
-    gradient_checkpointing: bool = HfArg(default=False, help="Less memory for more time.")
-    bf16: bool = HfArg(default=False, help="Compute in bfloat16, where the device is fast at it.")
+    method: Literal["lora", "full"] = differs(help="Train small matrices beside the frozen weights, or all weights.")
 
     # Optimization
-    num_train_epochs: float | None = HfArg(
-        default=None, help="Passes over the rows, if max_steps is not given. Default: 2 to 20, more for small data."
+    num_train_epochs = differs(None, default_is="2 to 20, more for small data")
+    optimizer: Literal["adamw", "muon"] = differs(help="Optimizer; muon needs method full.")
+    learning_rate = differs(None, default_is=", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items()))
+    adam_learning_rate = differs(None, default_is="half of learning_rate")
+    lr_scheduler_type = differs("cosine")
+    weight_decay = differs(0.0)
+    early_stopping_patience: int | None = option(
+        None,
+        section="optimization",
+        help="Stop after this many evaluations in a row without a lower validation loss.",
+        default_is="never",
+        at_least=1,
     )
-    max_steps: int | None = HfArg(default=None, help="Optimizer steps; default: num_train_epochs.")
-    per_device_train_batch_size: int = HfArg(default=8, help="Rows per device and forward pass.")
-    gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
-    optimizer: Literal["adamw", "muon"] = HfArg(
-        default="adamw", help="Muon is for --method full, with AdamW for the rest."
-    )
-    learning_rate: float | None = HfArg(default=None, help=f"Highest learning rate; default: {LEARNING_RATES}.")
-    adam_learning_rate: float | None = HfArg(default=None, help="Muon's: of what takes AdamW's steps; default: half.")
-    lr_scheduler_type: Course = HfArg(default="cosine", help="Course of the learning rate after warm-up.")
-    warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
-    weight_decay: float = HfArg(default=0.0, help="Decoupled decay of the matrices.")
-    max_grad_norm: float = HfArg(default=1.0, help="Longest gradient, by its global norm.")
-    seed: int = HfArg(default=42, help="Of the split, the order of rows and LoRA's first weights.")
+    seed = differs(help="Random seed of the split, the order of rows and LoRA's initial weights.")
 
-    # What is written, and when
-    output_dir: str = HfArg(default="out/chat", help="The run's folder. A run that stands there goes on.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Delete the run that stands there and start anew.")
-    logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
-    eval_steps: int | None = HfArg(
-        default=None, help="Steps between two evaluations. Default: a tenth of the run, at most 100."
+    # Evaluation
+    eval_steps = differs(None, default_is="a tenth of the run, at most 100")
+    load_best_model_at_end: bool = option(
+        True,
+        section="evaluation",
+        help="Save a checkpoint at each evaluation, and keep the one with the lowest validation loss.",
     )
-    load_best_model_at_end: bool = HfArg(
-        default=True, help="Save a checkpoint at each evaluation, and keep the one with the lowest validation loss."
+    per_device_eval_batch_size = differs(help="Rows, or prompts to answer, per device in evaluation.")
+    check_answers = differs(None, default_is="true for stdlib")
+    num_samples = differs(8, help="Test prompts answered before and after training, side by side.", at_least=0)
+    max_answers: int = option(
+        1000, section="evaluation", help="Most test prompts answered to compare the replies.", at_least=1
     )
-    early_stopping_patience: int | None = HfArg(
-        default=None, help="Stop after this many evaluations in a row without a lower validation loss. Default: never."
-    )
-    per_device_eval_batch_size: int = HfArg(default=16, help="Rows, or prompts to answer, per device in evaluation.")
-    save_steps: int = HfArg(default=200, help="Steps between two checkpoints.")
-    save_total_limit: int | None = HfArg(default=1, help="Checkpoints kept.")
-    num_samples: int = HfArg(default=8, help="Test prompts that are answered before and after, side by side.")
-    max_answers: int = HfArg(default=1000, help="Most test prompts that are answered to compare the replies.")
-    max_new_tokens: int = HfArg(default=64, help="Most tokens of a reply.")
-    report_to: list[str] | None = HfArg(
-        default=None, help="Trackers, by transformers' names: tensorboard trackio wandb"
-    )
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+
+    # Output
+    output_dir = differs("out/chat")
+    save_total_limit = differs(1)
+    report_to = differs(help="Experiment trackers, by transformers' names, e.g. tensorboard trackio wandb.")
 
     def check(self) -> None:
-        """Stop at the door what is wrong whatever the conversations are."""
+        """Validate options that do not need the conversations."""
         check_numbers(self)
         check_recipe(self)
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: it is more than 0 and less than 1.")
+        check_precision()
         if self.num_further_questions and self.dataset != "stdlib":
-            raise ValueError("--num_further_questions: only --dataset stdlib can draw more of them.")
+            raise ValueError("--num_further_questions: only --dataset stdlib has further questions.")
         if self.reword_questions and self.dataset != "stdlib":
-            raise ValueError("--reword_questions: only those of --dataset stdlib are known in other words.")
+            raise ValueError("--reword_questions: only questions of --dataset stdlib can be reworded.")
         if self.optimizer == "muon" and self.method != "full":
             raise ValueError(
-                "--optimizer muon is for whole weight matrices, so for --method full. With --method lora, give "
+                "--optimizer muon updates whole weight matrices: it needs --method full. With --method lora, give "
                 "--optimizer adamw."
             )
         if self.adam_learning_rate is not None and self.optimizer != "muon":

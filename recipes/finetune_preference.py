@@ -9,78 +9,62 @@ becomes likelier than the rejected one. The reference needs no second copy of th
 adapter switched off.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
-import dataclasses
 import importlib.util
 import logging
 import math
 import shlex
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
-from transformers.hf_argparser import HfArg
+from typing import Any
 
 from hfllm.adapters import count_parameters, describe_trained, lora_config
-from hfllm.cli.arguments import check_numbers, check_recipe, run
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import check_recipe, run
 from hfllm.cli.opening import check_fit, open_causal_lm
+from hfllm.cli.options import arguments, check_numbers, differs, option
 from hfllm.data.conversations import load_preferences
 from hfllm.data.templates import check_template, without_control_tokens
 from hfllm.fine_tuning.run import open_run, training_arguments
 from hfllm.tokenization import load_tokenizer
+from hfllm.training.devices import check_precision
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 
-@dataclasses.dataclass
-class PreferenceArguments:
-    # Preferences
-    dataset: str | None = HfArg(default=None, help="A Hub id or local files with prompt, chosen and rejected.")
-    dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
-    split: str = HfArg(default="train", help="Split of the Hub dataset.")
-    on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with rows that are none.")
-    validation_fraction: float = HfArg(default=0.1, help="Share held back to measure on, by whole prompts.")
-    block_size: int | None = HfArg(default=None, help="Longest prompt and reply in tokens; default: the context.")
-
-    # Model
-    model: str = HfArg(default="out/chat", help="Folder or Hub id of a model that chats; also the reference.")
-    lora_r: int = HfArg(default=16, help="LoRA's rank.")
-    lora_alpha: float = HfArg(default=16, help="LoRA's scale: its output is multiplied by lora_alpha / lora_r.")
-    lora_dropout: float = HfArg(default=0.0, help="Dropout in front of LoRA's matrices.")
-
-    # Optimization
-    beta: float = HfArg(default=0.1, help="How dear it is to depart from the reference; the book's is 0.1.")
-    num_train_epochs: float = HfArg(default=1.0, help="Passes over the rows, if max_steps is not given.")
-    max_steps: int | None = HfArg(default=None, help="Optimizer steps; default: num_train_epochs.")
-    per_device_train_batch_size: int = HfArg(default=8, help="Pairs per device and forward pass.")
-    gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
-    learning_rate: float = HfArg(default=5e-5, help="Highest learning rate.")
-    warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
-    bf16: bool = HfArg(default=False, help="Compute in bfloat16, where the device is fast at it.")
-    seed: int = HfArg(default=42, help="Of the split, the order of rows and LoRA's first weights.")
-
-    # What is written
-    output_dir: str = HfArg(default="out/preferred", help="The run's folder. A run that stands there goes on.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Delete the run that stands there and start anew.")
-    logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
-    save_steps: int = HfArg(default=200, help="Steps between two checkpoints.")
-    save_total_limit: int | None = HfArg(default=1, help="Checkpoints kept.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+@arguments
+class PreferenceArguments(
+    groups.TrainingDataset,
+    groups.BlockSize,
+    groups.Model,
+    groups.LoRA,
+    groups.Precision,
+    groups.Training,
+    groups.Run,
+    groups.SaveSteps,
+    groups.Config,
+):
+    dataset = differs(None, help="Hub id or local files, with the columns prompt, chosen and rejected.")
+    validation_fraction = differs(0.1, help="Share held out for validation, by whole prompts.", at_least=None, above=0)
+    block_size = differs(help="Longest prompt with its reply, in tokens.")
+    model = differs("out/chat", help="Folder or Hub id of a model that chats; also the reference.")
+    beta: float = option(
+        0.1, section="optimization", help="KL penalty strength (DPO's beta); the book uses 0.1.", above=0
+    )
+    per_device_train_batch_size = differs(help="Pairs per device and forward pass.")
+    learning_rate = differs(5e-5)
+    seed = differs(help="Random seed of the split, the order of rows and LoRA's initial weights.")
+    output_dir = differs("out/preferred")
+    save_total_limit = differs(1)
 
     def check(self) -> None:
         check_numbers(self)
         check_recipe(self)
+        check_precision()
         if importlib.util.find_spec("trl") is None:
             raise ValueError("TRL is not installed: pip install -e '.[preference]'.")
         if self.dataset is None:
             raise ValueError("--dataset: give a Hub id or files whose rows have prompt, chosen and rejected.")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"--validation_fraction {self.validation_fraction}: it is more than 0 and less than 1.")
 
 
 def main(args: PreferenceArguments) -> None:

@@ -10,67 +10,67 @@
 Ctrl-C ends it; several are continued side by side, and printed when all are done.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import json
 import logging
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+
+import hfllm
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import run
+from hfllm.cli.opening import open_causal_lm
+from hfllm.cli.options import Location, arguments, check_numbers, differs, option
+from hfllm.tokenization import load_tokenizer
 
 import torch
 from transformers import PreTrainedModel, TextStreamer, set_seed
-from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
-import hfllm
-from hfllm.cli.arguments import check_numbers, run
-from hfllm.cli.opening import open_causal_lm
-from hfllm.tokenization import load_tokenizer
 
-
-@dataclass
-class GenerateArguments:
-    model: str = HfArg(default="out/demo", help="Folder or Hub id of the model.")
-    prompt: list[str] | None = HfArg(
-        default=None, help="What the text begins with, or several such; default: the start of a document."
+@arguments
+class GenerateArguments(
+    groups.Model,
+    groups.Dtype,
+    groups.Prompt,
+    groups.NewTokens,
+    groups.NumSamples,
+    groups.Sampling,
+    groups.TopK,
+    groups.Seed,
+    groups.Config,
+):
+    prompt_file: str | None = option(
+        None,
+        section="generation",
+        help="File of prompts: one per line, or .jsonl with a 'prompt' each, which may have newlines.",
+        location=Location.READ,
     )
-    prompt_file: str | None = HfArg(
-        default=None, help="Prompts from a file: a line each, or .jsonl with a 'prompt' each, which may have newlines."
+    max_new_tokens = differs(128, help="Most tokens to write.")
+    stop: list[str] | None = option(
+        None,
+        section="generation",
+        help="End a text at the first of these that it writes; in a shell, a newline is $'\\n'.",
     )
-    max_new_tokens: int = HfArg(default=128, help="Most tokens to write.")
-    stop: list[str] | None = HfArg(
-        default=None, help="End a text with the first of these that it writes; in a shell, a newline is $'\\n'."
+    do_sample: bool = option(
+        True, section="generation", help="Draw each token from its probabilities; false takes the likeliest."
     )
-    num_samples: int = HfArg(default=1, help="How many texts for each prompt.")
-    do_sample: bool = HfArg(default=True, help="Draw each token from its probabilities; false takes the likeliest.")
-    temperature: float = HfArg(default=0.8, help="Below 1 favours likely tokens, above 1 unlikely ones.")
-    top_k: int = HfArg(default=50, help="Draw from so many of the likeliest tokens; 0: from all.")
-    top_p: float = HfArg(default=1.0, help="Draw from the likeliest tokens that together have this probability.")
-    repetition_penalty: float = HfArg(default=1.0, help="Above 1 makes tokens that occurred less likely.")
-    seed: int = HfArg(default=42, help="Of the draws; sample n of a call has seed + n.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+    repetition_penalty: float = option(
+        1.0, section="generation", help="Above 1: tokens that occurred are less likely.", above=0
+    )
+    seed = differs(section="generation", help="Sampling seed; sample n of a call has seed + n.")
 
     def check(self) -> None:
-        """Stop at the door what cannot be, all of it at once."""
+        """Reject out-of-range values and options that exclude each other, all at once."""
         check_numbers(self)
         defaults = GenerateArguments()
         drawing = [name for name in ("temperature", "top_k", "top_p") if getattr(self, name) != getattr(defaults, name)]
         greedy = not self.do_sample
         last_seed = self.seed + self.num_samples - 1
         problems = [
-            (self.num_samples < 1, f"--num_samples {self.num_samples}: it must be at least 1."),
             (
                 self.temperature < 1e-4,
                 f"--temperature {self.temperature}: it must be at least 0.0001; --do_sample false is greedy.",
             ),
-            (self.top_k < 0, f"--top_k {self.top_k}: it counts tokens; 0 is all of them."),
-            (not 0 < self.top_p <= 1, f"--top_p {self.top_p}: it is a probability, above 0 and at most 1."),
-            (not self.repetition_penalty > 0, f"--repetition_penalty {self.repetition_penalty}: it must be above 0."),
             (last_seed >= 2**32, f"--seed {self.seed}: that of the last sample would be above 4,294,967,295."),
             (greedy and drawing, f"--do_sample false draws nothing: leave out --{', --'.join(drawing)}."),
             (
@@ -92,7 +92,7 @@ def main(args: GenerateArguments) -> None:
     # 1. The model and its tokenizer
     disable_progress_bar()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = open_causal_lm(args.model).to(device).eval()
+    model = open_causal_lm(args.model, **({"dtype": args.dtype} if args.dtype else {})).to(device).eval()
     tokenizer = load_tokenizer(args.model)
 
     # 2. Text to token ids. The tokenizer adds its start token, as at the beginning of each document in training.

@@ -10,28 +10,22 @@ from 0, as in Python. `--model` is a folder that a recipe of ours wrote, or any 
 layers are attention.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import run
+from hfllm.cli.opening import open_causal_lm
+from hfllm.cli.options import arguments, check_numbers, differs, option
+from hfllm.report import plot_attention, plot_probabilities
+from hfllm.tokenization import load_tokenizer
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
-
-from hfllm.cli.arguments import run
-from hfllm.cli.opening import open_causal_lm
-from hfllm.report import plot_attention, plot_probabilities
-from hfllm.tokenization import load_tokenizer
 
 
 PROMPT = "def read(self, size):\n    data = self.file.read(size)\n    return data\n"
@@ -39,29 +33,31 @@ MOST_LAYERS, MOST_HEADS = 12, 16  # in one picture
 MOST_CANDIDATES = 100  # at each place: more of them can be neither read nor drawn
 
 
-@dataclass
-class InspectArguments:
-    model: str = HfArg(default="out/demo", help="Folder or Hub id of the model.")
-    prompt: str = HfArg(default=PROMPT, help="The text to look into; '' for the start of a document.")
-    output_dir: str = HfArg(default="out/inspect", help="Where the pictures and numbers go.")
-    layer: int | None = HfArg(default=None, help="Draw the heads of this layer only, larger; counted from 0.")
-    head: int | None = HfArg(default=None, help="Draw this head of --layer only, with its tokens; counted from 0.")
-    top_k: int = HfArg(default=5, help="So many of the likeliest tokens are shown at each place.")
-    max_tokens: int = HfArg(default=48, help="Tokens of the prompt to look into; what is beyond is left out.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+@arguments
+class InspectArguments(groups.Model, groups.Dtype, groups.Prompt, groups.TopK, groups.OutputDir, groups.Config):
+    dtype = differs("float32")
+    prompt: str = differs(PROMPT, help="Text to look into; '' for the start of a document.")
+    max_tokens: int = option(
+        48, section="generation", help="Tokens of the prompt to look into; the rest is left out.", at_least=1
+    )
+    layer: int | None = option(
+        None, section="output", help="Draw the heads of this layer only, larger; counted from 0."
+    )
+    head: int | None = option(None, section="output", help="Draw this head of layer only, with its tokens.")
+    top_k = differs(5, help="Number of the likeliest tokens shown at each place.", at_least=1, at_most=MOST_CANDIDATES)
+    output_dir = differs("out/inspect", help="Folder of the pictures and numbers.")
+
+    def check(self) -> None:
+        check_numbers(self)
+        if self.head is not None and self.layer is None:
+            raise ValueError(f"--head {self.head} of which layer? Give --layer too; both are counted from 0.")
 
 
 def main(args: InspectArguments) -> None:
-    if not 1 <= args.top_k <= MOST_CANDIDATES or args.max_tokens < 1:
-        raise ValueError(
-            f"--top_k {args.top_k}, --max_tokens {args.max_tokens}: both must be at least 1, and --top_k at most "
-            f"{MOST_CANDIDATES}."
-        )
-    if args.head is not None and args.layer is None:
-        raise ValueError(f"--head {args.head} of which layer? Give --layer too; both are counted from 0.")
+    args.check()
 
     # 1. The model and its tokenizer
-    model = load_model(args.model)
+    model = load_model(args.model, args.dtype)
     tokenizer = load_tokenizer(args.model, require_eos=False)
 
     # 2. The prompt's tokens, with the start token in front if the tokenizer puts one there
@@ -96,13 +92,13 @@ def main(args: InspectArguments) -> None:
     print("\nWritten: " + ", ".join(map(str, written)))
 
 
-def load_model(name: str) -> PreTrainedModel:
-    """The model in float32, with the attention that keeps its weights."""
+def load_model(name: str, dtype: str) -> PreTrainedModel:
+    """The model, with the attention that keeps its weights."""
     disable_progress_bar()
     try:
-        model = open_causal_lm(name, dtype=torch.float32, attn_implementation="eager")
+        model = open_causal_lm(name, dtype=dtype, attn_implementation="eager")
     except ValueError as error:
-        if "--model" in str(error):
+        if str(error).startswith("model="):
             raise
         raise ValueError(
             f"--model {name!r} is not a causal language model whose attention can be shown: {error}"

@@ -2,17 +2,17 @@
 
 On a laptop, offline, on the source of Python's standard library (three to five minutes on two cores):
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
         --config recipes/configs/pretrain_demo.yaml --tokenizer out/tokenizer --output_dir out/demo
 
 On your own text, with a model and a run sized for half an hour on this machine (`--depth 4` is the same dial):
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
         --max_train_minutes 30 --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
 
 On your own text, on one GPU:
 
-    accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/pretrain.py \\
+    accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml recipes/pretrain.py \\
         --max_train_minutes 60 --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
 
 On the GPUs of one machine, each with the whole model (`ddp.yaml`) or each with a part of it (`fsdp2.yaml`):
@@ -20,15 +20,10 @@ On the GPUs of one machine, each with the whole model (`ddp.yaml`) or each with 
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 recipes/pretrain.py \\
         --max_train_minutes 60 --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
 
-The same command again goes on where the run was interrupted. `--help` explains every option; how many devices, how they
-share the work and in which precision is the accelerate file's business alone.
+The same command again resumes an interrupted run. `--help` explains every option. How many devices there are, how they
+share the work and in which precision they compute is said to accelerate, in its file or as an option of the launcher,
+for example `accelerate launch --mixed_precision bf16`.
 """
-
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
 
 import dataclasses
 import json
@@ -38,15 +33,10 @@ import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import torch
-from accelerate import Accelerator, DistributedType
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.hf_argparser import HfArg
-from transformers.utils.logging import disable_progress_bar
-
-from hfllm.cli.arguments import check_numbers, check_recipe, parse_overrides, run, save_arguments
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import check_recipe, parse_overrides, run, save_arguments
 from hfllm.cli.opening import check_fit, open_causal_lm, open_config
+from hfllm.cli.options import Compared, arguments, check_numbers, differs, identity_of, option, values_of
 from hfllm.data.inspection import describe_row
 from hfllm.data.packing import Rows
 from hfllm.data.training_text import TrainingText, prepare_text
@@ -71,95 +61,144 @@ from hfllm.training.spikes import SpikeDetector, stop_if_hopeless
 from hfllm.training.summary import describe_result, describe_run, final_metrics
 from hfllm.training.throughput import ThroughputMeter, compile_blocks, flops_per_token, loss_options
 
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
-@dataclasses.dataclass
-class PretrainArguments:
+
+# What neither the user nor a dial says.
+DEFAULT_SHAPE = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6}
+DEFAULTS = {"num_train_epochs": 1.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+DEFAULTS |= {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "eval_steps": 100, "save_steps": 200}
+
+
+@arguments
+class PretrainArguments(
+    groups.TrainingDataset,
+    groups.ValidationSplit,
+    groups.TextColumn,
+    groups.Tokenizer,
+    groups.BlockSize,
+    groups.Stride,
+    groups.Cache,
+    groups.Model,
+    groups.Shape,
+    groups.Sizing,
+    groups.Compile,
+    groups.Training,
+    groups.Muon,
+    groups.AdamW,
+    groups.Schedule,
+    groups.EvalSteps,
+    groups.EvalBatch,
+    groups.Run,
+    groups.SaveSteps,
+    groups.Trackers,
+    groups.Hub,
+    groups.Config,
+):
     # Text
-    dataset: str = HfArg(default="stdlib", help="A Hub id, a local file or folder, or 'stdlib': this Python's library.")
-    dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
-    split: str = HfArg(default="train", help="Split of the Hub dataset to train on.")
-    validation_split: str | None = HfArg(default=None, help="Split to evaluate on; default: hold documents back.")
-    validation_fraction: float = HfArg(default=0.05, help="Share of the bytes held back, by whole documents.")
-    text_column: str = HfArg(default="text", help="Column or JSON key of the text.")
-    on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with a record that is broken.")
-    tokenizer: str | None = HfArg(default=None, help="Folder or Hub id; default: that of --model, or out/tokenizer.")
-    block_size: int = HfArg(default=256, help="Tokens per training row; also the longest context the model learns.")
-    stride: int | None = HfArg(default=None, help="Cut windows every so many tokens (chapter 2), instead of packing.")
-    cache_dir: str | None = HfArg(default=None, help="Where prepared documents and rows are kept.")
-    streaming: bool = HfArg(default=False, help="Read and encode while training, for text larger than the disk.")
+    tokenizer = differs(None, default_is="that of model, or out/tokenizer")
+    block_size = differs(256, help="Tokens per row; also the longest context the model learns.")
+    stride = differs(help="Cut windows this many tokens apart (chapter 2) instead of packing documents.")
+    validation_fraction = differs(help="Share of the bytes held out for validation, by whole documents.")
+    streaming: bool = option(
+        False,
+        section="text",
+        help="Read and encode while training, for text larger than the disk.",
+        compared=Compared.BY_CONTENT,
+    )
 
-    # Model
-    model: str | None = HfArg(default=None, help="Folder or Hub id of a model to go on from; default: random weights.")
-    preset: Literal["modern", "book"] = HfArg(default="modern", help="'modern' is a Qwen3, 'book' is a GPT-2.")
-    depth: int | None = HfArg(default=None, help="One dial: so many blocks; sizes, rates and steps follow from it.")
-    num_hidden_layers: int | None = HfArg(default=None, help="Blocks. Default: 6.")
-    hidden_size: int | None = HfArg(default=None, help="Width of the model. Default: 384.")
-    num_attention_heads: int | None = HfArg(default=None, help="Query heads. Default: 6.")
-    num_key_value_heads: int | None = HfArg(default=None, help="Key and value heads; default: as many.")
-    config_overrides: list[str] | None = HfArg(default=None, help="Fields of GPTConfig, e.g. attention_bias=false")
+    # Model. What a dial (see Sizing) can set is None until then; `resolve` fills in the defaults.
+    model = differs(None, help="Folder or Hub id of a model to train further.", default_is="random weights")
+    preset: Literal["modern", "book"] = option(
+        "modern", section="model", help="'modern' is a Qwen3, 'book' a GPT-2.", compared=Compared.BY_CONTENT
+    )
+    num_hidden_layers = differs(None, default_is=DEFAULT_SHAPE["num_hidden_layers"])
+    hidden_size = differs(None, default_is=DEFAULT_SHAPE["hidden_size"])
+    num_attention_heads = differs(None, default_is=DEFAULT_SHAPE["num_attention_heads"])
+    config_overrides: list[str] | None = option(
+        None,
+        section="model",
+        help="Fields of GPTConfig, e.g. attention_bias=false norm_eps=1e-5",
+        compared=Compared.BY_CONTENT,
+    )
 
-    # Optimization
-    max_steps: int | None = HfArg(default=None, help="Optimizer steps; default: num_train_epochs.")
-    num_train_epochs: float | None = HfArg(default=None, help="Passes over the rows, without max_steps. Default: 1.")
-    max_train_tokens: int | None = HfArg(
-        default=None, help="Size the run for so many tokens; its depth too, if that is not given."
+    # Optimization. A run may be resumed with another end, and with other steps between evaluations and checkpoints.
+    num_train_epochs = differs(None, default_is=DEFAULTS["num_train_epochs"], compared=Compared.NOT)
+    max_steps = differs(compared=Compared.NOT)
+    per_device_train_batch_size = differs(None, default_is=DEFAULTS["per_device_train_batch_size"])
+    gradient_accumulation_steps = differs(None, default_is=DEFAULTS["gradient_accumulation_steps"])
+    learning_rate = differs(
+        None, help="Highest learning rate; with Muon, of the hidden matrices.", default_is="muon 0.02, adamw 0.001"
     )
-    max_train_minutes: float | None = HfArg(
-        default=None, help="The same for minutes of training and evaluating on this machine, whose speed is measured."
+    optimizer = differs(None, default_is="muon for random weights of the modern preset, adamw for all others")
+    adam_learning_rate = differs(None, default_is="learning_rate")
+    muon_momentum: float = option(0.85, section="optimization", help="Muon's decay of the mean.", at_least=0, below=1)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] | None = differs(
+        None, default_is=DEFAULTS["lr_scheduler_type"]
     )
-    per_device_train_batch_size: int | None = HfArg(default=None, help="Rows per device and forward pass. Default: 8.")
-    gradient_accumulation_steps: int | None = HfArg(default=None, help="Forward passes per optimizer step. Default: 1.")
-    optimizer: Literal["muon", "adamw"] | None = HfArg(
-        default=None, help="Default: muon for random weights of the modern preset, adamw for all else."
+    decay_steps: int | None = option(
+        None,
+        section="optimization",
+        help="Steps of warmup_stable_decay's final decay.",
+        default_is="a fifth of max_steps",
+        at_least=0,
     )
-    learning_rate: float | None = HfArg(
-        default=None, help="Highest learning rate; with muon, of the hidden matrices. Default: muon 0.02, adamw 0.001."
+    min_lr_ratio: float | None = option(
+        None,
+        section="optimization",
+        help="Lowest learning rate, as a share of the highest.",
+        default_is=DEFAULTS["min_lr_ratio"],
     )
-    adam_learning_rate: float | None = HfArg(
-        default=None, help="With muon: that of embeddings, head, norms and biases. Default: learning_rate."
+    weight_decay = differs(help="Decoupled weight decay of matrices and embeddings.")
+    skip_spikes: float | None = option(
+        None,
+        section="optimization",
+        help="Skip updates whose loss or gradient is this many standard deviations above the last 128.",
+        above=0,
     )
-    muon_momentum: float = HfArg(default=0.85, help="Decay of Muon's mean.")
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] | None = HfArg(
-        default=None, help="Course of the learning rate after warm-up. Default: cosine."
-    )
-    warmup_steps: int = HfArg(default=0, help="Steps in which the learning rate rises.")
-    decay_steps: int | None = HfArg(default=None, help="Steps of warmup_stable_decay's final fall; default: a fifth.")
-    min_lr_ratio: float | None = HfArg(
-        default=None, help="Lowest learning rate, as a share of the highest. Default: 0.1."
-    )
-    weight_decay: float = HfArg(default=0.1, help="Decoupled decay of matrices and embeddings.")
-    adam_beta1: float = HfArg(default=0.9, help="Decay of AdamW's mean.")
-    adam_beta2: float = HfArg(default=0.95, help="Decay of AdamW's variance.")
-    adam_epsilon: float = HfArg(default=1e-8, help="AdamW's epsilon.")
-    max_grad_norm: float = HfArg(default=1.0, help="Longest gradient, by its global norm; 0 does not clip.")
-    skip_spikes: float | None = HfArg(
-        default=None, help="Skip updates whose loss or gradient is so many standard deviations above the last 128."
-    )
-    seed: int = HfArg(default=42, help="Of the initial weights, the order of rows and dropout.")
-    torch_compile: bool = HfArg(default=False, help="Compile the blocks: slower to start, faster to train.")
+    seed = differs(help="Random seed of initial weights, order of rows and dropout.")
 
-    # What is written, and when
-    output_dir: str = HfArg(default="out/pretrain", help="The run's folder. A run that stands there goes on.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Delete the run that stands there and start anew.")
-    dry_run: bool = HfArg(default=False, help="Check and compute everything, take a few steps, tell, write nothing.")
-    logging_steps: int = HfArg(default=10, help="Steps between two lines of log.jsonl.")
-    eval_steps: int | None = HfArg(default=None, help="Steps between two evaluations. Default: 100.")
-    eval_on_start: bool = HfArg(default=True, help="Also evaluate before the first step.")
-    per_device_eval_batch_size: int = HfArg(default=16, help="Rows per device in evaluation.")
-    eval_train_rows: int = HfArg(default=0, help="Also evaluate on so many training rows, without dropout.")
-    save_steps: int | None = HfArg(default=None, help="Steps between two checkpoints. Default: 200.")
-    save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept.")
-    sample_prompt: str = HfArg(default="", help="What the samples begin with; default: the start of a document.")
-    sample_tokens: int = HfArg(default=64, help="Tokens of the sample after each evaluation; 0: none.")
-    report_to: list[str] | None = HfArg(default=None, help="Trackers, by accelerate's names: tensorboard trackio wandb")
-    push_to_hub: bool = HfArg(default=False, help="Push the model to the Hub; a push that fails is only a warning.")
-    hub_model_id: str | None = HfArg(default=None, help="owner/name there; default: the name of output_dir.")
-    hub_strategy: Literal["every_save", "end"] = HfArg(default="every_save", help="Push each checkpoint, or the end.")
-    hub_private_repo: bool = HfArg(default=False, help="Make the repository there a private one.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+    # Evaluation
+    eval_steps = differs(None, default_is=DEFAULTS["eval_steps"], compared=Compared.NOT)
+    per_device_eval_batch_size = differs(compared=Compared.NOT)
+    eval_on_start: bool = option(
+        True, section="evaluation", help="Also evaluate before the first step.", compared=Compared.NOT
+    )
+    eval_train_rows: int = option(
+        0,
+        section="evaluation",
+        help="Also evaluate on this many training rows, without dropout.",
+        at_least=0,
+        compared=Compared.NOT,
+    )
+    sample_prompt: str = option(
+        "",
+        section="evaluation",
+        help="Beginning of the sample written after each evaluation.",
+        default_is="the start of a document",
+        compared=Compared.NOT,
+    )
+    sample_tokens: int = option(
+        64, section="evaluation", help="Tokens of the sample; 0: no sample.", at_least=0, compared=Compared.NOT
+    )
+
+    # Output
+    output_dir = differs("out/pretrain")
+    save_steps = differs(None, default_is=DEFAULTS["save_steps"], compared=Compared.NOT)
+    report_to = differs(help="Experiment trackers, by accelerate's names, e.g. tensorboard trackio wandb.")
+    dry_run: bool = option(
+        False,
+        section="output",
+        help="Check everything, measure a few steps, report memory and time; write nothing.",
+        compared=Compared.NOT,
+    )
 
     def resolve(self) -> None:
-        """Fill in the defaults; not those that the dial, if one is given, decides later (see `size_model_and_run`)."""
+        """Fill in the defaults, except those that a dial decides later (see `size_model_and_run`)."""
         if self.optimizer is None:
             self.optimizer = "muon" if self.preset == "modern" and self.model is None else "adamw"
         if self.is_sized:
@@ -178,29 +217,31 @@ class PretrainArguments:
             self.adam_learning_rate = self.learning_rate
 
     def check(self) -> None:
-        """Stop at the door what is wrong whatever the text and the tokenizer are."""
+        """Validate options that need neither text nor tokenizer."""
         check_numbers(self)
         check_recipe(self)
         if self.is_sized:
             check_dials(vars(self))
         elif self.streaming and self.max_steps is None:
-            raise ValueError("A stream has no end that is known beforehand: with --streaming give --max_steps.")
+            raise ValueError("The length of a stream is not known in advance: with --streaming, give --max_steps.")
         if self.streaming and self.eval_train_rows:
-            raise ValueError("--eval_train_rows reads rows again, and a stream is read once. Leave one of them out.")
+            raise ValueError(
+                "--eval_train_rows reads rows again, and --streaming reads them once. Leave one of them out."
+            )
         if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo or self.hub_strategy == "end"):
             raise ValueError(
-                "--hub_model_id, --hub_private_repo, --hub_strategy are for --push_to_hub: give it as well."
+                "--hub_model_id, --hub_private_repo and --hub_strategy are for --push_to_hub: give it as well."
             )
         if self.max_steps is not None and not self.is_sized:
             self.height_at(0, self.max_steps)
 
     @property
     def is_sized(self) -> bool:
-        """Whether a dial is given, so that sizes follow from it."""
+        """Whether a dial is given that sets the sizes."""
         return any(getattr(self, name) is not None for name in DIALS)
 
     def height_at(self, step: int, max_steps: int) -> float:
-        """The share of its highest learning rate that each group of parameters has in a step."""
+        """Learning-rate multiplier at a step."""
         return learning_rate_at(
             step,
             learning_rate=1.0,
@@ -210,20 +251,6 @@ class PretrainArguments:
             min_lr_ratio=self.min_lr_ratio,
             decay_steps=self.decay_steps,
         )
-
-
-# What neither the user nor a dial says.
-DEFAULT_SHAPE = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6}
-DEFAULTS = {"num_train_epochs": 1.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-DEFAULTS |= {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "eval_steps": 100, "save_steps": 200}
-# A resumed run is the same run only with the same of these (and the same data, tokenizer and model).
-FIXED_ARGUMENTS = ("block_size", "stride", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "decay_steps")
-FIXED_ARGUMENTS += ("min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
-FIXED_ARGUMENTS += ("skip_spikes", "optimizer", "adam_learning_rate", "muon_momentum")
-SHAPE_ARGUMENTS = ("preset", "num_hidden_layers", "hidden_size", "num_attention_heads")
-SHAPE_ARGUMENTS += ("num_key_value_heads", "config_overrides")
-TEXT_ARGUMENTS = ("dataset_config", "split", "validation_split", "validation_fraction", "text_column")
-TEXT_ARGUMENTS += ("on_bad_record", "block_size", "stride", "cache_dir", "streaming", "seed")
 
 
 def main(args: PretrainArguments) -> None:
@@ -320,8 +347,8 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
         return True
 
     # 6. The newest checkpoint of this run, or the beginning; a checkpoint of another run is refused
-    fixed = {name: getattr(args, name) for name in FIXED_ARGUMENTS}
-    identity = identify(config, **text.identity, rows_per_step=rows_per_step, **fixed)
+    own = identity_of(args, by_content=True)
+    identity = identify(config, **text.identity, rows_per_step=rows_per_step, **own)
     restore = {"model": setup.model, "optimizer": setup.optimizer, "accelerator": accelerator, "identity": identity}
     state = TrainingState(**find_state(args.output_dir, **restore))
     if state.step > 0:
@@ -515,9 +542,11 @@ def finish(args: PretrainArguments, setup: Setup, state: TrainingState, tokens_p
 
 
 def load_text(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> TrainingText:
-    reading = {name: getattr(args, name) for name in TEXT_ARGUMENTS}
+    own = (groups.TrainingDataset, groups.ValidationSplit, groups.TextColumn)
+    reading = values_of(args, *own, groups.BlockSize, groups.Stride, groups.Cache)
+    order = {"streaming": args.streaming, "seed": args.seed}
     encoding = {"encode": document_encoder(tokenizer), "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
-    return prepare_text(args.dataset, tokenizer, accelerator=accelerator, **encoding, **reading)
+    return prepare_text(tokenizer=tokenizer, accelerator=accelerator, **encoding, **reading, **order)
 
 
 def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -527,7 +556,7 @@ def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) ->
     else:
         overrides = parse_overrides(args.config_overrides or [], GPTConfig().to_dict())
         special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        shape = {name: getattr(args, name) for name in SHAPE_ARGUMENTS if name not in ("preset", "config_overrides")}
+        shape = values_of(args, groups.Shape)
         sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": args.block_size}
         config = GPTConfig.from_preset(args.preset, **{**shape, **sizes, **special_ids, **overrides})
     check_fit(config, num_ids=len(tokenizer), block_size=args.block_size)
@@ -576,7 +605,8 @@ def prepare(
 def report_unused_options(args: PretrainArguments, accelerator: Accelerator) -> None:
     if args.max_steps and args.num_train_epochs not in (None, DEFAULTS["num_train_epochs"]):
         accelerator.print(f"--max_steps {args.max_steps:,} ends the run; not used: --num_train_epochs.")
-    unused = [name for name in SHAPE_ARGUMENTS if getattr(args, name) != getattr(PretrainArguments, name)]
+    shape = ("preset", *values_of(args, groups.Shape), "config_overrides")
+    unused = [name for name in shape if getattr(args, name) != getattr(PretrainArguments, name)]
     if args.model is not None and unused:
         accelerator.print(f"--model {args.model} has its own shape; not used: {', '.join(unused)}.")
 

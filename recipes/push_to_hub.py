@@ -16,43 +16,45 @@ Weights, tokenizer, chat template, code, card, page and curves go, in one commit
 machine stay. The same command again sends what has changed. The token comes from `hf auth login` or HF_TOKEN.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
+import dataclasses
 import logging
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.hf_argparser import HfArg
-from transformers.utils.logging import disable_progress_bar
-
 import hfllm  # noqa: F401  (registers the model with transformers)
+from hfllm.cli import options as groups
 from hfllm.cli.arguments import run
+from hfllm.cli.options import Location, arguments, differs, option
 from hfllm.hub import check_repo_id, push_to_hub
 from hfllm.hub.contents import check_model_folder
 from hfllm.hub.forms import save_adapter_alone, save_merged, save_native
 
+from transformers.utils.logging import disable_progress_bar
 
-@dataclass
-class PushArguments:
-    model: str = HfArg(help="Folder of the model or adapter: the --output_dir of a run.")
-    repo_id: str = HfArg(help="Where to: owner/name on the Hub. Made if it is not there.")
-    private: bool = HfArg(default=False, help="Make the repository a private one.")
-    revision: str | None = HfArg(default=None, help="Branch to push to, made if it is not there; default: main.")
-    adapter: bool = HfArg(default=False, help="Push the LoRA adapter alone: the folder, or adapter/ in it.")
-    base_model: str | None = HfArg(default=None, help="Id of the adapter's base on the Hub, if it says a folder here.")
-    merge: bool = HfArg(default=False, help="Merge the adapter into its base, and push the whole model.")
-    native: bool = HfArg(default=False, help="Push the gpt2, llama or qwen3 that the model is, without code of ours.")
-    overwrite: bool = HfArg(default=False, help="Replace another model that the repository holds; its history stays.")
-    commit_message: str | None = HfArg(default=None, help="Message of the commit.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+
+@arguments
+class PushArguments(groups.Model, groups.Adapter, groups.Config):
+    model = differs(
+        dataclasses.MISSING, help="Folder of the model or adapter: the output_dir of a run.", location=Location.READ
+    )
+    adapter: bool = differs(False, help="Push the LoRA adapter only: the folder, or adapter/ in it.", location=None)
+    merge: bool = option(False, section="model", help="Merge the adapter into its base, and push the whole model.")
+    native: bool = option(
+        False, section="model", help="Push the gpt2, llama or qwen3 that the model is, without code of ours."
+    )
+    repo_id: str = option(section="Hub", help="Repository, owner/name; made if it is not there.")
+    private: bool = option(False, section="Hub", help="Make the repository private.")
+    revision: str | None = option(
+        None, section="Hub", help="Branch to push to; made if it is not there.", default_is="main"
+    )
+    base_model: str | None = option(
+        None, section="Hub", help="Hub id of the adapter's base, if the adapter names a local folder."
+    )
+    overwrite: bool = option(False, section="Hub", help="Replace another model in the repository; its history stays.")
+    commit_message: str | None = option(None, section="Hub", help="Message of the commit.")
 
     def check(self) -> None:
-        """Stop at the door what cannot go together, before anything is loaded or sent."""
+        """Reject options that exclude each other before anything is loaded or sent."""
         check_repo_id(self.repo_id)
         folder = Path(self.model).expanduser()
         kind = check_model_folder(folder)

@@ -9,29 +9,26 @@ Several runs on one page, their curves over each other, with the arguments that 
 pretrain.py writes the page of its own run; this recipe writes that of one which is under way or stopped, and compares.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
-from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.hf_argparser import HfArg
-
+from hfllm.cli import options as groups
 from hfllm.cli.arguments import run
+from hfllm.cli.options import Location, arguments, option
 from hfllm.report import read_run, write_comparison, write_page
 from hfllm.report.page import PAGE_FILE
 
 
-@dataclass
-class ReportArguments:
-    runs: list[str] = HfArg(help="Folders of runs (their --output_dir); two or more are compared.")
-    output_file: str | None = HfArg(
-        default=None, help="The page; default: report.html in the run's folder, or compare.html here."
+@arguments
+class ReportArguments(groups.Config):
+    runs: list[str] = option(
+        help="Folders of runs (their output_dir); two or more are compared.", location=Location.READ
     )
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+    output_file: str | None = option(
+        None,
+        help="File of the page.",
+        default_is="report.html in the run's folder, or compare.html here",
+        location=Location.WRITTEN,
+    )
 
 
 def main(args: ReportArguments) -> None:

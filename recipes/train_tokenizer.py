@@ -17,12 +17,6 @@ A tokenizer uses all cores of one machine and no accelerator, so `accelerate lau
 `--help` explains every option.
 """
 
-import gc
-
-
-if __name__ == "__main__":
-    gc.disable()  # what imports leave is no garbage, and looking through it takes a fifth of the start: until `run`
-
 import hashlib
 import json
 import logging
@@ -32,15 +26,12 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import datasets
-from transformers import PreTrainedTokenizerBase
-from transformers.hf_argparser import HfArg
-
-from hfllm.cli.arguments import check_numbers, run, save_arguments
+from hfllm.cli import options as groups
+from hfllm.cli.arguments import run, save_arguments
+from hfllm.cli.options import Location, arguments, check_numbers, differs, option, values_of
 from hfllm.data.corpus import count_documents, load_corpus, split_documents
 from hfllm.tokenization import (
     CHAT_TEMPLATE,
@@ -54,28 +45,25 @@ from hfllm.tokenization import (
     train_bpe,
 )
 
+import datasets
+from transformers import PreTrainedTokenizerBase
 
-@dataclass
-class TokenizerArguments:
-    dataset: str = HfArg(
-        default="stdlib", help="A Hub id, local files or a folder, or 'stdlib': this Python's library."
+
+@arguments
+class TokenizerArguments(
+    groups.TrainingDataset, groups.TextColumn, groups.VocabSize, groups.Cache, groups.Overwrite, groups.Config
+):
+    validation_fraction = differs(help="Share of the bytes held out, by whole documents. Give pretrain.py the same.")
+    vocab_size = differs(help="Number of token ids, with the reserved tokens and the 256 bytes.")
+    max_bytes: int = option(2**30, section="text", help="Most bytes of text to train on.", at_least=1)
+    compare_with: list[str] | None = option(
+        None,
+        section="text",
+        help="Folders or Hub ids of other tokenizers to measure on the held-out text.",
+        location=Location.READ_OR_NAMED,
     )
-    dataset_config: str | None = HfArg(default=None, help="Configuration of the Hub dataset.")
-    split: str = HfArg(default="train", help="Split of the Hub dataset.")
-    text_column: str = HfArg(default="text", help="Column or JSON key of the text.")
-    on_bad_record: Literal["error", "skip"] = HfArg(default="error", help="What to do with a record that is broken.")
-    validation_fraction: float = HfArg(
-        default=0.05, help="Share of the bytes held back, by whole documents. Give pretrain.py the same."
-    )
-    vocab_size: int = HfArg(default=4096, help="Number of ids, with the reserved tokens and the 256 bytes.")
-    max_bytes: int = HfArg(default=2**30, help="Train on at most so many bytes of text.")
-    compare_with: list[str] | None = HfArg(
-        default=None, help="Other tokenizers to measure on the held-out text: folders or Hub ids."
-    )
-    cache_dir: str | None = HfArg(default=None, help="Where prepared documents are kept.")
-    output_dir: str = HfArg(default="out/tokenizer", help="The tokenizer's folder.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Replace another tokenizer that stands there.")
-    config: str | None = HfArg(default=None, help="A YAML file of these options.")
+    output_dir = differs("out/tokenizer", help="Folder of the tokenizer.")
+    overwrite_output_dir = differs(help="Replace another tokenizer in output_dir.")
 
 
 REPORT_FILE = "tokenizer_report.json"
@@ -84,8 +72,6 @@ TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "arguments.yaml", REPORT_FILE),
 }
-# What the command printed at the end names of the text; pretrain.py has the same options with the same defaults.
-TEXT_ARGUMENTS = ("dataset", "dataset_config", "split", "text_column", "on_bad_record", "validation_fraction")
 PRETRAIN_DEMO = {"dataset": "stdlib", "validation_fraction": 0.02}  # as pretrain_demo.yaml says already
 MEASURED_BYTES = 20_000_000  # of held-out text: enough for three digits, and seconds rather than minutes
 
@@ -159,7 +145,7 @@ def main(args: TokenizerArguments) -> None:
 {args.output_dir}/{REPORT_FILE}  the numbers above
 
 Next, pretrain a model on it:
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
         {pretrain_options(args)} --tokenizer {shlex.quote(args.output_dir)} \
 --output_dir {"out/demo" if args.dataset == "stdlib" else "out/mine"}"""
     )
@@ -253,8 +239,9 @@ def pretrain_options(args: TokenizerArguments) -> str:
     known, size = vars(TokenizerArguments()), "--max_train_minutes 5"
     if args.dataset == "stdlib":
         known, size = known | PRETRAIN_DEMO, "--config recipes/configs/pretrain_demo.yaml"
-    given = [name for name in TEXT_ARGUMENTS if getattr(args, name) != known[name]]
-    return " ".join([size, *(f"--{name} {shlex.quote(str(getattr(args, name)))}" for name in given)])
+    text = values_of(args, groups.TrainingDataset, groups.TextColumn)
+    given = {name: value for name, value in text.items() if value != known[name]}
+    return " ".join([size, *(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())])
 
 
 if __name__ == "__main__":

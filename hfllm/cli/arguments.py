@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import errno
 import gc
-import math
 import os
 import re
 import select
@@ -16,29 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from transformers.hf_argparser import HfArgumentParser
+
+from .options import Location, about_of
+from .parser import OptionParser, one_spelling
+from .values import check_text, printable, resolve_path
 
 
 T = TypeVar("T")
-
-# The ranges of numbers, which are the same wherever an option has that name.
-AT_LEAST_ONE = {
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "block_size"),
-    *("max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_new_tokens", "max_answers"),
-    *("depth", "max_train_tokens", "lora_r", "stride", "limit", "num_steps", "num_prompt_tokens", "num_new_tokens"),
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_bytes"),
-    *("scaling_depths", "scaling_contexts", "max_turns"),
-}
-ABOVE_ZERO = {
-    *("num_train_epochs", "max_train_minutes", "adam_epsilon", "lora_alpha", "beta", "skip_spikes"),
-}
-AT_LEAST_ZERO = {
-    *("learning_rate", "adam_learning_rate", "head_learning_rate"),  # 0 leaves all as it is
-    *("warmup_steps", "decay_steps", "weight_decay", "max_grad_norm", "eval_train_rows", "sample_tokens"),
-    *("num_samples", "num_further_questions"),
-}
-BELOW_ONE = {"adam_beta1", "adam_beta2", "muon_momentum", "lora_dropout", "label_smoothing_factor"}
-SEEDS = {"seed", "split_seed"}  # numpy takes 32 bits
 
 # What the system says of a file that was asked for, or of the disk: the user's matter, whoever opened the file.
 ABOUT_FILES = {
@@ -48,63 +31,62 @@ ABOUT_FILES = {
 ABOUT_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
+# What `accelerate launch` takes, and recipes do not.
+LAUNCHER_OPTIONS = ("mixed_precision", "bf16", "fp16", "num_processes", "num_machines", "config_file")
+
+
 def parse_arguments(arguments_class: type[T], argv: list[str] | None = None, *, description: str | None = None) -> T:
     """The recipe's arguments from its defaults, `--config file.yaml` and the command line; later wins.
 
     A YAML file is a command line written down: its keys become `--key=value` before the real arguments, so that one
-    parser gives both their types. Whatever is wrong (an unknown option, with the nearest known one; a value of another
-    type; a missing file) is printed, and the program ends with exit code 2.
+    parser gives both their types. Paths are resolved (see `resolve_path`). Whatever is wrong (an unknown option, with
+    the nearest known one; a value of another type; text that is not UTF-8; an empty path; a missing file) is printed,
+    and the program ends with exit code 2.
     """
-    parser = HfArgumentParser(
-        arguments_class,  # type: ignore[arg-type]
-        description=description,
-        usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]",  # all options, and no one would see the error below
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    argv = sys.argv[1:] if argv is None else argv
-    known_names = [field.name for field in dataclasses.fields(arguments_class)]  # type: ignore[arg-type]
+    parser = OptionParser(arguments_class, description=description)
+    fields = dataclasses.fields(arguments_class)  # type: ignore[arg-type]
+    known_names = [field.name for field in fields]
+    argv = one_spelling(sys.argv[1:] if argv is None else argv, known_names)
 
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     config_file = config_parser.parse_known_args(argv)[0].config
     if config_file is not None:
-        argv = [*_read_yaml(parser, config_file, known_names), *argv]
+        argv = [*_read_yaml(parser, _checked(parser, "config", config_file, Location.READ), known_names), *argv]
 
-    arguments, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        arguments, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:  # of a dataclass that checks its values
+        parser.error(str(error))
     if unknown:
-        option = next((word for word in unknown if word.startswith("-")), unknown[0])
-        name = option.split("=")[0].lstrip("-")
-        parser.error(f"unknown argument {option!r}{_suggest(name, known_names)} --help lists them all.")
+        word = next((word for word in unknown if word.startswith("-")), unknown[0])
+        name = word.split("=")[0].lstrip("-").replace("-", "_")
+        hint = f"{_suggest(name, known_names)} --help lists them all."
+        if name in LAUNCHER_OPTIONS:
+            hint = f": it is for the launcher, as in `accelerate launch --{name} ... {Path(sys.argv[0]).name} ...`."
+            if name in ("bf16", "fp16"):
+                hint = f": precision is for the launcher, as in `accelerate launch --mixed_precision {name} ...`."
+        parser.error(f"unknown argument {word!r}{hint}")
+    for field in fields:
+        value, location = getattr(arguments, field.name), about_of(field).location
+        if isinstance(value, list):
+            setattr(arguments, field.name, [_checked(parser, field.name, each, location) for each in value])
+        else:
+            setattr(arguments, field.name, _checked(parser, field.name, value, location))
     return arguments
 
 
-def check_numbers(arguments: Any) -> None:
-    """Stop on an option whose number cannot be meant: not finite, or out of the range that its name has everywhere.
-
-    An option that is None was not given. What is wrong only beside other options is the recipe's to say.
-
-    Raises:
-        ValueError: names the option, its value and what would do.
-    """
-    for field in dataclasses.fields(arguments):
-        name, given = field.name, getattr(arguments, field.name)
-        for value in given if isinstance(given, list) else [given]:
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            wanted = [
-                (not math.isfinite(value), "a finite number"),
-                (name in AT_LEAST_ONE and value < 1, "at least 1"),
-                (name in ABOVE_ZERO and value <= 0, "more than 0"),
-                (name in AT_LEAST_ZERO and value < 0, "at least 0"),
-                (name in BELOW_ONE and not 0 <= value < 1, "at least 0 and less than 1"),
-                (name in SEEDS and not 0 <= value < 2**32, "a number from 0 to 4,294,967,295"),
-            ]
-            for is_wrong, what in wanted:
-                if is_wrong:
-                    raise ValueError(f"--{name} {value}: give {what}.")
+def _checked(parser: argparse.ArgumentParser, name: str, value: Any, location: Location | None) -> Any:
+    """A value as the recipe gets it: text that can be written down, and a path that is resolved."""
+    if not isinstance(value, str):
+        return value
+    try:
+        check_text(value)
+        return value if location is None else resolve_path(value, location)
+    except ValueError as error:
+        parser.error(f"--{name} '{printable(value)}': {error}")
 
 
 def check_recipe(arguments: Any) -> None:
@@ -157,12 +139,9 @@ def run(main: Callable[[T], None], arguments_class: type[T], *, description: str
     check, and so is what the system says of a file or of a full disk. Anything else keeps its traceback, for it is a
     bug, here or elsewhere. When nobody reads what is printed any more (`| head -1`), the program ends without a word.
     """
-    if not gc.isenabled():
-        # The recipe turned the collector off before it imported. What imports leave, half a million objects, is no
-        # garbage and need not be looked through again. At its end Python would: 1.0 s instead of 0.1.
-        gc.freeze()
-        atexit.register(gc.freeze)
-        gc.enable()
+    # What imports have left need not be searched for garbage again, nor when Python ends: 0.1 s then instead of 1.0.
+    gc.freeze()
+    atexit.register(gc.freeze)
     arguments = parse_arguments(arguments_class, description=description)
     try:
         main(arguments)
@@ -180,8 +159,30 @@ def run(main: Callable[[T], None], arguments_class: type[T], *, description: str
     except Exception as error:
         if (said := _describe_error(error)) is None:
             raise
-        print(f"\nerror: {said}", file=sys.stderr)
+        print(f"\nerror: {with_dashes(said, vars(arguments))}", file=sys.stderr)
         sys.exit(2)
+
+
+def with_dashes(message: str, names: Iterable[str]) -> str:
+    """A message of the library, which speaks of parameters, with the options as the command line spells them.
+
+    `block_size=512` becomes `--block_size 512`. Alone, a name becomes `--block_size` if it has an underscore or stands
+    in backticks: `stride` in backticks is the option, and stride a word. In quotes, paths and dotted names it stays.
+    """
+    names = sorted(names, key=len, reverse=True)
+    any_name = "|".join(names)
+    underscored = "|".join(name for name in names if "_" in name) or "(?!)"
+    pattern = (
+        rf"`(?P<quoted>{any_name})(?:=(?P<value>[^`]*))?`"
+        rf"|(?<![\w./'\"`-])(?:(?P<assigned>{any_name})=(?=[^\s=])|(?P<alone>{underscored})(?![\w('\"`/=-]|\.\w))"
+    )
+
+    def spell(match: re.Match[str]) -> str:
+        if match["assigned"]:
+            return f"--{match['assigned']} "
+        return f"--{match['quoted'] or match['alone']}{'' if match['value'] is None else ' ' + match['value']}"
+
+    return re.sub(pattern, spell, message)
 
 
 def _reader_is_gone() -> bool:

@@ -1,4 +1,4 @@
-"""A model for a recipe: what is none, or one of another kind, is refused in words before any weight is loaded."""
+"""Open a recipe's model; a folder or id that is no such model is rejected before any weight is loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -8,36 +8,36 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 
 def open_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a model's folder or of an id of the Hub.
+    """The config of a model, by its folder or Hub id.
 
     Raises:
-        ValueError: there is no model by that name; says what there is instead.
+        ValueError: there is no such model; says what there is instead.
     """
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             raise ValueError(
-                f"--model {name} is an adapter. Give its base as --model, and it as --adapter where there is that "
+                f"model={name} is an adapter. Give its base as `model` and it as `adapter`, where there is that "
                 "option; the fine-tuning recipes leave the merged model one folder above it."
             )
         found = sorted(path.name for path in folder.iterdir())[:10]
         raise ValueError(
-            f"--model {name} is a folder without a config.json, so there is no model in it yet; it holds {found}. "
-            "A run writes its model when it ends: start it again with the same command, and it goes on."
+            f"model={name} is a folder without a config.json, so there is no model in it yet; it holds {found}. "
+            "A run writes its model when it ends: start it again with the same command to resume it."
         )
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if folder.is_dir():
-            raise ValueError(f"--model {name} cannot be opened: {error}") from error
+            raise ValueError(f"model={name} cannot be opened: {error}") from error
         raise ValueError(
-            f"--model {name!r} is neither a folder nor a model that the Hub gave us: {str(error).splitlines()[0]} "
-            "A private one needs `hf auth login`. Train one with recipes/pretrain.py, or give its output_dir's path."
+            f"model={name!r} is neither a folder nor a model that the Hub gave us: {str(error).splitlines()[0]} "
+            "A private one needs `hf auth login`. Train one with recipes/pretrain.py, or give the folder of a run."
         ) from error
 
 
 def check_fit(config: PreTrainedConfig, *, num_ids: int, block_size: int | None = None) -> None:
-    """Raise a ValueError if the model has no room for so many ids of a tokenizer, or for rows of `block_size`."""
+    """Raise a ValueError if the model has too few embeddings for a tokenizer's ids, or rows are too long for it."""
     if num_ids > config.vocab_size:
         raise ValueError(
             f"The tokenizer has {num_ids:,} ids, but the model's vocab_size is {config.vocab_size:,}: it has no "
@@ -45,24 +45,24 @@ def check_fit(config: PreTrainedConfig, *, num_ids: int, block_size: int | None 
         )
     context = getattr(config, "max_position_embeddings", None)
     if block_size is not None and context is not None and block_size > context:
-        raise ValueError(f"--block_size {block_size} is longer than the model's context of {context:,} tokens.")
+        raise ValueError(f"block_size={block_size} is longer than the model's context of {context:,} tokens.")
 
 
 def open_causal_lm(name: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """The language model of a folder or of an id of the Hub; `options` go to `from_pretrained`.
+    """A causal language model, by its folder or Hub id; `options` are those of `from_pretrained`.
 
-    transformers would also open a classifier, and leave its head out: what was trained to label texts then writes some.
+    A classifier is rejected: transformers would open it without its head, and it would write text.
 
     Raises:
-        ValueError: there is no model by that name, its weights cannot be read, or it is no causal language model.
+        ValueError: there is no such model, its weights cannot be read, or it is no causal language model.
     """
     config = open_config(name, trust_remote_code=trust_remote_code)
     if other := [kind for kind in config.architectures or [] if kind.endswith("Classification")]:
         raise ValueError(
-            f"--model {name} is a {other[0]}, which was trained to label texts and not to write them. Give the model "
+            f"model={name} is a {other[0]}, which was trained to label texts and not to write them. Give the model "
             "that it was made from."
         )
     try:
         return AutoModelForCausalLM.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **options)
     except SafetensorError as error:
-        raise ValueError(f"--model {name}: its weights cannot be read, save or download them again: {error}") from error
+        raise ValueError(f"model={name}: its weights cannot be read, save or download them again: {error}") from error

@@ -58,14 +58,14 @@ def _check_replaceable(target: Path, *, overwrite: bool) -> None:
     listing = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     if not overwrite:
         raise ValueError(
-            f"{target} is not empty; it holds {listing}. Choose another --output_dir, or replace an earlier export "
-            "with --overwrite_output_dir."
+            f"{target} is not empty; it holds {listing}. Choose another output_dir, or replace an earlier export "
+            "with overwrite_output_dir."
         )
     is_model = any(name == "config.json" or name.endswith((".gguf", ".onnx")) for name in names)
     if not is_model or any(child.is_dir() for child in target.iterdir()):
         raise ValueError(
             f"{target} is no earlier export, which is a model's files and no folders, so it is not overwritten; it "
-            f"holds {listing}. Choose another --output_dir, or delete it yourself."
+            f"holds {listing}. Choose another output_dir, or delete it yourself."
         )
 
 

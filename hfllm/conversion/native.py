@@ -145,26 +145,26 @@ def native_obstacles(config: GPTConfig, native_type: str) -> list[str]:
     for name, needed in _NEEDED[native_type].items():
         if (value := getattr(config, name)) != needed:
             as_text = {True: "true", False: "false", None: "null"}.get(needed, needed)
-            by_preset = f", which is what --preset {preset} has" if PRESETS[preset].get(name) == needed else ""
+            by_preset = f", which is what preset={preset} has" if PRESETS[preset].get(name) == needed else ""
             obstacles.append(
                 f"{name}={value!r}, but {native_type} has {_IN_WORDS[name, needed]}. Next time, pretrain with "
-                f"--config_overrides {name}={as_text}{by_preset}."
+                f"config_overrides: {name}={as_text}{by_preset}."
             )
     heads = config.num_attention_heads
     if native_type == "gpt2" and config.num_key_value_heads != heads:
         obstacles.append(
             f"num_key_value_heads={config.num_key_value_heads}, but gpt2 has as many as query heads, {heads}. Next "
-            "time, pretrain without --num_key_value_heads."
+            "time, pretrain without num_key_value_heads."
         )
     if native_type == "gpt2" and config.head_dim != config.hidden_size / heads:
         obstacles.append(
             f"head_dim={config.head_dim}, but gpt2's heads share out hidden_size={config.hidden_size} among the "
-            f"{heads} of them. Next time, pretrain with --config_overrides head_dim=null."
+            f"{heads} of them. Next time, pretrain with config_overrides: head_dim=null."
         )
     if native_type == "llama" and config.hidden_size % heads != 0:
         obstacles.append(
             f"hidden_size={config.hidden_size} is not a multiple of num_attention_heads={heads}, which llama needs "
-            "whatever head_dim is. Next time, pretrain with a --num_attention_heads that divides --hidden_size."
+            "whatever head_dim is. Next time, pretrain with a num_attention_heads that divides hidden_size."
         )
     if native_type != "gpt2" and (config.pad_token_id or 0) >= config.vocab_size:
         obstacles.append(

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..adapters import merge_adapter, save_adapter
 from ..cli.arguments import read_arguments, save_arguments
+from ..cli.options import identity_of
 from ..hub import write_page_and_card
 from ..report import save_environment
 from ..runs.lock import run_lock
@@ -36,18 +37,12 @@ from ..runs.log import append_to_log
 from ..training.devices import keep_freed_memory
 
 
-# The learning-rate schedules of transformers that need no parameters of their own.
-Course = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-]
 # What a run writes, and what overwrite_output_dir deletes.
 FILES = (
     *("arguments.yaml", "metrics.json", "log.jsonl", "samples.txt", "confusion.png", "report.html"),
     *("config.json", "model.safetensors"),
 )
 FOLDERS = ("checkpoints", "adapter")
-# Options that may change when a run is resumed.
-FREE = ("config", "output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "logging_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +174,10 @@ def prepare_folder(args: Any) -> bool:
         (folder / "log.jsonl").unlink(missing_ok=True)
         return False
     there = read_arguments(folder / "arguments.yaml")
-    here = json.loads(json.dumps(dataclasses.asdict(args)))
     changed = [
         f"{name} was {there.get(name)!r} and is {value!r}"
-        for name, value in here.items()
-        if name not in FREE and there.get(name) != value
+        for name, value in identity_of(args).items()
+        if there.get(name) != value
     ]
     if changed:
         raise ValueError(

@@ -238,8 +238,8 @@ def find_state(
         return state
     if list(directory.glob("step-*")):
         raise ValueError(
-            f"No sound checkpoint is left in {directory}, only broken ones. Put a sound one there, or start anew with "
-            "--overwrite_output_dir."
+            f"No sound checkpoint is left in {directory}, only broken ones. Put a sound one there, or start again with "
+            "overwrite_output_dir."
         )
     counts = {"step": 0, "train_tokens": 0, "seconds": 0.0, "save_seconds": 0.0, "skipped_updates": 0}
     return {**counts, "identity": identity}

@@ -49,6 +49,7 @@ def start_accelerator(
     Raises:
         ValueError: what runs would not be what was launched, or could not be saved.
     """
+    check_precision()
     sharding = _sharding_asked_for()
     _refuse_one_process_for_several()
     _check_mesh()
@@ -90,16 +91,31 @@ def start_accelerator(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if skips_updates:
             raise ValueError(
-                "--skip_spikes decides between the gradient and the update, and DeepSpeed takes both at once. Leave it "
+                "skip_spikes decides between the gradient and the update, and DeepSpeed takes both at once. Leave it "
                 "out, or shard with accelerate_configs/fsdp2.yaml."
             )
         if needs_whole_matrices:
             raise ValueError(
                 "Muon makes whole matrices orthogonal, and DeepSpeed gives an optimizer pieces of them. Shard with "
-                "accelerate_configs/fsdp2.yaml, or give --optimizer adamw."
+                "accelerate_configs/fsdp2.yaml, or give optimizer=adamw."
             )
         zero.configure(accelerator, rows_per_device=per_device_train_batch_size, max_grad_norm=max_grad_norm)
     return accelerator
+
+
+def check_precision() -> None:
+    """Reject a precision that this machine has not: accelerate would compute in float32 on a CPU, and not say so.
+
+    Raises:
+        ValueError: `accelerate launch` was told fp16 or fp8, and there is no accelerator.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision in ("fp16", "fp8") and not torch.accelerator.is_available():
+        raise ValueError(
+            f"accelerate was launched with mixed_precision {precision}, which needs an accelerator, and there is none "
+            "here. Launch with --mixed_precision bf16 where the CPU has instructions for it, else with "
+            "--mixed_precision no."
+        )
 
 
 def _trackers(log_with: list[str] | None) -> list[str] | None:
@@ -108,9 +124,9 @@ def _trackers(log_with: list[str] | None) -> list[str] | None:
     known = {str(name) for name in LoggerType}
     for name in names:
         if name not in known:
-            raise ValueError(f"--report_to {name}: it is one of {', '.join(sorted(known))} or none.")
+            raise ValueError(f"report_to={name}: it is one of {', '.join(sorted(known))} or none.")
         if name != "all" and name not in map(str, get_available_trackers()):
-            raise ValueError(f"--report_to {name}: its package is not installed here. Install it, or leave it out.")
+            raise ValueError(f"report_to={name}: its package is not installed here. Install it, or leave it out.")
     return names or None
 
 

@@ -80,7 +80,7 @@ def build_muon(
     if not matrices:
         raise ValueError(
             f"{type(model).__name__} has no trainable nn.Linear besides its head, so there is nothing for Muon to do. "
-            "Train it with --optimizer adamw."
+            "Train it with optimizer=adamw."
         )
     own = {id(matrix) for matrix in matrices}
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": weight_decay, "orthogonal": True}]

@@ -310,18 +310,18 @@ def check_dials(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: says what to give instead.
     """
-    dial = " ".join(name for name in DIALS if options[name] is not None)
+    dial = " ".join(f"`{name}`" for name in DIALS if options[name] is not None)
     minutes, epochs = options["max_train_minutes"], options["num_train_epochs"]
     if options["model"] is not None:
-        raise ValueError(f"{dial} is for random weights, and model has its own size. Give max_steps instead.")
+        raise ValueError(f"{dial} is for random weights, and `model` has its own size. Give max_steps instead.")
     if options["preset"] != "modern" or options["optimizer"] != "muon":
         raise ValueError(
-            f"{dial} follows rules that were measured with preset modern and optimizer muon. Leave it out, and give "
+            f"{dial} follows rules that were measured with preset=modern and optimizer=muon. Leave it out, and give "
             "sizes, rates and steps one by one."
         )
     if options["depth"] is not None and options["num_hidden_layers"] not in (None, options["depth"]):
         raise ValueError(
-            f"depth {options['depth']} and num_hidden_layers {options['num_hidden_layers']} contradict each other: "
+            f"depth={options['depth']} and num_hidden_layers={options['num_hidden_layers']} contradict each other: "
             "give one of them."
         )
     if epochs is not None and (options["max_train_tokens"] is not None or minutes is not None):
@@ -330,6 +330,6 @@ def check_dials(options: Mapping[str, Any]) -> None:
         )
     if options["streaming"] and (minutes is not None or epochs is not None):
         raise ValueError(
-            "A stream is read once, so no step can be tried and no pass counted: with streaming give depth or "
+            "A stream is read once, so no step can be tried and no pass counted: with `streaming` give `depth` or "
             "max_train_tokens."
         )

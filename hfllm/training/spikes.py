@@ -45,5 +45,5 @@ def stop_if_hopeless(
     or_spike = "" if detector is None else "or the step was a spike, "
     raise ValueError(
         f"The gradient was not finite {or_spike}{num_skipped_in_a_row} times in a row, up to step {step:,}; those "
-        f"updates were skipped. Start anew with a lower --learning_rate than {learning_rate}."
+        f"updates were skipped. Start again with a lower learning_rate than {learning_rate}."
     )

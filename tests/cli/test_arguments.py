@@ -1,5 +1,6 @@
 import errno
 import gc
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ import yaml
 from safetensors import SafetensorError
 from transformers.hf_argparser import HfArg
 
-from hfllm.cli.arguments import parse_arguments, parse_overrides, run, save_arguments
+import hfllm
+from hfllm.cli.arguments import parse_arguments, parse_overrides, run, save_arguments, with_dashes
 
 
 @dataclass
@@ -56,7 +58,9 @@ def test_a_value_that_begins_with_a_dash_is_a_value(tmp_path):
         (["--learnin_rate", "1"], "", "unknown argument '--learnin_rate'; did you mean 'learning_rate'?"),
         (["--max-step=3"], "", "unknown argument '--max-step=3'; did you mean 'max_steps'?"),
         (["stray"], "", "unknown argument 'stray'"),
-        (["--max_steps", "many"], "", "argument --max_steps/--max-steps: invalid int value: 'many'"),
+        (["--mixed_precision", "bf16"], "", "it is for the launcher, as in `accelerate launch --mixed_precision ..."),
+        (["--bf16"], "", "precision is for the launcher, as in `accelerate launch --mixed_precision bf16 ...`"),
+        (["--max_steps", "many"], "", "argument --max_steps: invalid int value: 'many'"),
         ([], "max_stepz: 3", "unknown option 'max_stepz' in {config}; did you mean 'max_steps'?"),
         ([], "max_steps: {a: 1}", "option 'max_steps' in {config} is a mapping"),
         ([], "- max_steps", "must hold `option: value` lines, but holds a list"),
@@ -69,6 +73,51 @@ def test_what_is_wrong_is_said_with_the_nearest_known_name(tmp_path, capsys, arg
         parse_arguments(Arguments, ["--config", config, *argv])
     assert stopped.value.code == 2
     assert message.format(config=config) in capsys.readouterr().err
+
+
+def test_other_spellings_of_an_option_are_taken_as_before():
+    for argv in (["--max-steps", "3"], ["--max_steps=3"], ["--max-steps=3"]):
+        assert parse_arguments(Arguments, argv).max_steps == 3
+    for argv in (["--no_use_cache"], ["--no-use-cache"], ["--use-cache", "false"], ["--use_cache=no"]):
+        assert parse_arguments(Arguments, argv).use_cache is False
+    assert parse_arguments(Arguments, ["--use_cache"]).use_cache is True
+
+
+NAMES = ["block_size", "stride", "output_dir", "overwrite_output_dir", "text_column", "model", "reports"]
+
+
+@pytest.mark.parametrize(
+    ("message", "printed"),
+    [
+        ("block_size=512 is longer than 256.", "--block_size 512 is longer than 256."),
+        ("stride=4: give another `stride`.", "--stride 4: give another --stride."),
+        ("The stride is too long for the model.", "The stride is too long for the model."),
+        ("Choose another output_dir.", "Choose another --output_dir."),
+        ("overwrite_output_dir starts again", "--overwrite_output_dir starts again"),
+        ("start from `model=out/run`, or (block_size=3)", "start from --model out/run, or (--block_size 3)"),
+        ("text_column='id;text'", "--text_column 'id;text'"),
+        ("Give --block_size 3.", "Give --block_size 3."),
+        ("out/output_dir/x, config.block_size, my_block_size", "out/output_dir/x, config.block_size, my_block_size"),
+        ("columns ['text_column', 'x'] and block_size(3)", "columns ['text_column', 'x'] and block_size(3)"),
+        ("hidden_size=3 is no option of this recipe", "hidden_size=3 is no option of this recipe"),
+    ],
+)
+def test_the_librarys_parameters_are_printed_as_options(message, printed):
+    assert with_dashes(message, NAMES) == printed
+
+
+def test_an_error_of_the_library_speaks_of_the_recipes_options(monkeypatch, capsys):
+    from hfllm.cli.opening import open_config
+
+    monkeypatch.setattr("sys.argv", ["recipe"])
+
+    @dataclass
+    class WithModel:
+        model: str = "x"
+
+    with pytest.raises(SystemExit):
+        run(lambda arguments: open_config(str(Path(__file__).parent)), WithModel)
+    assert f"error: --model {Path(__file__).parent} is a folder without a config.json" in capsys.readouterr().err
 
 
 def test_a_missing_yaml_file_is_an_error(capsys):
@@ -114,24 +163,25 @@ def test_a_check_of_ours_ends_in_one_message_and_a_bug_keeps_its_traceback(monke
         run(lambda arguments: int("bug"), Arguments)
 
 
-def test_a_recipe_imports_without_the_garbage_collector_and_works_with_it(monkeypatch):
+def test_what_a_recipe_imported_is_not_searched_for_garbage_again(monkeypatch):
     monkeypatch.setattr("sys.argv", ["recipe"])
     kept = gc.get_freeze_count()
-    gc.disable()
     seen = []
     try:
         run(lambda arguments: seen.extend((gc.isenabled(), gc.get_freeze_count() > kept)), Arguments)
     finally:
-        gc.enable()
         gc.unfreeze()
     assert seen == [True, True]
 
 
-def test_the_garbage_collector_of_a_program_that_has_it_on_is_left_alone(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["recipe"])
-    kept = gc.get_freeze_count()
-    run(lambda arguments: None, Arguments)
-    assert gc.isenabled() and gc.get_freeze_count() == kept
+@pytest.mark.parametrize("is_collecting", [True, False])
+def test_importing_hfllm_leaves_the_garbage_collector_as_it_was(is_collecting):
+    try:
+        (gc.enable if is_collecting else gc.disable)()
+        importlib.reload(hfllm)
+        assert gc.isenabled() is is_collecting
+    finally:
+        gc.enable()
 
 
 def fail(error: BaseException) -> None:
@@ -190,3 +240,14 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
         run(lambda arguments: fail(KeyboardInterrupt()), Arguments)
     assert stopped.value.code == 130
     assert capsys.readouterr().err.startswith("\nInterrupted. The same command begins again")
+
+
+@pytest.mark.slow
+def test_under_accelerates_launcher_a_wrong_option_ends_in_our_message():
+    recipes = Path(__file__).parents[2] / "recipes"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
+    command += [str(recipes / "pretrain.py"), "--block_sise", "64"]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=recipes.parent)
+    assert finished.returncode != 0
+    last = finished.stderr.splitlines()[-1]
+    assert "error: unknown argument '--block_sise'; did you mean 'block_size'? --help lists them all." in last

@@ -42,7 +42,7 @@ def test_an_empty_folder_is_taken_and_one_with_something_in_it_is_not(tmp_path):
     target.mkdir()
     with new_folder(target) as folder:
         write_model(folder)
-    with pytest.raises(ValueError, match=r"is not empty; it holds config\.json.*--overwrite_output_dir"):
+    with pytest.raises(ValueError, match=r"is not empty; it holds config\.json.*overwrite_output_dir"):
         new_folder(target).__enter__()
     with pytest.raises(ValueError, match="is a file"):
         new_folder(target / "config.json").__enter__()

@@ -1,5 +1,6 @@
 """Recipes run in this process, as `python recipes/x.py ...` would run them, on texts small enough for seconds."""
 
+import functools
 import importlib.util
 import json
 import random
@@ -21,6 +22,18 @@ def load_recipe(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def arguments_of(recipe: str) -> type:
+    """The class of a recipe's arguments."""
+    own = vars(load_recipe(recipe)).values()
+    [found] = [
+        each
+        for each in own
+        if isinstance(each, type) and each.__module__ == f"recipe_{recipe}" and each.__name__.endswith("Arguments")
+    ]
+    return found
 
 
 @pytest.fixture

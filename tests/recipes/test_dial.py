@@ -84,10 +84,10 @@ def test_a_streams_run_is_sized_by_tokens(run_pretrain, unsized):
 
 
 REFUSED = {
-    "a model": ({"depth": 2, "model": "somewhere"}, "depth is for random weights, and model has its own size"),
-    "the book": ({"depth": 2, "preset": "book"}, "depth follows rules that were measured with preset modern"),
-    "adamw": ({"max_train_tokens": 9999, "optimizer": "adamw"}, "max_train_tokens follows .* optimizer muon"),
-    "two depths": ({"depth": 2, "num_hidden_layers": 3}, "depth 2 and num_hidden_layers 3 contradict each other"),
+    "a model": ({"depth": 2, "model": "somewhere"}, "`depth` is for random weights, and `model` has its own size"),
+    "the book": ({"depth": 2, "preset": "book"}, "`depth` follows rules that were measured with preset=modern"),
+    "adamw": ({"max_train_tokens": 9999, "optimizer": "adamw"}, "`max_train_tokens` follows .* optimizer=muon"),
+    "two depths": ({"depth": 2, "num_hidden_layers": 3}, "depth=2 and num_hidden_layers=3 contradict each other"),
     "two lengths": ({"max_train_tokens": 9999, "num_train_epochs": 2}, "both say how long to train: give one"),
     "no time": ({"max_train_minutes": 0}, "--max_train_minutes 0.0: give more than 0"),
     "no depth": ({"depth": 0}, "--depth 0: give at least 1"),

@@ -9,20 +9,14 @@ import torch
 import yaml
 from transformers import TrainerState
 
-from hfllm.cli.arguments import check_numbers, parse_arguments
+from hfllm.cli.arguments import parse_arguments
+from hfllm.cli.options import check_numbers
 from hfllm.model import GPTForCausalLM, GPTForSequenceClassification
 from tests.conftest import make_tiny_config
-from tests.recipes.conftest import RECIPES, load_recipe
+from tests.recipes.conftest import RECIPES, arguments_of, load_recipe
 
 
-ARGUMENTS = {
-    name: next(
-        value
-        for value in vars(load_recipe(name)).values()
-        if isinstance(value, type) and value.__name__.endswith("Arguments") and value.__name__ != "TrainingArguments"
-    )
-    for name in sorted(path.stem for path in RECIPES.glob("*.py"))
-}
+ARGUMENTS = {name: arguments_of(name) for name in sorted(path.stem for path in RECIPES.glob("*.py"))}
 REQUIRED = {"export": {"to": "qwen3"}, "push_to_hub": {"model": "x", "repo_id": "me/x"}, "report": {"runs": ["x"]}}
 
 
@@ -85,11 +79,11 @@ def test_a_classifier_is_not_taken_for_a_model_that_writes(recipe, folders, monk
     monkeypatch.chdir(folders)
     (folders / "alpaca.json").write_text(json.dumps([{"instruction": f"{n}", "output": f"{n}"} for n in range(40)]))
     (folders / "texts.txt").write_text("the cat sees a dog. " * 200)
-    with pytest.raises(ValueError, match="--model classifier is a GPTForSequenceClassification, which was trained to"):
+    with pytest.raises(ValueError, match="model=classifier is a GPTForSequenceClassification, which was trained to"):
         call(recipe, "--model", "classifier", *WRITERS[recipe])
 
 
-@pytest.mark.parametrize("recipe", ["finetune_classification", "finetune_instruction", "generate", "evaluate"])
+@pytest.mark.parametrize("recipe", ["finetune_classification", "finetune_instruction", "generate", "evaluate_model"])
 def test_a_folder_without_a_model_says_what_it_holds(recipe, folders, tokenizer_folder):
     options = [] if recipe == "generate" else ["--dataset", "nothing.csv", "--output_dir", folders / "out"]
     with pytest.raises(ValueError, match=r"without a config.json, so there is no model in it yet; it holds \["):
@@ -112,13 +106,16 @@ def test_a_recipe_neither_goes_on_in_nor_deletes_another_recipes_folder(recipe, 
 @pytest.mark.parametrize("recipe", ["pretrain", "finetune_instruction", "finetune_classification"])
 @pytest.mark.parametrize(
     ("tracker", "message"),
-    [("tensorbord", "--report_to tensorbord: it is one of .*tensorboard"), ("swanlab", "its package is not installed")],
+    [
+        ("tensorbord", "report_to[= ]tensorbord: it is one of .*tensorboard"),
+        ("swanlab", "its package is not installed"),
+    ],
 )
 def test_a_tracker_that_is_not_there_is_no_tracker_left_out(recipe, tracker, message, folders, monkeypatch):
     monkeypatch.chdir(folders)
     rows = [{"instruction": f"{n}", "output": f"{n}", "text": f"cat {n}", "label": n % 2} for n in range(40)]
     (folders / "rows.json").write_text(json.dumps(rows))
-    monkeypatch.setattr("hfllm.fine_tuning.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("hfllm.fine_tuning.run.get_available_reporting_integrations", lambda: ["tensorboard"])
     monkeypatch.setattr("hfllm.training.devices.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match=message):
         call(recipe, "--model", "causal", "--dataset", "rows.json", "--output_dir", "out", "--report_to", tracker)
@@ -127,23 +124,23 @@ def test_a_tracker_that_is_not_there_is_no_tracker_left_out(recipe, tracker, mes
 @pytest.mark.parametrize(
     ("recipe", "argv", "message"),
     [
-        ("evaluate", ["--limit", 3], "--limit and --include_path are for lm-eval's tasks"),
-        ("evaluate", ["--max_new_tokens", 5], "--max_new_tokens is the length of a reply: give --check_answers"),
-        ("evaluate", ["--model", "a", "a"], "--model a a: one of them is there twice"),
-        ("evaluate", ["--block_size", 0], "--block_size 0: give at least 1"),
+        ("evaluate_model", ["--limit", 3], "--limit and --include_path are for lm-eval's tasks"),
+        ("evaluate_model", ["--max_new_tokens", 5], "--max_new_tokens is the length of a reply: give --check_answers"),
+        ("evaluate_model", ["--model", "a", "a"], "--model a a: one of them is there twice"),
+        ("evaluate_model", ["--block_size", 0], "--block_size 0: give at least 1"),
         ("benchmark", ["--measure", "time_to_quality", "--bf16", "true"], "--bf16: --measure time_to_quality runs"),
         ("benchmark", ["--measure", "time_to_quality"], "is for a text of about a megabyte: give it as --dataset"),
         ("benchmark", ["--num_steps", 0], "--num_steps 0: give at least 1"),
-        ("inspect_model", ["--top_k", 101], "--top_k at most 100"),
+        ("inspect_model", ["--top_k", 101], "--top_k 101: give a number from 1 to 100"),
         ("train_tokenizer", ["--vocab_size", 200], "vocab_size=200 is too small"),
-        ("chat", ["--port", 70000], "--port 70000: give one from 1 to 65535"),
+        ("chat", ["--port", 70000], "--port 70000: give a number from 1 to 65,535"),
         ("chat", ["--temperature", "nan"], "--temperature nan: give a finite number"),
     ],
 )
 def test_what_would_be_left_out_or_fail_later_is_said_at_the_door(recipe, argv, message, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a text")
-    dataset = ["--dataset", text] if recipe == "evaluate" else []
+    dataset = ["--dataset", text] if recipe == "evaluate_model" else []
     with pytest.raises(ValueError, match=message):
         call(recipe, *dataset, *argv)
 

@@ -205,7 +205,7 @@ def test_a_tokenizer_that_would_read_otherwise_is_not_called_done(export, make_m
 
 def test_a_config_without_a_twin_says_which_field_and_what_to_do(export, make_model, tmp_path):
     source = make_model(final_logit_softcapping=30.0)
-    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0.*--config_overrides final_logit_softcapping"):
+    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0.*config_overrides: final_logit_softcapping"):
         export(model=source, to="qwen3", output_dir=tmp_path / "out")
     with pytest.raises(ValueError, match="position_embedding_type='rotary', but gpt2 has a table"):
         export(model=source, to="gpt2", output_dir=tmp_path / "out")

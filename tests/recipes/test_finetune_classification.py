@@ -282,7 +282,7 @@ def test_the_other_methods_train_only_what_they_name(method, finished, classify,
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"block_size": 100}, "--block_size 100 is longer than the model's context of 48 tokens"),
+        ({"block_size": 100}, "block_size=100 is longer than the model's context of 48 tokens"),
         ({"method": "head", "lora_r": 8}, "--lora_r: only --method lora has LoRA"),
         ({"method": "head", "learning_rate": 0.1}, "Give --head_learning_rate"),
         (

@@ -391,7 +391,7 @@ def test_a_base_model_of_others_without_a_chat_template_learns_to_chat(family, r
 def test_what_cannot_be_is_said_at_the_door(options, base_model, tmp_path):
     with pytest.raises(ValueError, match="is the folder of model"):
         run(**{**options, "output_dir": base_model})
-    with pytest.raises(ValueError, match="--block_size 65 is longer than the model's context of 64"):
+    with pytest.raises(ValueError, match="block_size=65 is longer than the model's context of 64"):
         run(**{**options, "block_size": 65})
     with pytest.raises(ValueError, match="Nothing is left to learn"):
         run(**{**options, "block_size": 4})
@@ -399,11 +399,11 @@ def test_what_cannot_be_is_said_at_the_door(options, base_model, tmp_path):
         run(**{**options, "column_map": "question"})
     with pytest.raises(ValueError, match="test_fraction"):
         run(**{**options, "test_fraction": 0})
-    with pytest.raises(ValueError, match="--optimizer muon is for whole weight matrices"):
+    with pytest.raises(ValueError, match="--optimizer muon updates whole weight matrices"):
         run(**options, optimizer="muon")
     with pytest.raises(ValueError, match="--num_further_questions: only --dataset stdlib"):
         run(**options, num_further_questions=9)
-    with pytest.raises(ValueError, match="--reword_questions: only those of --dataset stdlib"):
+    with pytest.raises(ValueError, match="--reword_questions: only questions of --dataset stdlib"):
         run(**options, reword_questions=True)
     with pytest.raises(ValueError, match="--max_turns 0: give at least 1"):
         run(**options, max_turns=0)

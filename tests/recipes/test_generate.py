@@ -205,13 +205,13 @@ def test_ctrl_c_keeps_what_was_written_and_ends(generate, model, monkeypatch, ca
     [
         ({"temperature": 0}, "--temperature 0.0: it must be at least 0.0001; --do_sample false is greedy"),
         ({"temperature": "nan"}, "--temperature nan"),
-        ({"top_p": 2}, "--top_p 2.0: it is a probability, above 0 and at most 1"),
+        ({"top_p": 2}, "--top_p 2.0: give more than 0 and at most 1"),
         ({"top_p": 0}, "--top_p 0.0"),
-        ({"top_k": -1}, "--top_k -1: it counts tokens"),
+        ({"top_k": -1}, "--top_k -1: give at least 0"),
         ({"max_new_tokens": -5}, "--max_new_tokens -5: give at least 1"),
         ({"max_new_tokens": 0}, "--max_new_tokens 0"),
-        ({"num_samples": 0}, "--num_samples 0: it must be at least 1"),
-        ({"repetition_penalty": 0}, "--repetition_penalty 0.0: it must be above 0"),
+        ({"num_samples": 0}, "--num_samples 0: give at least 1"),
+        ({"repetition_penalty": 0}, "--repetition_penalty 0.0: give more than 0"),
         ({"seed": -1}, "--seed -1: give a number from 0 to 4,294,967,295"),
         ({"seed": 2**32 - 1, "num_samples": 2}, "--seed 4294967295"),
         ({"prompt": ""}, "--prompt '' is empty: leave it out to begin a document"),
@@ -220,7 +220,8 @@ def test_ctrl_c_keeps_what_was_written_and_ends(generate, model, monkeypatch, ca
         ({"prompt": "a", "prompt_file": "b"}, "give one of the two"),
         ({"do_sample": False, "temperature": 0.5, "top_k": 3}, "draws nothing: leave out --temperature, --top_k"),
         ({"do_sample": False, "num_samples": 3}, "--do_sample false writes one text, not --num_samples 3"),
-        ({"temperature": 0, "top_p": 2}, "--temperature 0.0.* --top_p 2.0"),
+        ({"temperature": 0, "stop": ""}, "--temperature 0.0.* --stop ''"),
+        ({"top_k": -1, "top_p": 2}, "--top_p 2.0.* --top_k -1"),
         ({"prompt_file": "nowhere.txt"}, "--prompt_file nowhere.txt is not a file"),
     ],
 )
@@ -267,7 +268,7 @@ def test_a_damaged_checkpoint_says_so(generate, model, tmp_path):
 
 def test_a_folder_without_a_model_says_what_to_do(generate, tmp_path):
     (tmp_path / "log.jsonl").touch()
-    with pytest.raises(ValueError, match=r"without a config.json.*log\.jsonl.*goes on"):
+    with pytest.raises(ValueError, match=r"without a config.json.*log\.jsonl.*to resume it"):
         generate(model=tmp_path)
     with pytest.raises(ValueError, match="neither a folder nor a model that the Hub gave us"):
         generate(model="nobody/nothing")

@@ -256,8 +256,8 @@ def test_pieces_that_are_not_bytes_can_be_read(recipe):
         ({"layer": 1}, r"--layer 1: .* has 1 layers, counted from 0 to 0"),
         ({"layer": 0, "head": 2}, r"--head 2: .* has 2 heads, counted from 0 to 1"),
         ({"head": 0}, "of which layer"),
-        ({"top_k": 0}, "--top_k 0, --max_tokens 48: both must be at least 1"),
-        ({"max_tokens": 0}, "--max_tokens 0: both must be at least 1"),
+        ({"top_k": 0}, "--top_k 0: give a number from 1 to 100"),
+        ({"max_tokens": 0}, "--max_tokens 0: give at least 1"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_named(inspect, one_layer, tmp_path, options, message):

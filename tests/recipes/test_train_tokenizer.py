@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hfllm.cli.arguments import parse_arguments
+from hfllm.cli.options import TextColumn, TrainingDataset, values_of
 from hfllm.tokenization import tokenizer_fingerprint
 
 
@@ -167,7 +168,7 @@ def test_the_command_at_the_end_sizes_a_run_on_another_text_by_time_and_names_wh
     pretrain = importlib.util.module_from_spec(specification)
     sys.modules["pretrain"] = pretrain
     specification.loader.exec_module(pretrain)
-    for name in recipe.TEXT_ARGUMENTS:
+    for name in values_of(arguments, TrainingDataset, TextColumn):
         assert getattr(recipe.TokenizerArguments, name) == getattr(pretrain.PretrainArguments, name)
 
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 
 from hfllm.training import devices
-from hfllm.training.devices import clip_gradient, start_accelerator
+from hfllm.training.devices import check_precision, clip_gradient, start_accelerator
 from tests.recipes.conftest import load_recipe
 
 
@@ -100,7 +100,7 @@ def deepspeed(monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"needs_whole_matrices": True}, "Muon makes whole matrices orthogonal.*fsdp2.yaml, or give --optimizer adamw"),
+        ({"needs_whole_matrices": True}, "Muon makes whole matrices orthogonal.*fsdp2.yaml, or give optimizer=adamw"),
         ({"skips_updates": True}, "--skip_spikes decides between the gradient and the update.*fsdp2.yaml"),
     ],
 )
@@ -119,7 +119,7 @@ def test_pretraining_with_muon_is_refused_under_deepspeed_and_with_adamw_goes_on
     """Muon is the recipe's default for random weights: whoever launches a DeepSpeed file meets this first."""
     recipe = load_recipe("pretrain")
     options = {"output_dir": str(tmp_path / "out")}
-    with pytest.raises(ValueError, match="give --optimizer adamw"):
+    with pytest.raises(ValueError, match="give optimizer=adamw"):
         recipe.main(recipe.PretrainArguments(**options))
     monkeypatch.setattr(recipe, "claim_folder", lambda *_, **__: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):  # the next thing that the recipe does
@@ -162,3 +162,14 @@ print(faults_of(allocate), (keep_freed_memory(), faults_of(allocate))[1])
     printed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     without, kept = map(int, printed.stdout.split())
     assert kept * 10 < without
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_half_precision_that_a_cpu_has_not_is_refused(precision, monkeypatch):
+    """accelerate would compute in float32, and the run would report a share of fp16's speed."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(ValueError, match=f"launched with mixed_precision {precision}, which needs an accelerator"):
+        start_accelerator()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    check_precision()

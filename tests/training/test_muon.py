@@ -209,7 +209,7 @@ def test_frozen_matrices_are_in_no_group():
 
 
 def test_a_model_without_hidden_matrices_is_refused():
-    with pytest.raises(ValueError, match=r"Embedding has no trainable nn\.Linear .* --optimizer adamw"):
+    with pytest.raises(ValueError, match=r"Embedding has no trainable nn\.Linear .* optimizer=adamw"):
         build_muon(nn.Embedding(3, 2), **OPTIONS)
 
 
