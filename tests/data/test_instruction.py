@@ -210,7 +210,6 @@ def test_a_response_of_weight_0_is_read_and_not_learned(train_on_prompt, tokeniz
     messages = [messages[0], {**messages[1], "weight": 0}, *messages[2:]]
     [row] = encode_conversations([Conversation(messages, "here")], tokenizer, **options).rows
     assert row.input_ids.tolist() == whole.input_ids.tolist()
-    assert "Wrong.<|im_end|>" not in mark_learned(row, tokenizer).replace("<<", "").split(">>", 1)[1].split("Second")[0]
     learned = tokenizer.decode(row.input_ids[row.is_learned].tolist())
     assert "Right.<|im_end|>" in learned and "Wrong" not in learned and ("First?" in learned) == train_on_prompt
 

@@ -193,7 +193,7 @@ def test_lines_that_may_be_a_torn_text_are_lost_together_and_counted(tmp_path):
 def test_the_delimiter_of_a_table_is_recognised_by_its_header(delimiter, tmp_path):
     path = write(tmp_path / "a.csv", f"id{delimiter}text\n1{delimiter}plain, with a comma\n")
     assert texts_of(path) == ["plain, with a comma"]
-    assert list(read_file(path, ReadOptions()))[0].columns == {"id": "1", "text": "plain, with a comma"}
+    assert next(read_file(path, ReadOptions())).columns == {"id": "1", "text": "plain, with a comma"}
 
 
 def test_the_formats_own_delimiter_comes_first_and_an_unclear_one_is_asked_for(tmp_path):
@@ -300,7 +300,7 @@ def test_a_separator_line_cuts_a_text_into_documents(tmp_path):
     [whole] = read_documents(path, "text", ReadOptions(document_separator="---"))
     assert whole.remark == "no line is '---', so the whole file is one document"
     for wrong in ("", "  ", "a\nb"):
-        with pytest.raises(ValueError, match="document_separator=.*it is a line of text"):
+        with pytest.raises(ValueError, match=r"document_separator=.*it is a line of text"):
             ReadOptions(document_separator=wrong)
 
 

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 
 import datasets
 import pytest
@@ -97,8 +98,8 @@ def test_of_a_few_long_documents_each_is_learned_and_each_validates(tmp_path):
             assert len(tails[language]) / len(whole) == pytest.approx(fraction, rel=0.1)
         assert training.features == validation.features
     described = describe_held_out(corpus, split_documents(corpus, validation_fraction=0.05)[1])
-    assert described.startswith("3 documents, ") and described.count("4.9% of") + described.count("5.0% of") == 3
-    assert all(f"% of {name}" in described for name in names)
+    assert described.startswith("3 documents, ")
+    assert all(re.search(rf"4\.[5-9]% of {re.escape(name)}", described) for name in names)
 
 
 def test_beside_long_documents_short_ones_are_held_out_whole(tmp_path):
