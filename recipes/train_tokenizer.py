@@ -32,7 +32,7 @@ from typing import Any
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import run, save_arguments
 from hfllm.cli.options import Location, arguments, check_numbers, differs, option, values_of
-from hfllm.data.corpus import count_documents, load_corpus, split_documents
+from hfllm.data.corpus import count_documents, describe_held_out, load_corpus, split_documents
 from hfllm.tokenization import (
     CHAT_TEMPLATE,
     RESERVED_TOKENS,
@@ -51,7 +51,13 @@ from transformers import PreTrainedTokenizerBase
 
 @arguments
 class TokenizerArguments(
-    groups.TrainingDataset, groups.TextColumn, groups.VocabSize, groups.Cache, groups.Overwrite, groups.Config
+    groups.TrainingDataset,
+    groups.TextColumn,
+    groups.DocumentSeparator,
+    groups.VocabSize,
+    groups.Cache,
+    groups.Overwrite,
+    groups.Config,
 ):
     validation_fraction = differs(help="Share of the bytes held out, by whole documents. Give pretrain.py the same.")
     vocab_size = differs(help="Number of token ids, with the reserved tokens and the 256 bytes.")
@@ -93,12 +99,15 @@ def main(args: TokenizerArguments) -> None:
         split=args.split,
         text_column=args.text_column,
         on_bad_record=args.on_bad_record,
+        delimiter=args.delimiter,
+        document_separator=args.document_separator,
+        exclude=[path for path in (args.output_dir, args.cache_dir) if path is not None],
         cache_dir=args.cache_dir,
     )
     training, held_out = split_documents(corpus, validation_fraction=args.validation_fraction)
     print(
         f"{args.dataset}: {count_documents(corpus.account['documents'])}, {corpus.account['bytes']:,} bytes, "
-        f"sha256 {corpus.fingerprint[:16]}",
+        f"sha256 {corpus.fingerprint[:16]}\nHeld out: {describe_held_out(corpus, held_out)}",
         flush=True,
     )
 
@@ -239,7 +248,7 @@ def pretrain_options(args: TokenizerArguments) -> str:
     known, size = vars(TokenizerArguments()), "--max_train_minutes 5"
     if args.dataset == "stdlib":
         known, size = known | PRETRAIN_DEMO, "--config recipes/configs/pretrain_demo.yaml"
-    text = values_of(args, groups.TrainingDataset, groups.TextColumn)
+    text = values_of(args, groups.TrainingDataset, groups.TextColumn, groups.DocumentSeparator)
     given = {name: value for name, value in text.items() if value != known[name]}
     return " ".join([size, *(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())])
 

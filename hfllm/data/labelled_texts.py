@@ -51,6 +51,7 @@ class LabelledTexts:
     num_empty: int = 0  # texts without a visible character, left out
     num_bad: int = 0  # records that on_bad_record="skip" left out
     account: Mapping[str, Any] = field(default_factory=dict)
+    named_rows: Mapping[str, range] = field(default_factory=dict)  # of several datasets that were joined
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -136,6 +137,23 @@ def _checked(record: Record, text_column: str, label_column: str) -> Record:
         what = repr(given)[:60] if isinstance(given, str | float) else json_type(given)
         label_problem = f"its {label_column!r} is {what}, not a word or a whole number"
     return replace(record, problem=text_problem(columns[text_column], text_column) or label_problem)
+
+
+def join_labelled_texts(parts: Mapping[str, LabelledTexts]) -> LabelledTexts:
+    """Several datasets as one; `named_rows` says which rows are whose, if they are several."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    named_rows, start = {}, 0
+    for name, part in parts.items():
+        named_rows[name] = range(start, start + len(part))
+        start += len(part)
+    return LabelledTexts(
+        texts=[text for part in parts.values() for text in part.texts],
+        labels=[label for part in parts.values() for label in part.labels],
+        num_empty=sum(part.num_empty for part in parts.values()),
+        num_bad=sum(part.num_bad for part in parts.values()),
+        named_rows=named_rows,
+    )
 
 
 def label_names(labels: Iterable[str]) -> list[str]:

@@ -14,7 +14,7 @@ def load_prompts(name: str, *, column: str = "prompt") -> list[str]:
     """
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ValueError(f"prompt_file={name!r} is no file. Give a text with a prompt in each line, or a .jsonl.")
+        raise ValueError(f"prompt_file={name!r} is not a file. Give a text file with one prompt per line, or a .jsonl.")
     if format_of(path) in ("", *TEXT):
         if problem := refusal(path) or decoding_problem(path):
             raise ValueError(f"prompt_file={name!r}: {problem}.")

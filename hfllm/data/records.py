@@ -47,6 +47,8 @@ class ReadOptions:
     document_separator: str | None = None
 
     def __post_init__(self):
+        if self.delimiter == r"\t":  # as a shell passes it on
+            object.__setattr__(self, "delimiter", "\t")
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
             raise ValueError(f"delimiter={self.delimiter!r}: it is one character, such as ';' or a tab.")
         separator = self.document_separator
