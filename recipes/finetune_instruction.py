@@ -230,9 +230,8 @@ def main(args: InstructionArguments) -> None:
         block_size = choose_block_size(args, model, tokenizer)
 
         # 2. Conversations to token ids, and the mask of what is learned
-        sides, named, description = load_data(args)
+        sides, description = load_data(args)
         rows = {name: encode_side(args, name, side, tokenizer, block_size) for name, side in sides.items()}
-        named_rows = {name: encode_side(args, name, side, tokenizer, block_size) for name, side in named.items()}
         if args.packing:
             check_packing(model, rows["train"])
         # From now on the model stops at the end of its turn as well as at the end of a document, in any `generate`.
@@ -278,7 +277,9 @@ def main(args: InstructionArguments) -> None:
         # 6. What it says after
         metrics["eval_loss"] = response_loss(trainer, rows["eval"])
         metrics["test_loss"] = response_loss(trainer, rows["test"])
-        metrics |= {name: response_loss(trainer, part) for name, part in named_rows.items()}
+        for name in rows.keys() - {"train", "eval", "test"}:  # "eval_fr": one of several validation datasets
+            side, _, dataset = name.partition("_")
+            metrics[f"{side}_loss_{dataset}"] = response_loss(trainer, rows[name])
         if args.check_answers if args.check_answers is not None else args.dataset == "stdlib":
             metrics |= {"test_questions": len(questions), **check_answers(args, questions, replies_to)}
         after = replies_to(samples)
@@ -306,13 +307,10 @@ def choose_block_size(args: InstructionArguments, model: PreTrainedModel, tokeni
     return args.block_size or min(context, 1024)
 
 
-def load_data(
-    args: InstructionArguments,
-) -> tuple[dict[str, list[Conversation]], dict[str, list[Conversation]], str]:
+def load_data(args: InstructionArguments) -> tuple[dict[str, list[Conversation]], str]:
     """The conversations of the sides "train", "eval" and "test", and what they are in words.
 
-    Between the two: those of each of several validation or test datasets, by the names of their losses
-    ("eval_loss_fr").
+    Where several datasets are given for a side, each is a side of its own as well, such as "eval_fr".
     """
     column_map = {}
     for each in args.column_map or []:
@@ -324,27 +322,26 @@ def load_data(
     reading |= {"delimiter": args.delimiter, "exclude": [args.output_dir]}
     conversations = load_conversations(args.dataset, dataset_config=args.dataset_config, split=args.split, **reading)
     given: dict[str, list[Conversation]] = {}
-    named: dict[str, list[Conversation]] = {}
     for side, dataset in (("eval", args.validation_dataset), ("test", args.test_dataset)):
         parts = {} if dataset is None else named_datasets(dataset)
         loaded = {name: load_conversations(part, **reading).rows for name, part in parts.items()}
         if loaded:
             given[side] = [row for rows in loaded.values() for row in rows]
         if len(loaded) > 1:
-            named |= {f"{side}_loss_{name}": rows for name, rows in loaded.items()}
+            given |= {f"{side}_{name}": rows for name, rows in loaded.items()}
     train, validation, test = split_conversations(
         conversations.rows,
         validation_fraction=0 if "eval" in given else args.validation_fraction,
         test_fraction=0 if "test" in given else args.test_fraction,
         seed=args.seed,
     )
-    validation, test = given.get("eval", validation), given.get("test", test)
+    held_out = {"eval": validation, "test": test} | given
     description = conversations.description
     for side, rows in given.items():
         if num_shared := shared_prompts(train, rows):
             description += f"; {num_shared:,} of {len(rows):,} {side} conversations begin with a prompt of training"
     if args.num_further_questions:
-        known = [*train, *validation, *test]
+        known = [*train, *held_out["eval"], *held_out["test"]]
         further = further_questions(args.num_further_questions, seed=args.seed, held_back=known)
         train = train + further
         description += f"; {len(further):,} further expressions to train on"
@@ -353,7 +350,7 @@ def load_data(
         description += "; the expressions to train on are asked in several wordings"
     if args.max_turns > 1:
         train = join_turns(train, max_turns=args.max_turns, seed=args.seed)
-    return {"train": train, "eval": validation, "test": test}, named, description
+    return {"train": train} | held_out, description
 
 
 def encode_side(

@@ -15,7 +15,7 @@ NUM_TOLD = 3  # of the remarks
 MOST_UNUSED = 1000  # names of columns: JSON objects may have any
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: that takes five times as long, and a corpus has millions
 class Record:
     """A document, its text in pieces of any size; or the columns of a row; or, with `problem`, nothing of use."""
 
