@@ -63,7 +63,7 @@ def as_document(record: Record, text_column: str, *, source: str = "") -> Record
         return replace(record, source=source)
     if problem := text_problem(columns[text_column], text_column):
         return Record(record.place, problem=problem)
-    unread = record.unread or tuple(name for name in columns if name != text_column)
+    unread = (*record.unread, *(name for name in columns if name != text_column))
     return Record(record.place, (columns[text_column],), remark=record.remark, unread=unread, source=source)
 
 

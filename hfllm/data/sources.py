@@ -72,9 +72,9 @@ def is_local(dataset: str) -> bool:
     return dataset == "stdlib" or bool(_local_paths(dataset))
 
 
-def named_datasets(datasets: str) -> dict[str, str]:
+def named_datasets(dataset: str) -> dict[str, str]:
     """Several datasets separated by commas, each by a short name of its own, such as `fr` for texts/fr.txt.gz."""
-    names = [datasets] if _exists(datasets) else [name.strip() for name in datasets.split(",") if name.strip()]
+    names = [dataset] if _exists(dataset) else [name.strip() for name in dataset.split(",") if name.strip()]
     named: dict[str, str] = {}
     for name in dict.fromkeys(names):
         stem = Path(name).name

@@ -277,8 +277,11 @@ def test_validation_and_test_of_ones_own_are_measured_and_several_told_apart(opt
     )
     sides, description = recipe.load_data(args)
     assert {name: len(side) for name, side in sides.items()} == {
-        **{"train": 2 * len(NAMES), "eval": 6, "test": 3},
-        **{"eval_fr": 3, "eval_uk": 3},
+        "train": 2 * len(NAMES),
+        "eval": 6,
+        "test": 3,
+        "eval_fr": 3,
+        "eval_uk": 3,
     }
     assert "begin with a prompt of training" not in description
 
