@@ -19,10 +19,11 @@ from hfllm.cli.arguments import run
 from hfllm.cli.opening import open_causal_lm
 from hfllm.cli.options import Location, arguments, check_numbers, differs, option
 from hfllm.data.prompts import load_prompts
+from hfllm.serving.text import FollowTexts, TextStream
 from hfllm.tokenization import load_tokenizer
 
 import torch
-from transformers import PreTrainedModel, TextStreamer, set_seed
+from transformers import PreTrainedModel, StoppingCriteriaList, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 
@@ -117,33 +118,43 @@ def main(args: GenerateArguments) -> None:
     choice = {"do_sample": False}
     if args.do_sample:
         choice = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if len(input_ids) == 1 else None
+    is_streamed = len(input_ids) == 1
     try:
         for index in range(args.num_samples):
             sample = f"sample {index + 1}, seed {args.seed + index}" if args.num_samples > 1 else ""
-            if sample and streamer:
+            if is_streamed and sample:
                 print(f"--- {sample}")
+            if is_streamed:
+                print_piece("".join(prompts))
+            texts = [
+                TextStream(tokenizer, prompt_ids=row, stop=args.stop or [], keep_stop=True) for row in inputs.input_ids
+            ]
+            follow = FollowTexts(texts, on_text=print_piece if is_streamed else None)
             set_seed(args.seed + index)
-            written = model.generate(
-                input_ids,
-                attention_mask=attention_mask,
-                max_new_tokens=args.max_new_tokens,
-                repetition_penalty=args.repetition_penalty,
-                pad_token_id=tokenizer.pad_token_id,
-                stop_strings=args.stop,
-                tokenizer=tokenizer,
-                streamer=streamer,
-                **choice,
-            )
-            if streamer is None:
-                for number, (prompt, row) in enumerate(zip(prompts, written[:, input_ids.shape[1] :]), start=1):
-                    text = tokenizer.decode(row, skip_special_tokens=True)
-                    print(f"--- prompt {number}{', ' if sample else ''}{sample}\n{prompt}{end_at(args.stop, text)}")
+            try:
+                model.generate(
+                    input_ids,
+                    attention_mask=attention_mask,
+                    max_new_tokens=args.max_new_tokens,
+                    repetition_penalty=args.repetition_penalty,
+                    pad_token_id=tokenizer.pad_token_id,
+                    stopping_criteria=StoppingCriteriaList([follow]),
+                    **choice,
+                )
+            finally:  # also when Ctrl-C has ended it
+                follow.end()
+                if is_streamed:
+                    print()
+            if not is_streamed:
+                for number, (prompt, text) in enumerate(zip(prompts, texts), start=1):
+                    print(f"--- prompt {number}{', ' if sample else ''}{sample}\n{prompt}{text.text}")
     except KeyboardInterrupt:
-        if streamer:
-            streamer.end()  # prints the last word, which it holds back
         print("(stopped)")
         sys.exit(130)
+
+
+def print_piece(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def read_prompts(args: GenerateArguments) -> list[str]:
@@ -174,12 +185,6 @@ def explain_length(model: PreTrainedModel, prompt_length: int, max_new_tokens: i
         f"takes {prompt_length:,}. Give{room}, or convert it into an hfllm model, whose context slides: "
         "python recipes/export.py --to hfllm (gpt2, llama and qwen3)."
     )
-
-
-def end_at(stops: list[str] | None, text: str) -> str:
-    """The text up to and with the first stop; a row that stopped is continued while another row of its batch is."""
-    ends = [text.index(stop) + len(stop) for stop in stops or [] if stop in text]
-    return text[: min(ends)] if ends else text
 
 
 if __name__ == "__main__":

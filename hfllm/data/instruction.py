@@ -6,6 +6,7 @@ learned are the responses, and with each the token that ends the turn, by which 
 """
 
 import bisect
+import functools
 import inspect
 import itertools
 import re
@@ -339,16 +340,24 @@ def fit_messages(
     """The newest messages whose prompt has at most so many tokens, its token ids, and how many messages were dropped.
 
     The oldest turns go first, a question together with its answer; the system message stays. The prompt is encoded
-    anew: the keys and values of a longer conversation were computed at other positions and after what was dropped.
+    again: the keys and values of a longer conversation were computed at other positions and after what was dropped.
     """
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
-    for dropped in range(0, len(turns), 2):
-        kept = [*system, *turns[dropped:]]
-        input_ids = encode_prompt(kept, tokenizer)
-        if len(input_ids) <= max_prompt_length:
-            return kept, input_ids, dropped
-    raise ValueError(
-        f"With this message alone the prompt has {len(input_ids):,} tokens, and there is room for "
-        f"{max_prompt_length:,}. Shorten it{', or the system message' if system else ''}."
-    )
+    drops = range(0, len(turns), 2)
+
+    @functools.cache
+    def prompt(dropped: int) -> list[int]:
+        return encode_prompt([*system, *turns[dropped:]], tokenizer)
+
+    def fits(dropped: int) -> bool:
+        return len(prompt(dropped)) <= max_prompt_length
+
+    # Bisection: a long conversation is encoded a few times, and not once for each turn that is dropped.
+    number = 0 if fits(0) else bisect.bisect_left(drops, True, lo=1, key=fits)
+    if number == len(drops):
+        raise ValueError(
+            f"With this message alone the prompt has {len(prompt(drops[-1])):,} tokens, and there is room for "
+            f"{max_prompt_length:,}. Shorten it{', or the system message' if system else ''}."
+        )
+    return [*system, *turns[drops[number] :]], prompt(drops[number]), drops[number]

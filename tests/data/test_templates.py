@@ -149,7 +149,7 @@ def test_a_byte_order_mark_is_no_part_of_a_template(bare, tmp_path):
     choose_template(bare, str(tmp_path / "mine.jinja"))
     assert bare.chat_template == "{{ messages }}"
     (tmp_path / "latin.jinja").write_bytes(b"{{ messages }} caf\xe9")
-    with pytest.raises(ValueError, match="latin.jinja': line 1 holds bytes that are not UTF-8"):
+    with pytest.raises(ValueError, match=r"latin.jinja': line 1 holds bytes that are not UTF-8"):
         choose_template(bare, str(tmp_path / "latin.jinja"))
 
 

@@ -6,19 +6,22 @@ import io
 import json
 import os
 import pty
-import queue
 import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -26,8 +29,10 @@ from transformers import AutoModelForCausalLM
 import hfllm
 from hfllm.adapters import add_lora, save_adapter
 from hfllm.cli.arguments import parse_arguments
+from hfllm.data import instruction
 from hfllm.data.conversations import Conversation, pair
 from hfllm.data.instruction import ConversationRows, encode_conversations, encode_prompt
+from hfllm.serving.replies import ReplyWriter
 from tests.conftest import make_tiny_config
 from tests.recipes.conftest import RECIPES, load_recipe
 
@@ -105,9 +110,10 @@ def way(request) -> list[str]:
     return ["--model", folders[0], "--adapter", folders[1]]
 
 
-def chat(monkeypatch, capsys, typed: str, **options) -> tuple[str, str]:
+def chat(monkeypatch, capsys, typed: str | bytes, **options) -> tuple[str, str]:
     """What is printed, and what goes to stderr, when these lines are piped in."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    data = typed if isinstance(typed, bytes) else typed.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
     recipe.main(parse_arguments(recipe.ChatArguments, [f"--{name}={value}" for name, value in options.items()]))
     return tuple(capsys.readouterr())
 
@@ -129,15 +135,24 @@ def test_exit_ends_the_chat(talker, monkeypatch, capsys):
     assert chat(monkeypatch, capsys, "Bye\n/exit\nSay one\n", model=talker)[0] == "Good night!\n"
 
 
+def say(tokenizer, text: str, input_ids: torch.Tensor, stopping_criteria) -> SimpleNamespace:
+    """What `generate` does with a model that says this, up to its last token."""
+    for token_id in tokenizer(text, add_special_tokens=False).input_ids:
+        input_ids = torch.cat([input_ids, torch.tensor([[token_id]])], dim=1)
+        if all(criterion(input_ids, None) for criterion in stopping_criteria):
+            break
+    return SimpleNamespace(sequences=input_ids, past_key_values=None)
+
+
 @pytest.fixture
-def prompts(monkeypatch) -> list[list[int]]:
+def prompts(talker, monkeypatch) -> list[list[int]]:
     """The prompts that the model gets, instead of a real reply; each is answered with a word."""
     seen = []
+    tokenizer = recipe.load_tokenizer(talker)
 
-    def generate(self, input_ids, streamer, **kwargs):
+    def generate(self, input_ids, stopping_criteria, **kwargs):
         seen.append(input_ids[0].tolist())
-        streamer.on_finalized_text("yes ", stream_end=False)
-        streamer.on_finalized_text("", stream_end=True)
+        return say(tokenizer, "yes <|im_end|>", input_ids, stopping_criteria)
 
     monkeypatch.setattr(hfllm.GPTForCausalLM, "generate", generate)
     return seen
@@ -167,6 +182,32 @@ def test_past_the_context_the_oldest_turns_are_dropped_and_the_system_message_st
     assert "oldest" in errors
 
 
+def test_a_thousand_lines_take_ten_times_as_long_as_a_hundred(talker, prompts, monkeypatch, capsys):
+    """Turns that the context has no room for are not encoded again with each line."""
+    encode, lengths = instruction.encode_prompt, []
+
+    def count(messages, tokenizer):
+        lengths.append(len(messages))
+        return encode(messages, tokenizer)
+
+    monkeypatch.setattr(instruction, "encode_prompt", count)
+    work = {}
+    for number in (50, 500):
+        lengths.clear()
+        chat(monkeypatch, capsys, "".join(f"Line {line}\n" for line in range(number)), model=talker)
+        work[number] = sum(lengths)
+    assert work[500] < 11 * work[50]
+
+
+def test_bytes_that_are_not_utf8_are_replaced_and_told_and_the_chat_goes_on(talker, prompts, monkeypatch, capsys):
+    printed, errors = chat(monkeypatch, capsys, b"caf\xe9 \xff\nBye\n", model=talker)
+    assert printed == "yes \nyes \n"
+    assert "(2 bytes that are not UTF-8 were replaced by \ufffd.)" in errors
+    tokenizer = recipe.load_tokenizer(talker)
+    assert prompts[0] == encode_prompt([{"role": "user", "content": "caf\ufffd \ufffd"}], tokenizer)
+    assert len(prompts) == 2
+
+
 def test_a_message_longer_than_the_context_is_refused_and_the_chat_goes_on(talker, monkeypatch, capsys):
     printed, errors = chat(monkeypatch, capsys, f"{'word ' * 200}\nBye\n", model=talker)
     assert printed == "Good night!\n"
@@ -175,10 +216,11 @@ def test_a_message_longer_than_the_context_is_refused_and_the_chat_goes_on(talke
 
 def test_ctrl_c_ends_the_reply_and_not_the_chat(talker, monkeypatch, capsys):
     real = hfllm.GPTForCausalLM.generate
+    tokenizer = recipe.load_tokenizer(talker)
 
-    def interrupted_once(self, input_ids, streamer, **kwargs):
+    def interrupted_once(self, input_ids, stopping_criteria, **kwargs):
         monkeypatch.setattr(hfllm.GPTForCausalLM, "generate", real)
-        streamer.on_finalized_text("Half a ", stream_end=False)
+        say(tokenizer, "Half a ", input_ids, stopping_criteria)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(hfllm.GPTForCausalLM, "generate", interrupted_once)
@@ -192,6 +234,7 @@ def test_what_cannot_be_is_said_at_the_door(talker, tmp_path):
         "--max_new_tokens=0": "at least 1",
         "--top_p=0.5": "temperature 0",
         "--adapter=x": "adapter",
+        "--temperature=0.00001": "give 0 or at least 0.0001",
     }.items():
         with pytest.raises(ValueError, match=message):
             recipe.main(parse_arguments(recipe.ChatArguments, [f"--model={talker}", option]))
@@ -201,6 +244,31 @@ def test_what_cannot_be_is_said_at_the_door(talker, tmp_path):
     tokenizer.save_pretrained(tmp_path / "mute")
     with pytest.raises(ValueError, match="has no chat template"):
         recipe.main(parse_arguments(recipe.ChatArguments, [f"--model={tmp_path / 'mute'}"]))
+
+
+def test_the_default_model_is_a_folder_and_never_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe, "load_tokenizer", lambda name: pytest.fail(f"looked for {name}"))
+    with pytest.raises(ValueError, match=r"There is no folder out/chat\. `make demo` and"):
+        recipe.main(recipe.ChatArguments())
+
+
+def test_code_that_comes_with_a_model_does_not_run_and_nobody_is_asked(talker, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "foreign"
+    shutil.copytree(talker, folder)
+    config = {"model_type": "foreign", "auto_map": {"AutoConfig": "foreign.C", "AutoModelForCausalLM": "foreign.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        chat(monkeypatch, capsys, "yes\n", model=folder)
+    assert not (tmp_path / "ran").exists()
+
+    asked = []
+    monkeypatch.setattr(recipe, "open_causal_lm", lambda name, **options: asked.append((name, options)))
+    with pytest.raises(AttributeError):  # there is no model
+        chat(monkeypatch, capsys, "", model=folder, trust_remote_code=True)
+    assert asked == [(str(folder), {"trust_remote_code": True})]
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(RECIPES.parent), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -268,26 +336,78 @@ def wait_for(address: str, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_programs_talk_to_it_over_http(way, port):
-    for name in ("openai", "fastapi", "uvicorn"):
-        pytest.importorskip(name)
+    openai = pytest.importorskip("openai")
+    pytest.importorskip("fastapi")
     name = Path(way[1]).name
     with started(*way, "--serve", "--port", port, stdout=subprocess.PIPE) as process:
         wait_for(f"http://127.0.0.1:{port}/health", process)
-        request = {"model": name, "messages": [{"role": "user", "content": "A colour?"}]}
-        with urllib.request.urlopen(post(port, request), timeout=SECONDS) as response:
-            choice = json.load(response)["choices"][0]
-        assert choice["message"]["content"] == "Blue and green"
-        assert choice["finish_reason"] == "stop"
-
-        with urllib.request.urlopen(post(port, {**request, "stream": True}), timeout=SECONDS) as response:
-            assert response.headers["content-type"].startswith("text/event-stream")
-            lines = [line.decode().removeprefix("data: ") for line in response if line.startswith(b"data: {")]
-        pieces = [json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines]
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=SECONDS)
+        assert [model.id for model in client.models.list()] == [name]
+        messages = [{"role": "user", "content": "A colour?"}]
+        (choice,) = client.chat.completions.create(model=name, messages=messages).choices
+        assert (choice.message.content, choice.finish_reason) == ("Blue and green", "stop")
+        chunks = list(client.chat.completions.create(model=name, messages=messages, stream=True))
+        pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
         assert "".join(pieces) == "Blue and green"
         assert sum(piece != "" for piece in pieces) > 1
+        with pytest.raises(openai.BadRequestError, match="max_tokens is 0"):
+            client.chat.completions.create(model=name, messages=messages, max_tokens=0)
 
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=SECONDS) as response:
-            assert [model["id"] for model in json.load(response)["data"]] == [name]
+
+@pytest.fixture(scope="module")
+def babbler(tmp_path_factory) -> Path:
+    """A model that never ends a reply by itself."""
+    return save_untrained(tmp_path_factory.mktemp("babbler"), context=65536, never_stops=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)])
+def test_a_signal_ends_the_server_while_replies_are_written(babbler, port, number, code):
+    pytest.importorskip("fastapi")
+    with started("--model", babbler, "--serve", "--port", port, stdout=subprocess.PIPE) as process:
+        wait_for(f"http://127.0.0.1:{port}/health", process)
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 10**9, "stream": True}
+        with urllib.request.urlopen(post(port, body), timeout=SECONDS) as response:
+            assert response.readline().startswith(b"data: {")
+            process.send_signal(number)
+            rest = response.read()
+        assert b"The server is closing." in rest
+        assert process.wait(SECONDS) == code
+
+
+@pytest.mark.slow
+def test_fifty_clients_are_answered_side_by_side_and_none_waits_for_one_that_left(babbler, port):
+    pytest.importorskip("fastapi")
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 30}
+    with started("--model", babbler, "--serve", "--port", port, stdout=subprocess.PIPE) as process:
+        wait_for(f"http://127.0.0.1:{port}/health", process)
+
+        def ask(number: int) -> str:
+            with urllib.request.urlopen(post(port, {**body, "seed": number}), timeout=SECONDS) as response:
+                return json.load(response)["choices"][0]["message"]["content"]
+
+        def leave(number: int) -> None:
+            endless = {**body, "max_tokens": 10**9, "stream": number % 2 == 0}
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                data = json.dumps(endless).encode()
+                head = f"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+                connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + data)
+                time.sleep(1)
+
+        alone = ask(0)
+        before = psutil.Process(process.pid).memory_info().rss
+        with ThreadPoolExecutor(70) as pool:
+            leaving = [pool.submit(leave, number) for number in range(20)]
+            replies = list(pool.map(ask, range(50)))
+            assert all(gone.result() is None for gone in leaving)
+        assert replies == [alone] * 50
+        assert psutil.Process(process.pid).memory_info().rss - before < 200 * 2**20
+        assert ask(0) == alone
+
+
+needs_gradio = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason="needs gradio: pip install -e '.[chat]'"
+)
 
 
 @pytest.fixture
@@ -299,7 +419,7 @@ def browser(tmp_path):
         pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
     options = selenium.ChromeOptions()
     options.binary_location = programs[0]
-    for word in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1000,800"):
+    for word in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1200,900"):
         options.add_argument(f"--{word}")
     options.add_argument(f"--user-data-dir={tmp_path / 'chromium'}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
@@ -308,69 +428,170 @@ def browser(tmp_path):
     driver.quit()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio: pip install -e '.[chat]'")
-def test_people_talk_to_it_in_a_real_browser_that_asks_nobody_else(way, port, browser, tmp_path):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import WebDriverWait
+class Page:
+    """The chat page in a browser. Its elements are found by scripts, as it replaces them while a reply grows."""
 
+    def __init__(self, browser, port: int):
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        self.browser = browser
+        self.wait = WebDriverWait(browser, SECONDS)
+        browser.get(f"http://127.0.0.1:{port}/")
+
+    def texts(self, selector: str) -> list[str]:
+        script = "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText.trim())"
+        return self.browser.execute_script(script, selector)
+
+    def replies(self) -> list[str]:
+        return self.texts(".bot.message")
+
+    def click(self, selector: str) -> None:
+        script = "const e = document.querySelector(arguments[0]); if (e) e.click(); return Boolean(e)"
+        self.wait.until(lambda browser: browser.execute_script(script, selector))
+
+    def fill(self, selector: str, text: str) -> None:
+        """Put a text into a field, as the page hears it when it is typed."""
+        script = """
+            const field = document.querySelector(arguments[0]);
+            if (!field || field.disabled) return false;
+            field.value = arguments[1].replace("{half}", "\\ud800");
+            field.dispatchEvent(new Event("input", {bubbles: true}));
+            field.dispatchEvent(new Event("change", {bubbles: true}));
+            return true"""
+        self.wait.until(lambda browser: browser.execute_script(script, selector, text))
+
+    def send(self, text: str) -> None:
+        self.fill("#message textarea", text)
+        self.click("#message .submit-button")
+
+    def ask(self, text: str) -> str:
+        """Send a message, and wait for the whole reply."""
+        number = len(self.replies())
+        self.send(text)
+        self.wait.until(lambda _: len(self.replies()) > number and self.replies()[-1])
+        self.wait_for_the_end()
+        return self.replies()[-1]
+
+    def wait_for_the_end(self) -> None:
+        self.wait.until(lambda _: self.texts("#message .submit-button") and not self.texts("#message .stop-button"))
+
+
+@contextlib.contextmanager
+def served_page(folder: Path, port: int, *options: str) -> Iterator[ReplyWriter]:
+    """The page of recipes/chat.py --web, served in this process; gives what writes its replies."""
+    import uvicorn
+
+    from hfllm.serving.page import build_page_application
+
+    args = parse_arguments(recipe.ChatArguments, [f"--model={folder}", "--web", f"--port={port}", *options])
+    writer = ReplyWriter(recipe.load_model(args), recipe.load_tokenizer(args.model))
+    application = build_page_application(
+        writer, recipe.default_sampling(args), name=folder.name, system=args.system, host=args.host, port=port
+    )
+    server = uvicorn.Server(uvicorn.Config(application, port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        yield writer
+    finally:
+        server.should_exit = server.force_exit = True
+        writer.close()
+        thread.join(30)
+        writer.join(30)
+
+
+def wait_until_idle(writer: ReplyWriter) -> None:
+    deadline = time.monotonic() + SECONDS
+    while writer._active or writer._waiting:
+        assert time.monotonic() < deadline, "a reply is still being written"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@needs_gradio
+@pytest.mark.parametrize("width", [1200, 390], ids=["desktop", "phone"])
+def test_people_talk_to_it_in_a_real_browser_that_asks_nobody_else(way, port, browser, width, tmp_path):
+    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     with started(*way, "--web", "--port", port, stdout=subprocess.PIPE) as process:
         wait_for(f"http://127.0.0.1:{port}/", process)
-        browser.get(f"http://127.0.0.1:{port}/")
-        wait = WebDriverWait(browser, SECONDS)
-        for question, reply in (("Say one", "One."), ("Bye", None)):
-            box = wait.until(lambda page: page.find_element(By.CSS_SELECTOR, "textarea"))
-            wait.until(lambda page, box=box: box.is_enabled())
-            box.send_keys(question + Keys.ENTER)
-            wait.until(lambda page, text=question: text in page.find_element(By.TAG_NAME, "body").text)
-            if reply is not None:
-                wait.until(lambda page, text=reply: text in page.find_element(By.TAG_NAME, "body").text)
+        page = Page(browser, port)
+        assert page.ask("Say one") == "One."
+        page.ask("Bye")
         browser.save_screenshot(os.environ.get("HFLLM_SCREENSHOT", str(tmp_path / "chat.png")))
+        overflow = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+        assert overflow <= 0, "nothing stands out of the window"
 
         messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
         asked = [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
         asked = [url for url in asked if not url.startswith(("data:", "blob:", "chrome:", "chrome-"))]
         assert len(asked) > 5
         assert [url for url in asked if not url.startswith(f"http://127.0.0.1:{port}/")] == []
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SECONDS) == -signal.SIGTERM
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio: pip install -e '.[chat]'")
-def test_the_pages_stop_button_ends_the_reply_and_the_work_for_it(port, browser, tmp_path):
+@needs_gradio
+def test_the_history_outlives_a_reload_and_settings_hold(talker, port, browser, monkeypatch):
+    with served_page(talker, port) as writer:
+        jobs = []
+        submit = writer.submit
+        monkeypatch.setattr(writer, "submit", lambda job: (jobs.append(job), submit(job)))
+        page = Page(browser, port)
+        assert page.ask("Say one") == "One."
+        browser.refresh()
+        page.wait.until(lambda _: page.replies() == ["One."])
+        page.fill("#system textarea", "Be kind")
+        page.fill("#temperature input[type=number]", "1.5")
+        page.fill("#length input[type=number]", "7")
+        time.sleep(1)  # the fields tell the page a moment later
+        page.ask("Bye")
+        tokenizer = recipe.load_tokenizer(talker)
+        messages = [{"role": "system", "content": "Be kind"}, *pair("Say one", "One.")]
+        assert jobs[-1].prompt_ids == encode_prompt([*messages, {"role": "user", "content": "Bye"}], tokenizer)
+        assert (jobs[-1].choices[0].temperature, jobs[-1].choices[0].max_new_tokens) == (1.5, 7)
+
+
+@pytest.mark.slow
+@needs_gradio
+def test_retry_draws_again(untrained, port, browser):
+    with served_page(untrained, port, "--temperature=2", "--max_new_tokens=20"):
+        page = Page(browser, port)
+        first = page.ask("Say one")
+        page.click("button[aria-label='Retry'], button[title='Retry']")
+        page.wait.until(lambda _: len(page.replies()) == 1 and page.replies()[0] not in ("", first))
+        page.wait_for_the_end()
+        assert len(page.replies()) == 1
+
+
+@pytest.mark.slow
+@needs_gradio
+def test_an_error_is_shown_and_the_next_message_is_answered(talker, port, browser):
+    with served_page(talker, port):
+        page = Page(browser, port)
+        for wrong, message in (("word " * 300, "Shorten it"), ("half a pair: {half}", "half of a surrogate pair")):
+            page.send(wrong)
+            page.wait.until(lambda _, text=message: any(text in shown for shown in page.texts(".toast-body, .error")))
+            page.wait_for_the_end()
+            assert page.ask("Say one") == "One."
+
+
+@pytest.mark.slow
+@needs_gradio
+def test_the_stop_button_and_leaving_the_page_end_the_work(babbler, port, browser):
     """The model would babble for 30,000 tokens; what it said by then stays, and the next message is answered."""
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    save_untrained(tmp_path / "babbler", context=65536, never_stops=True)
-    words = [f"--model={tmp_path / 'babbler'}", "--max_new_tokens=30000", "--temperature=1", "--web", f"--port={port}"]
-    args = parse_arguments(recipe.ChatArguments, words)
-    model = recipe.load_model(args)
-    lengths: queue.Queue[int] = queue.Queue()  # of the replies, as their generation ends
-    real = model.generate
-    model.generate = lambda *args, **kwargs: lengths.put(real(*args, **kwargs).shape[1])
-    page = recipe.build_web_chat(args, model, recipe.load_tokenizer(args.model))
-    page.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, share=False, inbrowser=False)
-    try:
-        browser.get(f"http://127.0.0.1:{port}/")
-        wait = WebDriverWait(browser, SECONDS)
-
-        def replies() -> list[str]:  # by a script, as the page replaces its elements while the reply grows
-            return browser.execute_script("return [...document.querySelectorAll('.bot.message')].map(e => e.innerText)")
-
+    with served_page(babbler, port, "--max_new_tokens=30000", "--temperature=1") as writer:
+        page = Page(browser, port)
         for turn in (1, 2):
-            box = wait.until(lambda page: page.find_element(By.CSS_SELECTOR, "textarea"))
-            wait.until(lambda page, box=box: box.is_enabled())
-            box.send_keys(f"Message {turn}" + Keys.ENTER)
-            wait.until(lambda _, turn=turn: len(replies()) == turn and len(replies()[-1]) > 20)
-            wait.until(
-                lambda page: page.execute_script(
-                    "const b = document.querySelector('button.stop-button'); if (b) b.click(); return Boolean(b)"
-                )
-            )
-            assert 0 < lengths.get(timeout=SECONDS) < 30000
-            wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "button.submit-button"))
-            assert len(replies()) == turn and len(replies()[-1]) > 20
-    finally:
-        page.close()
+            page.send(f"Message {turn}")
+            page.wait.until(lambda _, turn=turn: len(page.replies()) == turn and len(page.replies()[-1]) > 20)
+            assert writer._active
+            page.click("#message .stop-button")
+            wait_until_idle(writer)
+            page.wait_for_the_end()
+            assert len(page.replies()) == turn and len(page.replies()[-1]) > 20
+        page.send("Message 3")
+        page.wait.until(lambda _: len(page.replies()) == 3 and len(page.replies()[-1]) > 20)
+        browser.get("about:blank")
+        wait_until_idle(writer)

@@ -6,10 +6,11 @@ import signal
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, TextStreamer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hfllm import GPTConfig, GPTForCausalLM
 from hfllm.cli.arguments import parse_arguments
+from hfllm.serving.text import TextStream
 from hfllm.tokenization import load_tokenizer, train_bpe
 from tests.recipes.conftest import load_recipe, make_sentences
 
@@ -88,7 +89,7 @@ def test_several_samples_have_several_seeds(generate, model):
 def test_learned_positions_slide_past_the_context_and_it_says_so(generate, model):
     text = generate(model=model, prompt="the cat", do_sample=False, max_new_tokens=60)
     note, _, text = text.partition("\n")
-    assert note.startswith("(Past the context of 32 tokens, each one is predicted from the last 32: the beginning")
+    assert note.startswith("(Past the context of 32 tokens, each token is predicted from the last 32 alone")
 
     tokenizer, network = load_tokenizer(model), GPTForCausalLM.from_pretrained(model)
     prompt = tokenizer("the cat").input_ids
@@ -123,7 +124,9 @@ def test_a_model_that_ends_at_its_context_says_what_to_do(generate, model, tmp_p
         ValueError, match=r"A gpt2 cannot write past its context.*takes 3\. Give --max_new_tokens 29, or"
     ):
         generate(model=tmp_path / "gpt2", prompt="the cat", max_new_tokens=40)
-    with pytest.raises(ValueError, match="Give a shorter prompt, or make it a model of ours, whose window slides"):
+    with pytest.raises(
+        ValueError, match="Give a shorter prompt, or convert it into an hfllm model, whose context slides"
+    ):
         generate(model=tmp_path / "gpt2", prompt="the cat sees a dog. " * 10)
 
 
@@ -166,30 +169,36 @@ def test_a_text_ends_with_the_first_stop_that_it_writes(generate, model):
     early, late = continuation[4:7], continuation[12:16]
     end = min(whole.index(stop, len("the cat")) + len(stop) for stop in (early, late))
     stopped = generate(model=model, prompt="the cat", do_sample=False, max_new_tokens=24, stop=[late, early])
-    assert whole[:end] in stopped and len(stopped.rstrip("\n")) < end + 8  # a token may reach beyond the stop
+    assert stopped == f"{whole[:end]}\n"
 
     both = generate(model=model, prompt=["the cat", "a dog"], do_sample=False, max_new_tokens=24, stop=[late, early])
     assert both.splitlines()[1] == whole[:end]
 
 
-def test_what_a_row_writes_after_its_stop_is_cut_off():
-    end_at = load_recipe("generate").end_at
-    assert end_at(["two", "one"], "zero one two") == "zero one"
-    assert end_at(["three"], "zero one two") == end_at(None, "zero one two") == "zero one two"
+def test_a_stop_inside_a_token_cuts_the_token_of_one_prompt_and_of_several(generate, model):
+    options = {"do_sample": False, "max_new_tokens": 24}
+    whole = generate(model=model, prompt="the cat", **options).rstrip("\n")
+    tokens = load_tokenizer(model).tokenize(whole.removeprefix("the cat"))
+    long = next(token for token in tokens[3:] if token[0] == "Ġ" and len(token) > 3)  # a space and a word
+    stop = long[1:3]  # ends before the token does
+    expected = whole[: whole.index(stop, len("the cat")) + len(stop)]
+    assert generate(model=model, prompt="the cat", stop=[stop], **options) == f"{expected}\n"
+    both = generate(model=model, prompt=["the cat", "a dog"], stop=[stop], **options)
+    assert both.startswith(f"--- prompt 1\n{expected}\n--- prompt 2\na dog")
 
 
 def test_ctrl_c_keeps_what_was_written_and_ends(generate, model, monkeypatch, capsys):
-    put, calls = TextStreamer.put, []
+    put, calls = TextStream.put, []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without one
 
-    def put_and_interrupt(self, value):
-        put(self, value)
-        calls.append(value)
+    def put_and_interrupt(self, token_id):
+        calls.append(token_id)
         if len(calls) == 6:
             os.kill(os.getpid(), signal.SIGINT)
+        return put(self, token_id)
 
     whole = generate(model=model, prompt="the cat", do_sample=False, max_new_tokens=20)
-    monkeypatch.setattr(TextStreamer, "put", put_and_interrupt)
+    monkeypatch.setattr(TextStream, "put", put_and_interrupt)
     with pytest.raises(SystemExit) as stopped:
         generate(model=model, prompt="the cat", do_sample=False, max_new_tokens=20)
     signal.signal(signal.SIGINT, before)
@@ -238,6 +247,7 @@ def test_an_option_that_cannot_be_stops_at_the_door(generate, options, message):
         ("text.jsonl", b"the cat", "line 1: not valid JSON"),
         ("other.jsonl", b'{"text": "the cat"}', "line 1: there is no column 'prompt' but"),
         ("number.jsonl", b'{"prompt": 3}', "line 1: its 'prompt' is a number, not a string"),
+        ("half.jsonl", rb'{"prompt": "\ud800"}', "line 1: its 'prompt' holds half a surrogate pair"),
     ],
 )
 def test_a_file_without_prompts_says_so(generate, tmp_path, name, content, message):
