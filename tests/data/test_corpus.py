@@ -1,6 +1,7 @@
 import hashlib
 import json
 import random
+import re
 import sysconfig
 from pathlib import Path
 
@@ -221,7 +222,7 @@ def test_an_unreachable_dataset_says_what_would_do(load, monkeypatch):
         load("nobody/nothing")
 
 
-def test_a_dataset_of_the_hub_is_read_by_split_and_column(tmp_path, load, monkeypatch):
+def test_a_dataset_of_the_hub_is_read_by_split_and_column(tmp_path, load, monkeypatch, caplog):
     # A folder, loaded by `datasets` as it loads from the Hub, stands in for one.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "downloads")
     monkeypatch.setattr(sources, "_local_paths", lambda dataset: [])
@@ -230,8 +231,11 @@ def test_a_dataset_of_the_hub_is_read_by_split_and_column(tmp_path, load, monkey
         write(tmp_path / "hub" / f"{split}.jsonl", rows)
     with pytest.raises(ValueError, match="row 1: its 'content' is null"):
         load(tmp_path / "hub", split="test", text_column="content")
+    announced = [message for message in caplog.messages if message.startswith("Downloading the dataset")]
+    assert len(announced) == 1 and re.search(r"hub' from the Hub, revision \w+\.", announced[0])
     corpus = load(tmp_path / "hub", split="test", text_column="content", on_bad_record="skip")
     assert texts_of(corpus) == [f"test {n}" for n in range(1, 100)]
+    assert [message for message in caplog.messages if message.startswith("Downloading the dataset")] == announced
     assert load(tmp_path / "hub", text_column="content", on_bad_record="skip").fingerprint != corpus.fingerprint
     with pytest.raises(ValueError, match=r"no column 'text' but \['content'\]"):
         load(tmp_path / "hub")
