@@ -15,24 +15,12 @@ import pyarrow as pa
 
 # One document a file, unless a separator cuts it.
 PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc")
-SOURCE_CODE: tuple[str, ...] = (
-    ".py",
-    ".pyi",
-    ".c",
-    ".h",
-    ".cc",
-    ".cpp",
-    ".hpp",
-    ".cs",
-    ".go",
-    ".hs",
-    ".java",
-    ".jl",
-    ".js",
-    ".jsx",
+SOURCE_CODE: tuple[str, ...] = tuple(
+    """
+    .py .pyi .c .h .cc .cpp .hpp .cs .go .hs .java .jl .js .jsx .kt .lisp .lua .ml .php .pl .r .rb .rs .scala .sh .sql
+    .swift .ts .tsx
+    """.split()  # noqa: SIM905
 )
-SOURCE_CODE += (".kt", ".lisp", ".lua", ".ml", ".php", ".pl", ".r", ".rb", ".rs", ".scala", ".sh", ".sql", ".swift")
-SOURCE_CODE += (".ts", ".tsx")
 TEXT = (*PROSE, *SOURCE_CODE)
 
 # A record a line, object or row.
@@ -65,17 +53,17 @@ SIGNATURES = {
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "an old Microsoft Office file; save its text as .txt, or its table as .csv",
     b"%PDF-": "a PDF; extract its text, for example with pdftotext",
     b"\x1f\x8b": "compressed by gzip; let its name end in .gz after its format, as in texts.jsonl.gz",
-    b"BZh": "compressed by bzip2; let its name end in .bz2 after its format, as in texts.jsonl.bz2",
+    b"BZh91AY&SY": "compressed by bzip2; let its name end in .bz2 after its format, as in texts.jsonl.bz2",
     b"\xfd7zXZ\x00": "compressed by xz; let its name end in .xz after its format, as in texts.jsonl.xz",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; let its name end in .zst after its format, as in texts.jsonl.zst",
     b"7z\xbc\xaf\x27\x1c": f"a 7z archive; {UNPACK}",
     b"Rar!\x1a\x07": f"a RAR archive; {UNPACK}",
-    b"PAR1": "a Parquet file; let its name end in .parquet",
+    b"PAR1\x15": "a Parquet file; let its name end in .parquet",
     b"ARROW1\x00": "an Arrow file; let its name end in .arrow",
     b"SQLite format 3\x00": "an SQLite database; export its table as .csv",
     b"\x89HDF\r\n": "an HDF5 file; export its texts as .jsonl",
     b"\x93NUMPY": "a NumPy array; save its texts as .jsonl",
-    b"GGUF": "a GGUF model, not text",
+    b"GGUF\x03\x00\x00\x00": "a GGUF model, not text",
     b"\x7fELF": "a program, not text",
     b"\x89PNG\r\n": "a picture, not text",
     b"\xff\xd8\xff": "a picture, not text",

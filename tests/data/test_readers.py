@@ -124,6 +124,11 @@ def test_what_is_no_text_is_refused_by_what_it_is(name, content, what, tmp_path)
             load(str(path))
 
 
+def test_a_text_that_only_begins_like_another_format_is_text(tmp_path):
+    for text in ("GGUF is a format", "BZh, or bzip2", "PAR1 and PAR2", "PK", "\x00 begins with a NUL"):
+        assert texts_of(write(tmp_path / "a.txt", text)) == [text]
+
+
 # Tables
 
 
