@@ -25,7 +25,7 @@ from .records import (
     tell_account,
 )
 from .sampler import rows_at
-from .sources import find_source
+from .sources import by_short_names, find_source
 
 
 logger = logging.getLogger(__name__)
@@ -246,6 +246,18 @@ def split_documents(corpus: Corpus, *, validation_fraction: float) -> tuple[data
     else:
         sides = [np.column_stack([starts[side], ends[side]]) for side in (training, validation)]
     return documents.select(_rows_of(sides[0])), documents.select(_rows_of(sides[1]))
+
+
+def held_out_by_file(corpus: Corpus, validation: datasets.Dataset) -> dict[str, datasets.Dataset]:
+    """The documents to validate on of each file, by a short name, if they are of a few files; else none."""
+    sources = corpus.account.get("sources", [])
+    if not 1 < len(sources) <= NUM_NAMED_SOURCES:
+        return {}
+    ends = np.cumsum([source["documents"] for source in sources])
+    owners = np.searchsorted(ends, validation.with_format("numpy")[:]["document"], side="right")
+    names = by_short_names(source["name"] for source in sources)
+    rows = {name: np.flatnonzero(owners == index) for index, name in enumerate(names)}
+    return {name: validation.select(own) for name, own in rows.items() if len(own)}
 
 
 def describe_held_out(corpus: Corpus, validation: datasets.Dataset) -> str:

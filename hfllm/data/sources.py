@@ -73,8 +73,13 @@ def is_local(dataset: str) -> bool:
 
 
 def named_datasets(dataset: str) -> dict[str, str]:
-    """Several datasets separated by commas, each by a short name of its own, such as `fr` for texts/fr.txt.gz."""
+    """Several datasets separated by commas, each by a short name of its own."""
     names = [dataset] if _exists(dataset) else [name.strip() for name in dataset.split(",") if name.strip()]
+    return by_short_names(names)
+
+
+def by_short_names(names: Iterable[str]) -> dict[str, str]:
+    """Names of files and datasets by what tells them apart in a number's name: `fr` for texts/fr.txt.gz."""
     named: dict[str, str] = {}
     for name in dict.fromkeys(names):
         stem = Path(name).name

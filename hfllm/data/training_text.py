@@ -16,6 +16,7 @@ from .corpus import (
     Corpus,
     count_documents,
     describe_held_out,
+    held_out_by_file,
     load_corpus,
     num_shared_documents,
     split_documents,
@@ -122,7 +123,8 @@ def prepare_text(
     """Split the documents before anything else, then encode and cut them into rows; the main process does it for all.
 
     What is evaluated on is the `validation_dataset` (several of them, separated by commas, are told apart by their
-    names), the `validation_split`, or else `validation_fraction` of the text. With `streaming`, only that is kept on
+    names), the `validation_split`, or else `validation_fraction` of the text; the ends of a few long files are told
+    apart, too. With `streaming`, only that is kept on
     the disk, and training text is read and encoded as it is needed. `encode` and `tokenizer_sha256` are the
     tokenizer's encoder and fingerprint; the other options are those of `load_corpus`, `prepare_rows` and `RowStream`.
 
@@ -187,10 +189,15 @@ def prepare_text(
                 warn_of_shared_documents(corpus, given)
             else:
                 training, rest = split_documents(corpus, validation_fraction=validation_fraction)
-                # Rows prepared before long documents were cut are others.
                 is_cut = corpus.account["documents"] > 1 and len(training) + len(rest) > len(corpus.documents)
-                held_out, parts = [rest], {"": prepare("validation" + " cut" * is_cut, rest, corpus)}
-                rows = prepare("train" + " cut" * is_cut, training, corpus)
+                how = " cut" if is_cut else ""  # rows that were prepared before long documents were cut are others
+                rows = prepare(f"train{how}", training, corpus)
+                named = held_out_by_file(corpus, rest) if is_cut else {}
+                held_out = [rest]
+                parts = {
+                    name: prepare(f"validation{how} {name}".rstrip(), part, corpus)
+                    for name, part in (named or {"": rest}).items()
+                }
     validation = JoinedRows(parts) if len(parts) > 1 else next(iter(parts.values()))
     described = "".join(f"\n  {f'validation {name}'.strip()}: {rows.summary()}" for name, rows in parts.items())
 

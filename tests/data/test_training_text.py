@@ -61,6 +61,7 @@ def test_the_summary_says_of_which_files_text_is_held_out(prepare, texts):
     (texts / "a.txt").write_text("one two three\n" * 2000)
     (texts / "b.txt").write_text("four five six\n" * 2000)
     text = prepare(f"{texts}/a.txt,{texts}/b.txt", validation_fraction=0.1)
+    assert {name: rows.num_bytes for name, rows in text.validation_parts.items()} == {"a": 2800, "b": 2800}
     assert f"held out: 2 documents, 5,600 bytes: 10.0% of {texts}/a.txt, 10.0% of {texts}/b.txt" in text.summary
 
 
