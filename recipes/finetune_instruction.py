@@ -277,7 +277,7 @@ def main(args: InstructionArguments) -> None:
         # 6. What it says after
         metrics["eval_loss"] = response_loss(trainer, rows["eval"])
         metrics["test_loss"] = response_loss(trainer, rows["test"])
-        for name in rows.keys() - {"train", "eval", "test"}:  # "eval_fr": one of several validation datasets
+        for name in sorted(rows.keys() - {"train", "eval", "test"}):  # "eval_fr": one of several validation datasets
             side, _, dataset = name.partition("_")
             metrics[f"{side}_loss_{dataset}"] = response_loss(trainer, rows[name])
         if args.check_answers if args.check_answers is not None else args.dataset == "stdlib":

@@ -377,10 +377,11 @@ def _place_to_cut(texts: pa.ChunkedArray, fraction: float) -> tuple[int, int]:
     row = int(np.searchsorted(ends, cut, side="right"))  # the part that has the cut before its end
     within = cut - int(ends[row] - lengths[row])
     latest = within + (total - cut) // 4
-    window = texts[row].as_py()[within:latest]
+    text = texts[row].as_py()
     for boundary in ("\n\n", "\n", " "):
-        if boundary in window:
-            return row, within + window.index(boundary) + len(boundary)
+        place = text.find(boundary, max(0, within - len(boundary)), latest)  # it may end right at the cut
+        if place >= 0:
+            return row, place + len(boundary)
     return row, int(lengths[row]) if latest > lengths[row] else within  # parts end where lines do
 
 
