@@ -55,6 +55,7 @@ from transformers.utils.logging import disable_progress_bar
 class EvaluateArguments(
     groups.HubDataset,
     groups.TextColumn,
+    groups.DocumentSeparator,
     groups.LabelColumn,
     groups.ColumnMap,
     groups.ValidationFraction,
@@ -227,6 +228,7 @@ def load_data(
             "Name the files to score."
         )
     options: dict[str, Any] = {"dataset_config": args.dataset_config, "split": "train" if is_local else args.split}
+    options["delimiter"] = args.delimiter
     with accelerator.main_process_first():
         if kind == "classifier":
             columns = {"text_column": args.text_column, "label_column": args.label_column}
@@ -237,7 +239,8 @@ def load_data(
                 raise ValueError(f"--column_map {wrong[0]}: give name=meaning, e.g. question=prompt answer=response")
             column_map = {name: meaning for name, _, meaning in pairs}
             return load_conversations(args.dataset, column_map=column_map, **options).rows
-        corpus = load_corpus(args.dataset, text_column=args.text_column, cache_dir=args.cache_dir, **options)
+        options |= {"text_column": args.text_column, "document_separator": args.document_separator}
+        corpus = load_corpus(args.dataset, cache_dir=args.cache_dir, **options)
     if args.validation_fraction == 0:
         return corpus.documents
     return split_documents(corpus, validation_fraction=args.validation_fraction)[1]

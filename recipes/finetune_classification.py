@@ -29,16 +29,18 @@ from hfllm.adapters import add_lora, count_parameters, describe_trained
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import check_recipe, run
 from hfllm.cli.opening import check_fit, open_config
-from hfllm.cli.options import Location, arguments, check_numbers, differs, option
+from hfllm.cli.options import arguments, check_numbers, differs, option
 from hfllm.data.labelled_texts import (
     LabelledTexts,
     balance_labels,
     check_labels_known,
     describe_labelled_texts,
+    join_labelled_texts,
     label_names,
     load_labelled_texts,
     split_by_text,
 )
+from hfllm.data.sources import named_datasets
 from hfllm.evaluation.classification import describe_scores, predict_logits, score_beside_baselines, score_predictions
 from hfllm.fine_tuning.classification import ClassifierTrainer, freeze_all_but
 from hfllm.fine_tuning.run import open_run, training_arguments
@@ -79,8 +81,10 @@ EVALUATION = (
 @arguments
 class ClassificationArguments(
     groups.TrainingDataset,
+    groups.ValidationDataset,
     groups.ValidationSplit,
     groups.TestFraction,
+    groups.TestDataset,
     groups.TextColumn,
     groups.LabelColumn,
     groups.BlockSize,
@@ -102,24 +106,12 @@ class ClassificationArguments(
         0.1, help="Share of the texts held out to choose the epoch by.", at_least=None, above=0
     )
     validation_split = differs(help="Split of the Hub dataset to choose the epoch by.")
-    validation_dataset: str | None = option(
-        None,
-        section="text",
-        help="File of labelled texts to choose the epoch by.",
-        default_is="see validation_fraction",
-        location=Location.READ_OR_NAMED,
-    )
+    validation_dataset = differs(help="Labelled texts to choose the epoch by: files or a Hub id.")
     test_fraction = differs(0.2, help="Share of the texts held out for the test.")
     test_split: str | None = option(
         None, section="text", help="Split of the Hub dataset to test on.", default_is="see test_fraction"
     )
-    test_dataset: str | None = option(
-        None,
-        section="text",
-        help="File of labelled texts to test on.",
-        default_is="see test_fraction",
-        location=Location.READ_OR_NAMED,
-    )
+    test_dataset = differs(help="Labelled texts to test on: files or a Hub id.")
     label_column = differs(help="Column or JSON key of the label, a word or a whole number.")
     balance: bool = option(
         False, section="text", help="Use as many texts of each label as the rarest label has, as the book does."
@@ -267,12 +259,25 @@ def main(args: ClassificationArguments) -> None:
                     name: (part.texts, [names.index(label) for label in part.labels]) for name, part in parts.items()
                 }
                 metrics |= score_beside_baselines(logits, ids, names)
+                metrics |= score_by_name(logits, {name: parts[name] for name in logits}, ids)
                 check_converged(metrics["eval_loss"], num_choices=len(names))
                 draw_confusion(metrics, names, folder, run_name=this_run.output_dir.resolve().name)
             this_run.save_metrics(metrics, folder)
         this_run.finish(trainer)
         if this_run.is_main:
             report(args, metrics, this_run.output_dir, example=test.texts[0])
+
+
+def score_by_name(
+    logits: dict[str, np.ndarray], parts: dict[str, LabelledTexts], ids: dict[str, tuple[list[str], list[int]]]
+) -> dict[str, float]:
+    """The accuracy on each of several validation or test datasets."""
+    scores = {}
+    for side, part in parts.items():
+        is_right = logits[side].argmax(-1) == np.array(ids[side][1])
+        for name, rows in part.named_rows.items():
+            scores[f"{side}_accuracy_{name}"] = float(is_right[rows.start : rows.stop].mean())
+    return scores
 
 
 def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
@@ -301,14 +306,16 @@ def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
 
 def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTexts, LabelledTexts]:
     """The texts to train on, to validate on and to test on: given files or splits, or parts of the dataset."""
-    options = {name: getattr(args, name) for name in ("text_column", "label_column", "on_bad_record")}
+    options = {name: getattr(args, name) for name in ("text_column", "label_column", "on_bad_record", "delimiter")}
+    options["exclude"] = [args.output_dir]
     data = load_labelled_texts(args.dataset, dataset_config=args.dataset_config, split=args.split, **options)
     label_names(data.labels)
     given: dict[str, LabelledTexts | None] = {}
     for name in ("validation", "test"):
         dataset, split = getattr(args, f"{name}_dataset"), getattr(args, f"{name}_split")
         if dataset is not None:
-            given[name] = load_labelled_texts(dataset, **options)
+            parts = {part: load_labelled_texts(each, **options) for part, each in named_datasets(dataset).items()}
+            given[name] = join_labelled_texts(parts)
         elif split is not None:
             given[name] = load_labelled_texts(args.dataset, dataset_config=args.dataset_config, split=split, **options)
         else:

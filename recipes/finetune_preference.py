@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 @arguments
 class PreferenceArguments(
     groups.TrainingDataset,
+    groups.ValidationDataset,
     groups.BlockSize,
     groups.Model,
     groups.LoRA,
@@ -148,7 +149,10 @@ def load_pairs(
         dataset_config=args.dataset_config,
         split=args.split,
         on_bad_record=args.on_bad_record,
+        delimiter=args.delimiter,
+        exclude=[args.output_dir],
         validation_fraction=args.validation_fraction,
+        validation_dataset=args.validation_dataset,
         seed=args.seed,
     )
 

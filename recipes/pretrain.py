@@ -50,7 +50,7 @@ from hfllm.cli.options import (
 from hfllm.data.inspection import describe_row
 from hfllm.data.packing import Rows
 from hfllm.data.training_text import TrainingText, prepare_text
-from hfllm.evaluation.rows import evaluate_rows, score_rows, time_evaluation
+from hfllm.evaluation.rows import evaluate_rows, join_evaluations, score_rows, time_evaluation
 from hfllm.hub import TrainingPush, write_page_and_card
 from hfllm.model import GPTConfig, GPTForCausalLM
 from hfllm.report import plot_curves, save_environment
@@ -90,8 +90,10 @@ DEFAULTS |= {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "eval_steps": 1
 @arguments
 class PretrainArguments(
     groups.TrainingDataset,
+    groups.ValidationDataset,
     groups.ValidationSplit,
     groups.TextColumn,
+    groups.DocumentSeparator,
     groups.Tokenizer,
     groups.BlockSize,
     groups.Stride,
@@ -116,7 +118,13 @@ class PretrainArguments(
     tokenizer = differs(None, default_is="that of model, or out/tokenizer")
     block_size = differs(256, help="Tokens per row; also the longest context the model learns.")
     stride = differs(help="Cut windows this many tokens apart (chapter 2) instead of packing documents.")
-    validation_fraction = differs(help="Share of the bytes held out for validation, by whole documents.")
+    validation_fraction = differs(
+        help="Share of the bytes held out for validation, by whole documents, or of each of a few long ones its end."
+    )
+    validation_dataset = differs(
+        help="Hub id or local files to validate on; several, separated by commas, are measured one by one.",
+        compared=Compared.BY_CONTENT,
+    )
     streaming: bool = option(
         False,
         section="text",
@@ -313,6 +321,9 @@ class TrainingState:
     save_seconds: float
     skipped_updates: int
     evaluation: dict[str, Any] | None = None  # the last one
+    evaluation_by_name: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # of each validation text, if several
     text: dict[str, Any] | None = None  # the position in a stream
     spike_history: list[list[float]] | None = None
     plans: list[list[int]] = dataclasses.field(default_factory=list)  # of the steps, see `Deadline`
@@ -537,9 +548,13 @@ def evaluate(args: PretrainArguments, setup: Setup, state: TrainingState, log: R
     """Log nats per token and bits per byte over every validation token, and a sample of what the model writes."""
     accelerator, text = setup.accelerator, setup.text
     scoring = {"batch_size": args.per_device_eval_batch_size, "accelerator": accelerator}
-    result = evaluate_rows(setup.model, text.validation, **scoring)
+    named = {name: evaluate_rows(setup.model, rows, **scoring) for name, rows in text.validation_parts.items()}
+    result = join_evaluations(named.values()) if named else evaluate_rows(setup.model, text.validation, **scoring)
     state.evaluation = dataclasses.asdict(result)
+    state.evaluation_by_name = {f"eval_loss_{name}": part.loss for name, part in named.items()}
+    state.evaluation_by_name |= {f"eval_bits_per_byte_{name}": part.bits_per_byte for name, part in named.items()}
     record = {"step": state.step, "eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
+    record |= state.evaluation_by_name
     if args.eval_train_rows:
         rows = np.arange(min(args.eval_train_rows, len(text.train)))
         record["eval_train_loss"], _ = score_rows(setup.model, text.train, rows, **scoring)
@@ -583,6 +598,7 @@ def save_result(
         if accelerator.is_main_process:
             speed = {"tokens_per_second": tokens_per_second, **setup.sizes}
             metrics = final_metrics(dataclasses.asdict(state), accelerator=accelerator, **speed)
+            metrics |= state.evaluation_by_name
             metrics |= {"dataset": args.dataset, "corpus_sha256": text.fingerprint}
             metrics |= {"tokenizer_sha256": text.tokenizer_sha256, "seed": args.seed}
             write_json(partial / "metrics.json", metrics)
@@ -612,8 +628,9 @@ def present(args: PretrainArguments, setup: Setup, folder: RunFolder) -> None:
 
 
 def load_text(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> TrainingText:
-    own = (groups.TrainingDataset, groups.ValidationSplit, groups.TextColumn)
-    reading = values_of(args, *own, groups.BlockSize, groups.Stride, groups.Cache)
+    own = (groups.TrainingDataset, groups.ValidationDataset, groups.ValidationSplit, groups.TextColumn)
+    reading = values_of(args, *own, groups.DocumentSeparator, groups.BlockSize, groups.Stride, groups.Cache)
+    reading["exclude"] = [path for path in (args.output_dir, args.cache_dir) if path is not None]
     order = {"streaming": args.streaming, "seed": args.seed}
     encoding = {"encode": document_encoder(tokenizer), "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
     return prepare_text(tokenizer=tokenizer, accelerator=accelerator, **encoding, **reading, **order)

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import run, save_arguments
 from hfllm.cli.options import Location, arguments, check_numbers, differs, inputs_of, option, values_of
-from hfllm.data.corpus import count_documents, load_corpus, split_documents
+from hfllm.data.corpus import count_documents, describe_held_out, load_corpus, split_documents
 from hfllm.runs.completion import describe_finish
 from hfllm.runs.files import write_json
 from hfllm.runs.folder import RunFolder, claim_folder
@@ -50,7 +50,13 @@ import datasets
 
 @arguments
 class TokenizerArguments(
-    groups.TrainingDataset, groups.TextColumn, groups.VocabSize, groups.Cache, groups.Overwrite, groups.Config
+    groups.TrainingDataset,
+    groups.TextColumn,
+    groups.DocumentSeparator,
+    groups.VocabSize,
+    groups.Cache,
+    groups.Overwrite,
+    groups.Config,
 ):
     validation_fraction = differs(help="Share of the bytes held out, by whole documents. Give pretrain.py the same.")
     vocab_size = differs(help="Number of token ids, with the reserved tokens and the 256 bytes.")
@@ -92,12 +98,15 @@ def main(args: TokenizerArguments) -> None:
             split=args.split,
             text_column=args.text_column,
             on_bad_record=args.on_bad_record,
+            delimiter=args.delimiter,
+            document_separator=args.document_separator,
+            exclude=[path for path in (args.output_dir, args.cache_dir) if path is not None],
             cache_dir=args.cache_dir,
         )
         training, held_out = split_documents(corpus, validation_fraction=args.validation_fraction)
         print(
             f"{args.dataset}: {count_documents(corpus.account['documents'])}, {corpus.account['bytes']:,} bytes, "
-            f"sha256 {corpus.fingerprint[:16]}",
+            f"sha256 {corpus.fingerprint[:16]}\nHeld out: {describe_held_out(corpus, held_out)}",
             flush=True,
         )
 
@@ -197,7 +206,7 @@ def pretrain_options(args: TokenizerArguments) -> str:
     known, size = vars(TokenizerArguments()), "--max_train_minutes 5"
     if args.dataset == "stdlib":
         known, size = known | PRETRAIN_DEMO, "--config recipes/configs/pretrain_demo.yaml"
-    text = values_of(args, groups.TrainingDataset, groups.TextColumn)
+    text = values_of(args, groups.TrainingDataset, groups.TextColumn, groups.DocumentSeparator)
     given = {name: value for name, value in text.items() if value != known[name]}
     return " ".join([size, *(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())])
 

@@ -224,7 +224,8 @@ class Dataset:
 
     dataset: str | None = option(
         "stdlib",
-        help="Hub id, local file or folder, or 'stdlib': the source of this Python's standard library.",
+        help="Hub id, local files, folders or patterns (several separated by commas), or 'stdlib': the source of this "
+        "Python's standard library.",
         location=Location.READ_OR_NAMED,
         compared=Compared.BY_CONTENT,
     )
@@ -235,6 +236,23 @@ class HubDataset(Dataset):
 
     dataset_config: str | None = option(None, help="Configuration of the Hub dataset.", compared=Compared.BY_CONTENT)
     split: str = option("train", help="Split of the Hub dataset.", compared=Compared.BY_CONTENT)
+    delimiter: str | None = option(
+        None,
+        help="Character between the cells of .csv and .tsv files, e.g. ';' or '\\t'.",
+        default_is="what the header shows",
+        compared=Compared.BY_CONTENT,
+    )
+
+
+class DocumentSeparator:
+    """text"""
+
+    document_separator: str | None = option(
+        None,
+        help="Line that separates the documents of a text file, e.g. %.",
+        default_is="each file is one document",
+        compared=Compared.BY_CONTENT,
+    )
 
 
 class ValidationFraction:
@@ -253,6 +271,17 @@ class TrainingDataset(HubDataset, ValidationFraction):
     )
 
 
+class ValidationDataset:
+    """text"""
+
+    validation_dataset: str | None = option(
+        None,
+        help="Hub id or local files to validate on, instead of a share of the dataset.",
+        default_is="see validation_fraction",
+        location=Location.READ_OR_NAMED,
+    )
+
+
 class ValidationSplit:
     """text"""
 
@@ -268,6 +297,17 @@ class TestFraction:
     """text"""
 
     test_fraction: float = option(0.1, help="Share held out for the test.", above=0, below=1)
+
+
+class TestDataset:
+    """text"""
+
+    test_dataset: str | None = option(
+        None,
+        help="Hub id or local files to test on, instead of a share of the dataset.",
+        default_is="see test_fraction",
+        location=Location.READ_OR_NAMED,
+    )
 
 
 class TextColumn:

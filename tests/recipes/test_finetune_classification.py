@@ -387,6 +387,17 @@ def test_given_test_texts_are_not_split_off(recipe, spam, tmp_path):
     assert len(train) + len(validation) == len(load_labelled_texts(str(spam)))
 
 
+def test_several_test_datasets_are_told_apart(recipe, spam, tmp_path):
+    (tmp_path / "a.tsv").write_text("spam\tone fish\nham\ta dog\n")
+    (tmp_path / "b.tsv").write_text("spam\ttwo fish\nspam\tthree fish\n")
+    args = recipe.ClassificationArguments(dataset=str(spam), test_dataset=f"{tmp_path}/a.tsv,{tmp_path}/b.tsv")
+    test = recipe.load_parts(args)[2]
+    assert test.texts == ["one fish", "a dog", "two fish", "three fish"]
+    logits, ids = {"test": np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])}, {"test": (test.texts, [1, 0, 1, 1])}
+    scores = recipe.score_by_name(logits, {"test": test}, ids)
+    assert scores == {"test_accuracy_a": 0.5, "test_accuracy_b": 1.0}
+
+
 @pytest.mark.parametrize("name", ["classification_stdlib.yaml", "classification_sms.yaml"])
 def test_the_configs_are_options_of_the_recipe(name, recipe):
     args = parse_arguments(recipe.ClassificationArguments, ["--config", str(RECIPES / "configs" / name)])

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,26 @@ def test_the_evaluation_before_the_first_step_can_be_left_out(run_pretrain, smal
     run_pretrain(**small, eval_on_start=False)
     log = read_log(small["output_dir"] / "log.jsonl")
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [6, 12]
+
+
+def test_validation_texts_of_ones_own_are_measured_one_by_one(run_pretrain, small, tmp_path):
+    (tmp_path / "fr.txt").write_text("le chat voit le chien. " * 20)
+    (tmp_path / "uk.txt").write_text("the cat sees a dog. " * 20)
+    given = f"{tmp_path}/fr.txt,{tmp_path}/uk.txt"
+    metrics = run_pretrain(**{**small, "max_steps": 2, "eval_steps": 2}, validation_dataset=given)
+    names = [f"eval_{name}_{language}" for name in ("loss", "bits_per_byte") for language in ("fr", "uk")]
+    evaluations = [entry for entry in read_log(small["output_dir"] / "log.jsonl") if "eval_loss" in entry]
+    assert {name: evaluations[-1][name] for name in names} == {name: metrics[name] for name in names}
+    assert metrics["eval_bytes"] == 20 * (23 + 20)
+    bits = [metrics[f"eval_bits_per_byte_{language}"] * 20 * size for language, size in (("fr", 23), ("uk", 20))]
+    assert metrics["eval_bits_per_byte"] == pytest.approx(sum(bits) / metrics["eval_bytes"])
+
+
+def test_a_run_below_the_folder_of_its_text_resumes(run_pretrain, small, tmp_path):
+    shutil.copy(small["dataset"], tmp_path / "animals.jsonl")
+    options = {**small, "dataset": tmp_path, "sample_tokens": 4, "lr_scheduler_type": "constant"}
+    assert run_pretrain(**{**options, "max_steps": 6})["train_steps"] == 6
+    assert run_pretrain(**{**options, "max_steps": 8})["train_steps"] == 8  # in spite of samples.txt, log.jsonl, ...
 
 
 def test_the_configuration_of_least_time_trains_what_is_exactly_a_qwen3(run_pretrain, small):

@@ -77,6 +77,13 @@ def test_the_same_tokenizer_is_not_trained_again(arguments, capsys, monkeypatch)
     assert report["others"][arguments.output_dir]["tokens"] == report["tokens"]  # what was asked for is still done
 
 
+def test_a_tokenizer_below_the_folder_of_its_text_is_no_text(arguments, tmp_path, capsys):
+    arguments.dataset = str(tmp_path)
+    recipe.main(arguments)
+    recipe.main(arguments)
+    assert "holds this tokenizer already" in capsys.readouterr().out
+
+
 def test_another_tokenizer_is_replaced_only_when_told_to(arguments):
     arguments.vocab_size = 280
     recipe.main(arguments)
