@@ -56,6 +56,7 @@ from hfllm.data.instruction import (
 from hfllm.data.templates import TEMPLATES, check_template, choose_template
 from hfllm.evaluation.replies import Reply, answer, exact_match, stop_at_turns
 from hfllm.evaluation.rows import score_rows
+from hfllm.fine_tuning.checkpoints import CheckpointedTrainer
 from hfllm.fine_tuning.instruction import (
     choose_eval_steps,
     choose_num_epochs,
@@ -71,7 +72,7 @@ from hfllm.training.optimization import build_muon
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
 
 
 # The book trains all weights with 5e-5 (GPT-2 355M) and LoRA with 5e-5 to 8e-4. Muon's is the demo's model's.
@@ -194,7 +195,7 @@ class InstructionArguments(
             raise ValueError("--adam_learning_rate: only --optimizer muon has a second learning rate.")
 
 
-class InstructionTrainer(Trainer):
+class InstructionTrainer(CheckpointedTrainer):
     """Trainer that computes logits only where something is learned, and evaluates by a sum over tokens.
 
     Trainer's own evaluation is a mean of batch means, which depends on the batch size.

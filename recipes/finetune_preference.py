@@ -23,6 +23,7 @@ from hfllm.cli.opening import check_fit, open_causal_lm
 from hfllm.cli.options import arguments, check_numbers, differs, option
 from hfllm.data.conversations import load_preferences
 from hfllm.data.templates import check_template, without_control_tokens
+from hfllm.fine_tuning.checkpoints import CheckpointedTrainer
 from hfllm.fine_tuning.run import open_run, training_arguments
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import check_precision
@@ -71,6 +72,9 @@ def main(args: PreferenceArguments) -> None:
     args.check()
     from trl import DPOConfig, DPOTrainer
 
+    class PreferenceTrainer(CheckpointedTrainer, DPOTrainer):
+        """TRL's trainer with this project's checkpoints."""
+
     with open_run(args) as this_run:
         if this_run.is_finished:
             return
@@ -91,7 +95,7 @@ def main(args: PreferenceArguments) -> None:
             )
 
         # 3. DPO: TRL's trainer, with LoRA as the only difference between the policy and the reference
-        trainer = DPOTrainer(
+        trainer = PreferenceTrainer(
             model,
             args=training_arguments(
                 args,

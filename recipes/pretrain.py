@@ -52,6 +52,7 @@ from hfllm.runs.progress import RunLog
 from hfllm.runs.signals import EXIT_CODE, StopRequest
 from hfllm.tokenization import document_encoder, load_tokenizer, tokenizer_fingerprint
 from hfllm.training.checkpoint import describe_start, find_state, save_checkpoint, save_model
+from hfllm.training.deadline import Deadline
 from hfllm.training.devices import clip_gradient, leaving_at_once, start_accelerator
 from hfllm.training.optimization import build_adamw, build_muon, learning_rate_at, scale_learning_rates
 from hfllm.training.rehearsal import Rehearsal, describe_rehearsal, rehearse
@@ -240,7 +241,7 @@ class PretrainArguments(
         """Whether a dial is given that sets the sizes."""
         return any(getattr(self, name) is not None for name in DIALS)
 
-    def height_at(self, step: int, max_steps: int) -> float:
+    def height_at(self, step: float, max_steps: int) -> float:
         """Learning-rate multiplier at a step."""
         return learning_rate_at(
             step,
@@ -294,6 +295,8 @@ class TrainingState:
     evaluation: dict[str, Any] | None = None  # the last one
     text: dict[str, Any] | None = None  # the position in a stream
     spike_history: list[list[float]] | None = None
+    plans: list[list[int]] = dataclasses.field(default_factory=list)  # of the steps, see `Deadline`
+    elapsed_seconds: float = 0.0  # of steps, evaluations and saves
 
 
 class Setup(NamedTuple):
@@ -326,6 +329,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
     accelerator.print(text.summary)
 
     # 4. Sizes: of the model, of a step and of the run. With a dial they follow from it and from the text.
+    minutes = args.max_train_minutes if args.max_steps is None else None
     if args.is_sized:
         args = size_model_and_run(args, accelerator, text)
     config = build_config(args, tokenizer)
@@ -353,9 +357,10 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
     state = TrainingState(**find_state(args.output_dir, **restore))
     if state.step > 0:
         text.load_state(state.text)
+    deadline = Deadline(state, planned_steps=max_steps, minutes=minutes, eval_steps=args.eval_steps)
 
     # 7. The loop, and then the model in the form that other tools open, with its numbers
-    if state.step >= max_steps and (Path(args.output_dir) / "metrics.json").exists():
+    if state.step >= deadline.max_steps and (Path(args.output_dir) / "metrics.json").exists():
         accelerator.print(f"The run in {args.output_dir} ended at step {state.step:,}: nothing to do.")
     else:
         accelerator.init_trackers("hfllm", config={name: str(value) for name, value in vars(args).items()})
@@ -363,17 +368,20 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
             save_arguments(args, Path(args.output_dir) / "arguments.yaml")
             tokenizer.save_pretrained(args.output_dir)
             save_environment(args.output_dir, num_processes=accelerator.num_processes)
-        tokens_per_second = train(args, setup, state, stop_request)
-        if state.step >= max_steps:
+        tokens_per_second = train(args, setup, state, deadline, stop_request)
+        if state.step >= deadline.max_steps:
             finish(args, setup, state, tokens_per_second)
         else:
-            accelerator.print(f"Stopped at step {state.step:,} of {max_steps:,}; the same command resumes from here.")
+            of_all = f"{state.step:,} of {deadline.max_steps:,}"
+            accelerator.print(f"Stopped at step {of_all}; the same command resumes from here.")
     text.close()
-    return state.step >= max_steps
+    return state.step >= deadline.max_steps
 
 
-def train(args: PretrainArguments, setup: Setup, state: TrainingState, stop_request: StopRequest) -> float | None:
-    """Take the steps from `state.step` to `max_steps`, and keep `state` up to date; returns tokens per second."""
+def train(
+    args: PretrainArguments, setup: Setup, state: TrainingState, deadline: Deadline, stop_request: StopRequest
+) -> float | None:
+    """Take the steps from `state.step` to the last one, and keep `state` up to date; returns tokens per second."""
     accelerator, max_steps = setup.accelerator, setup.max_steps
     tokens_per_step = setup.rows_per_step * args.block_size
     detector = SpikeDetector(args.skip_spikes, history=state.spike_history) if args.skip_spikes else None
@@ -381,13 +389,16 @@ def train(args: PretrainArguments, setup: Setup, state: TrainingState, stop_requ
     interval_targets = num_skipped_in_a_row = 0
     meter = ThroughputMeter(accelerator.device)
     with RunLog(args.output_dir, accelerator=accelerator, step=state.step, max_steps=max_steps) as log:
+        deadline.start()
         if state.step == 0 and args.eval_on_start:
             evaluate(args, setup, state, log)
+            deadline.count_evaluation()
         setup.model.train()
-        for step in range(state.step, max_steps):
-            step_start = time.perf_counter()
+        while state.step < deadline.max_steps:
+            step, step_start = state.step, time.perf_counter()
+            height = args.height_at(deadline.position(step), max_steps)
             batches, num_targets = read_step(args, setup, step)
-            taken = take_step(args, setup, batches, num_targets, step, detector)
+            taken = take_step(args, setup, batches, num_targets, step, height, detector)
 
             # Counts
             meter.step(tokens_per_step)
@@ -401,13 +412,14 @@ def train(args: PretrainArguments, setup: Setup, state: TrainingState, stop_requ
             log.advance()
 
             # Log, evaluation and checkpoint
-            is_last = state.step == max_steps
+            deadline.count_step()
+            is_last = state.step == deadline.max_steps
             is_stopping = stop_request.agreed()
             if state.step % args.logging_steps == 0 or is_last:
                 record = {
                     "step": state.step,
                     "loss": accelerator.reduce(interval_nats).item() / interval_targets,
-                    "learning_rate": args.learning_rate * args.height_at(step, max_steps),
+                    "learning_rate": args.learning_rate * height,
                     "grad_norm": taken.grad_norm,
                     "tokens_per_second": meter.read(),
                     "train_tokens": state.train_tokens,
@@ -419,6 +431,9 @@ def train(args: PretrainArguments, setup: Setup, state: TrainingState, stop_requ
             with meter.paused():
                 if state.step % args.eval_steps == 0 or is_last:
                     evaluate(args, setup, state, log)
+                    deadline.count_evaluation()
+                if (told := deadline.look()) is not None:
+                    accelerator.print(f"\n{told}")
                 if state.step % args.save_steps == 0 or is_last or is_stopping:
                     save(args, setup, state, detector)
             if is_stopping:
@@ -449,11 +464,12 @@ def take_step(
     batches: list[dict[str, torch.Tensor]],
     num_targets: int,
     step: int,
+    height: float,
     detector: SpikeDetector | None = None,
 ) -> StepResult:
-    """Forward, backward, clip, update."""
+    """Forward, backward, clip, update; with `height` times the highest learning rate."""
     accelerator, model, optimizer = setup.accelerator, setup.model, setup.optimizer
-    scale_learning_rates(optimizer, args.height_at(step, setup.max_steps))
+    scale_learning_rates(optimizer, height)
     # Dropout, like the order of rows, is a function of seed and step, so that a resumed run repeats it exactly.
     torch.manual_seed(np.random.SeedSequence((args.seed, step, accelerator.process_index)).generate_state(1)[0])
 
@@ -645,7 +661,7 @@ def try_steps(args: PretrainArguments, setup: Setup, **options: int) -> Rehearsa
     return rehearse(
         setup.model,
         setup.optimizer,
-        lambda step: take_step(args, setup, *read_step(args, setup, step), step),
+        lambda step: take_step(args, setup, *read_step(args, setup, step), step, args.height_at(step, setup.max_steps)),
         **options,
     )
 

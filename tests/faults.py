@@ -32,6 +32,12 @@ FAULTS = {
     20: "resuming a finished run",
     21: "a pickle in a checkpoint",
     22: "the Hub or a tracker that fails",
+    24: "the same faults in fine-tuning, and in what writes tokenizers and exports",
+    25: "a flipped byte, a missing or truncated file in a Trainer checkpoint",
+    27: "a fine-tuning run killed in its second epoch, without packing",
+    28: "SIGTERM and Ctrl-C in fine-tuning",
+    29: "one flipped bit in cached rows or documents",
+    37: "standard output that cannot encode what is printed",
 }
 OUTCOMES: dict[int, list[str]] = defaultdict(list)
 

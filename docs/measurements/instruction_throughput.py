@@ -78,6 +78,7 @@ def main() -> None:
             [
                 *(f"--output_dir={folder}", "--method=full", f"--max_steps={options.steps}"),
                 *(f"--per_device_train_batch_size={ROWS}", "--logging_steps=1000", "--save_steps=1000"),
+                *("--eval_steps=1000", "--load_best_model_at_end=false"),
             ],
         )
         for number in range(options.rounds):

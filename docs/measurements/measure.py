@@ -37,6 +37,7 @@ from hfllm.runs.log import read_log
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent
 SEEDS = range(5)
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml"]
 QUESTIONS = ("What does Python print for [14, 15, 6, 2, 10][1]", "What does Python print for 'tiger'.startswith('ti')")
 
 
@@ -135,8 +136,8 @@ def measure_time_to_quality(options: argparse.Namespace) -> dict[str, Any]:
 
 def measure_training_step(options: argparse.Namespace) -> dict[str, Any]:
     return {
-        "float32": benchmark("training", "--num_steps", "6"),
-        "bfloat16": benchmark("training", "--num_steps", "6", "--bf16", "true"),
+        "float32": benchmark("training", "--num_steps", "6", launch=LAUNCH),
+        "bfloat16": benchmark("training", "--num_steps", "6", launch=[*LAUNCH, "--mixed_precision", "bf16"]),
         "memory": benchmark("memory"),
     }
 
@@ -207,11 +208,11 @@ def measure_instruction_throughput(options: argparse.Namespace) -> dict[str, Any
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def benchmark(measure: str, *more: str, **variables: str) -> dict[str, Any]:
+def benchmark(measure: str, *more: str, launch: list[str] | None = None, **variables: str) -> dict[str, Any]:
     """What recipes/benchmark.py writes into benchmark.json."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["--measure", measure, *more, "--output_dir", folder]
-        run([sys.executable, "recipes/benchmark.py", *words], **variables)
+        run([*(launch or [sys.executable]), "recipes/benchmark.py", *words], **variables)
         results = json.loads(Path(folder, "benchmark.json").read_text(encoding="utf-8"))
     results.pop("arguments", None)  # they name a temporary folder
     return results

@@ -2,10 +2,11 @@
 
     python docs/measurements/tables.py
 
-A group of numbers whose raw file is not there keeps the text that stands in the documents, which says so. A test
-compares what this script would write with what the documents hold.
+A group of numbers without a raw file keeps the text that the documents have, which says so. A test compares what this
+script would write with what the documents hold.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -155,8 +156,8 @@ def printed_by_demo(results: dict[str, Any]) -> str:
     lines = ["```", "$ make demo"]
     for number, line in enumerate(printed):
         if line.startswith("--- sample 1,"):  # the first sample of generate.py
-            sample = printed[number + 1 : number + 1 + SAMPLE_LINES]
-            lines += ["...", *(each for each in sample if not each.startswith("---")), "..."]
+            sample = itertools.takewhile(lambda each: not each.startswith("---"), printed[number + 1 :])
+            lines += ["...", *itertools.islice(sample, SAMPLE_LINES), "..."]
         elif SHOWN.match(line):
             lines.append(line if len(line) <= 118 else f"{line[:115]}...")
     lines += ["", "$ python recipes/chat.py --model out/chat"]

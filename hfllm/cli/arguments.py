@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import errno
 import gc
+import io
 import os
 import re
 import select
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from .exit_code import noted_exit_code
 from .options import Location, about_of
 from .parser import OptionParser, one_spelling
 from .values import check_text, printable, resolve_path
@@ -138,11 +140,19 @@ def run(main: Callable[[T], None], arguments_class: type[T], *, description: str
     Only a ValueError, OSError, RuntimeError or FloatingPointError raised in hfllm or in the recipe itself is such a
     check, and so is what the system says of a file or of a full disk. Anything else keeps its traceback, for it is a
     bug, here or elsewhere. When nobody reads what is printed any more (`| head -1`), the program ends without a word.
+    Characters that the terminal or file cannot encode are printed with escapes.
     """
     # What imports have left need not be searched for garbage again, nor when Python ends: 0.1 s then instead of 1.0.
     gc.freeze()
     atexit.register(gc.freeze)
-    arguments = parse_arguments(arguments_class, description=description)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal in ASCII shows a sample's \u00e9, and no error
+    with noted_exit_code():
+        _run(main, parse_arguments(arguments_class, description=description))
+
+
+def _run(main: Callable[[T], None], arguments: T) -> None:
     try:
         main(arguments)
         sys.stdout.flush()

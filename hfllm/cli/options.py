@@ -47,7 +47,7 @@ class About:
     """What is declared of an option besides its type and default."""
 
     help: str
-    default_is: str | None = None  # what None stands for, in words; the help text shows it as the default
+    default_is: Any = None  # what None stands for; the help text shows it as the default
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None

@@ -1,9 +1,17 @@
-"""Arrow files on disk that are whole or absent, found again by what they were made from."""
+"""Arrow files on disk that are whole or absent, found again by what they were made from, and verified when read.
+
+    rows-4f1c.../
+        data.arrow      a schema and record batches, which are mapped into memory
+        account.json    what `write` returned; the file's size, a checksum of each record batch and one of all the rest
+
+The checksums are xxh3_64: they find what a disk, a cable or a memory got wrong, and cost a tenth of a sha256.
+"""
 
 import errno
 import hashlib
 import json
 import logging
+import mmap
 import os
 import platform
 import shutil
@@ -13,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import xxhash
 from filelock import FileLock, Timeout
 
 
@@ -29,39 +39,106 @@ def cached_dataset(
     write: Callable[[Path], dict[str, Any]],
     *,
     cache_dir: str | os.PathLike | None = None,
+    verify_now: bool = True,
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """The memory-mapped dataset made from `made_from`, and its account; `write` makes them when no whole one is there.
+    """The memory-mapped dataset made from `made_from`, and its account; `write` makes them when no sound one is there.
 
     `write` gets the path of the Arrow stream file to write and returns the account, which is kept as JSON beside it.
     Every text, option and format version that the file depends on belongs into `made_from`: it is the file's address.
+
+    All of the file is verified, and made again if it has changed since it was written. With `verify_now=False`, for
+    files that are read at random and perhaps never whole, the record batches are left to `batch_verifier`.
     """
     root = Path(cache_dir).expanduser() if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "hfllm"
     address = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     folder = root / f"{kind}-{address[:40]}"
-    account = _account_if_whole(folder)
+    account = _account_if_sound(folder, verify_now)
     if account is None:
-        account = _build(folder, write)
+        account = _build(folder, write, verify_now)
     else:
         logger.info("Found %s, made before.", folder)
     return datasets.Dataset.from_file(str(folder / DATA_FILE)), account
 
 
-def _account_if_whole(folder: Path) -> dict[str, Any] | None:
-    """The account of a cached folder, or None if the folder is absent, truncated or unreadable."""
+def batch_verifier(dataset: datasets.Dataset) -> Callable[[int], None]:
+    """A function that verifies one record batch of a dataset of `cached_dataset`, by its number, the first time.
+
+    It raises an OSError if the batch has changed since it was written.
+    """
+    folder = Path(dataset.cache_files[0]["filename"]).parent
+    batches = json.loads((folder / ACCOUNT_FILE).read_text(encoding="utf-8"))["batches"]
+    content = _mapped(folder / DATA_FILE)
+    verified: set[int] = set()
+
+    def verify(number: int) -> None:
+        if number in verified:
+            return
+        if not _is_sound(content, batches[number]):
+            raise OSError(
+                f"Cached data in {folder} has changed since it was written: record batch {number:,} of "
+                f"{len(batches):,} has another checksum. Delete that folder and start the same command again: it is "
+                "made again, and a run resumes from its newest checkpoint. If it happens again, check disk and memory."
+            )
+        verified.add(number)
+
+    return verify
+
+
+def _account_if_sound(folder: Path, verify_batches: bool) -> dict[str, Any] | None:
+    """The account of a cached folder, or None if the folder is absent, damaged, or of an earlier version."""
     try:
         sidecar = json.loads((folder / ACCOUNT_FILE).read_text(encoding="utf-8"))
-        if (folder / DATA_FILE).stat().st_size == sidecar["file_bytes"]:
-            return sidecar["account"]
+        is_earlier = "batches" not in sidecar and {"file_bytes", "account"} <= sidecar.keys()
+        if not is_earlier and sidecar["checksum"] == _checksum_of_sidecar(sidecar):
+            path = folder / DATA_FILE
+            if path.stat().st_size == sidecar["file_bytes"] and _is_file_sound(path, sidecar, verify_batches):
+                return sidecar["account"]
     except (FileNotFoundError, NotADirectoryError):
         if not folder.exists():
             return None
-    except (ValueError, KeyError, TypeError):  # a sidecar that is not the JSON we wrote
-        pass
-    logger.warning("%s is not whole: it is made again.", folder)
+        is_earlier = False
+    except (ValueError, KeyError, TypeError, AttributeError):  # a sidecar that is not the JSON we wrote
+        is_earlier = False
+    what = "was made by an earlier version" if is_earlier else "is not whole, or has changed since it was written"
+    logger.warning("%s %s: it is made again.", folder, what)
     return None
 
 
-def _build(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def _is_file_sound(path: Path, sidecar: dict[str, Any], verify_batches: bool) -> bool:
+    content = _mapped(path)
+    is_sound = sidecar["frame"] == _checksum_of_frame(content, sidecar["batches"])
+    if is_sound and verify_batches:
+        is_sound = all(_is_sound(content, batch) for batch in sidecar["batches"])
+    return is_sound
+
+
+def _is_sound(content: memoryview, batch: list[Any]) -> bool:
+    offset, num_bytes, checksum = batch
+    return xxhash.xxh3_64_hexdigest(content[offset : offset + num_bytes]) == checksum
+
+
+def _checksum_of_frame(content: memoryview, batches: list[list[Any]]) -> str:
+    """Of all that is not a batch's data: the schema, and where in the file each column begins and ends."""
+    digest = xxhash.xxh3_64()
+    start = 0
+    for offset, num_bytes, _ in batches:
+        digest.update(content[start:offset])
+        start = offset + num_bytes
+    digest.update(content[start:])
+    return digest.hexdigest()
+
+
+def _checksum_of_sidecar(sidecar: dict[str, Any]) -> str:
+    rest = {name: value for name, value in sidecar.items() if name != "checksum"}
+    return xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())
+
+
+def _mapped(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _build(folder: Path, write: Callable[[Path], dict[str, Any]], verify_batches: bool) -> dict[str, Any]:
     """Write the folder beside its place, force it to disk, and rename it: whoever sees it sees all of it."""
     # The host is in the name because the lock below may not reach other machines on a shared file system.
     prefix = f".{folder.name}.{platform.node()}."
@@ -74,7 +151,9 @@ def _build(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, A
         message = f"Cannot write to the cache folder ({error.strerror}). {REMEDY}"
         raise OSError(error.errno, message, str(folder.parent)) from error
     try:
-        if (account := _account_if_whole(folder)) is not None:  # another process made it while we waited for the lock
+        if (
+            account := _account_if_sound(folder, verify_batches)
+        ) is not None:  # another process made it while we waited for the lock
             return account
         # We hold the lock, so what this machine began earlier under this name was interrupted and will never be whole.
         for leftover in folder.parent.glob(f"{prefix}*"):
@@ -82,7 +161,7 @@ def _build(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, A
         temporary.mkdir()
         account = write(temporary / DATA_FILE)
         _seal(temporary, account)
-        return _move_into_place(temporary, folder, account)
+        return _move_into_place(temporary, folder, account, verify_batches)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -103,22 +182,34 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 
 
 def _seal(temporary: Path, account: dict[str, Any]) -> None:
-    """Write the sidecar with the size of the data, and force both files and the folder to disk."""
-    sidecar = {"file_bytes": (temporary / DATA_FILE).stat().st_size, "account": account}
+    """Write the sidecar with size and checksums of the data, and force both files and the folder to disk."""
+    path = temporary / DATA_FILE
+    content = _mapped(path)
+    batches = []
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.MessageReader.open_stream(source)
+        for message in reader:
+            if message.type == "record batch" and message.body is not None:
+                offset = source.tell() - message.body.size
+                checksum = xxhash.xxh3_64_hexdigest(content[offset : offset + message.body.size])
+                batches.append([offset, message.body.size, checksum])
+    sidecar: dict[str, Any] = {"file_bytes": path.stat().st_size, "account": account, "batches": batches}
+    sidecar["frame"] = _checksum_of_frame(content, batches)
+    sidecar["checksum"] = _checksum_of_sidecar(json.loads(json.dumps(sidecar)))
     (temporary / ACCOUNT_FILE).write_text(json.dumps(sidecar, indent=2), encoding="utf-8")
     for path in (temporary / DATA_FILE, temporary / ACCOUNT_FILE, temporary):
         _fsync(path)
 
 
-def _move_into_place(temporary: Path, folder: Path, account: dict[str, Any]) -> dict[str, Any]:
+def _move_into_place(temporary: Path, folder: Path, account: dict[str, Any], verify_batches: bool) -> dict[str, Any]:
     if folder.exists():  # broken, or made meanwhile on a machine that our lock does not reach
-        if (made_meanwhile := _account_if_whole(folder)) is not None:
+        if (made_meanwhile := _account_if_sound(folder, verify_batches)) is not None:
             return made_meanwhile
         shutil.rmtree(folder)
     try:
         temporary.rename(folder)
     except OSError:
-        if (made_meanwhile := _account_if_whole(folder)) is not None:
+        if (made_meanwhile := _account_if_sound(folder, verify_batches)) is not None:
             return made_meanwhile
         raise
     _fsync(folder.parent)

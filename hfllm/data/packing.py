@@ -21,7 +21,7 @@ import torch
 from datasets.utils import tqdm
 from numpy.lib.stride_tricks import sliding_window_view
 
-from .cache import cached_dataset
+from .cache import batch_verifier, cached_dataset
 from .corpus import count_documents
 
 
@@ -50,7 +50,8 @@ class Rows:
 
     `dataset` has the columns `input_ids`, `position_ids` (lists of block_size + 1), `num_targets` and `overlap`, the
     number of the row's leading targets that an earlier row has too. `num_bytes` is the UTF-8 text that the targets
-    stand for, each counted once, and `account` what became of the documents' tokens.
+    stand for, each counted once, and `account` what became of the documents' tokens. Rows are verified when they are
+    first read, a record batch at a time.
     """
 
     def __init__(self, dataset: datasets.Dataset, account: dict[str, Any]):
@@ -60,6 +61,7 @@ class Rows:
         columns = [self._views(name) for name in ("input_ids", "position_ids")]
         self._input_ids, self._position_ids = columns
         self._chunk_starts = np.cumsum([0] + [len(view) for view in self._input_ids])
+        self._verify = batch_verifier(dataset)
         self.block_size = self._input_ids[0].shape[1] - 1
 
     def _views(self, name: str) -> list[np.ndarray]:
@@ -101,6 +103,8 @@ class Rows:
         if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"Rows {indices.min()} to {indices.max()} asked for, of {len(self):,} rows.")
         chunks = self._chunk_starts.searchsorted(indices, side="right") - 1
+        for chunk in set(chunks.tolist()):
+            self._verify(chunk)
         token_ids, positions = np.empty((2, len(indices), self.block_size + 1), dtype=np.int64)
         for row, (chunk, index) in enumerate(zip(chunks, indices - self._chunk_starts[chunks])):
             token_ids[row] = self._input_ids[chunk][index]
@@ -172,7 +176,7 @@ def prepare_rows(
         return _write_rows(path, rows, account, block_size=block_size, vocab_size=vocab_size)
 
     made_from = {"key": key, **options, **special_ids, "format_version": FORMAT_VERSION}
-    dataset, account = cached_dataset("rows", made_from, write, cache_dir=cache_dir)
+    dataset, account = cached_dataset("rows", made_from, write, cache_dir=cache_dir, verify_now=False)
     num_tokens = account["text_tokens"] + account["special_tokens"]
     if num_tokens <= block_size and not allow_short:
         raise ValueError(

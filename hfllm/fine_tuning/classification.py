@@ -1,17 +1,16 @@
 """Classifier training: frozen parameters, the order of rows, and the Trainer."""
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
+
+from .checkpoints import CheckpointedTrainer
+from .order import RowOrder
 
 
 HEADS = ("score", "classifier")  # names of a classifier's head in transformers
-BATCHES_IN_A_POOL = 50  # rows of so many batches are sorted by length together
 
 
 def freeze_all_but(model: PreTrainedModel, method: str) -> None:
@@ -36,40 +35,7 @@ def freeze_all_but(model: PreTrainedModel, method: str) -> None:
             parameter.requires_grad_(True)
 
 
-class RowOrder(Sampler[int]):
-    """The order of an epoch's rows, in whole batches; a function of seed and epoch, the same in every process.
-
-    `by_length` puts rows of similar lengths into a batch, and the batches in random order. Batches from long to short
-    would go from one label to another where length depends on the label (spam is long). Rows beyond the last whole
-    batch, different ones in each epoch, are left out, so that every step is the mean over the same number of rows.
-    """
-
-    def __init__(self, lengths: Sequence[int], *, batch_size: int, by_length: bool, seed: int):
-        self.lengths, self.batch_size, self.by_length, self.seed = lengths, batch_size, by_length, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths) // self.batch_size * self.batch_size or len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(len(self.lengths))[: len(self)].tolist()
-        if not self.by_length:
-            return iter(order)
-        pool = BATCHES_IN_A_POOL * self.batch_size
-        order = [
-            row
-            for first in range(0, len(order), pool)
-            for row in sorted(order[first : first + pool], key=lambda row: self.lengths[row])
-        ]
-        batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
-        return iter([row for index in generator.permutation(len(batches)) for row in batches[index]])
-
-
-class ClassifierTrainer(Trainer):
+class ClassifierTrainer(CheckpointedTrainer):
     """Trainer with the same steps and numbers on any number of processes, which counts text and padding.
 
     Rows come in `RowOrder`, in batches of one optimizer step on all processes together. `eval_loss` is the mean over

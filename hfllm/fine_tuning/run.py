@@ -24,7 +24,6 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from ..adapters import merge_adapter, save_adapter
@@ -34,7 +33,9 @@ from ..hub import write_page_and_card
 from ..report import save_environment
 from ..runs.lock import run_lock
 from ..runs.log import append_to_log
-from ..training.devices import keep_freed_memory
+from ..runs.signals import EXIT_CODE
+from ..training.devices import keep_freed_memory, leaving_at_once
+from .checkpoints import CheckpointedTrainer, train_from_newest
 
 
 # What a run writes, and what overwrite_output_dir deletes.
@@ -68,11 +69,15 @@ class FineTuningRun:
             trainer.add_callback(ProgressBar)
         trainer.add_callback(LogFile(self.output_dir / "log.jsonl", describe_evaluation))
 
-    def train(self, trainer: Trainer) -> float:
-        """Train from the newest checkpoint, or from the start; returns the seconds it took."""
-        [checkpoint] = broadcast_object_list([newest_checkpoint(self.output_dir) if self.is_main else None])
+    def train(self, trainer: CheckpointedTrainer) -> float:
+        """Train from the newest sound checkpoint, or from the start; returns the seconds it took.
+
+        If the run is told to stop (SIGTERM, Ctrl-C), it saves after the step, and the process exits with EXIT_CODE.
+        """
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if not train_from_newest(trainer):
+            with leaving_at_once(trainer.accelerator):
+                sys.exit(EXIT_CODE)
         return time.perf_counter() - start
 
     def save_model(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -90,8 +95,6 @@ class FineTuningRun:
             model.config.use_cache = True  # Trainer sets it to False
         if not is_adapted:
             trainer.save_model(str(self.output_dir))  # also gathers the weights of a sharded model
-            if self.is_main:
-                (self.output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle of arguments.yaml
         elif self.is_main:
             model.save_pretrained(self.output_dir)
         if self.is_main:
@@ -188,25 +191,6 @@ def prepare_folder(args: Any) -> bool:
         print(f"The run in {folder} is finished: nothing to do. overwrite_output_dir starts it again.")
         return True
     return False
-
-
-def newest_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest complete checkpoint of Trainer in a run's folder, or None; for the main process.
-
-    Trainer writes trainer_state.json last. A checkpoint without it was interrupted by a kill or a full disk, and
-    Trainer would fail on it every time: it is renamed, and reported.
-    """
-    checkpoints = Path(output_dir) / "checkpoints"
-    while checkpoints.is_dir() and (name := get_last_checkpoint(str(checkpoints))) is not None:
-        try:
-            json.loads((Path(name) / "trainer_state.json").read_text(encoding="utf-8"))
-            return name
-        except (OSError, ValueError):
-            aside = checkpoints / f"torn-{Path(name).name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            Path(name).rename(aside)
-            print(f"{name} is incomplete. It was renamed to {aside.name} and is not used.", flush=True)
-    return None
 
 
 def trackers(report_to: list[str] | None) -> list[str] | str:

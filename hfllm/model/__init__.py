@@ -7,7 +7,7 @@ from .modeling_gpt import GPTForCausalLM, GPTForSequenceClassification, GPTModel
 
 
 # `Auto*.register` lets Auto classes open our checkpoints without `trust_remote_code`; `register_for_auto_class` makes
-# `save_pretrained` and `push_to_hub` carry the two model files, for readers without hfllm.
+# `save_pretrained` and `push_to_hub` carry the model's files, for readers without hfllm.
 AutoConfig.register(GPTConfig.model_type, GPTConfig, exist_ok=True)
 GPTConfig.register_for_auto_class()
 for auto_class, model_class in (

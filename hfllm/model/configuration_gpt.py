@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Every class of ours, by the Auto class that opens it. All of it is written into every saved config, so that a reader
+# Our classes, by the Auto class that opens them. Every saved config has the whole table, so that a reader
 # without hfllm can open any head of a checkpoint with `trust_remote_code=True`.
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt.GPTConfig",
@@ -26,8 +26,8 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_gpt.GPTForSequenceClassification",
 }
 
-# The two ways of building. "modern" is exactly a `qwen3`, so what is trained with it runs wherever Qwen3 runs; "book"
-# is GPT-2 (Radford et al. 2019) as chapters 3 to 5 build it. Everything else is a size.
+# The two architectures. "modern" is exactly a `qwen3`, so what is trained with it runs wherever Qwen3 runs; "book" is
+# GPT-2 (Radford et al. 2019) as chapters 3 to 5 build it. All other fields are sizes.
 PRESETS: dict[str, dict[str, Any]] = {
     "modern": {
         "position_embedding_type": "rotary",
@@ -58,8 +58,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# transformers takes any keyword for a config and keeps it without a word, so a misspelled field would leave a default
-# in its place. These are the keywords beyond the fields that it acts on, or that it writes into a config itself.
+# transformers silently keeps any keyword of a config, so that a misspelled field would leave its default in place.
+# These are the keywords beyond our fields that transformers acts on, or writes into a config itself.
 TRANSFORMERS_KEYS = {
     "attn_implementation",
     "auto_map",
@@ -79,10 +79,10 @@ TRANSFORMERS_KEYS = {
     "transformers_weights",
 }
 
-# These change what transformers' own masks and loops do, but not what a GPT does.
+# These change transformers' masks and loops, but not what a GPT computes.
 UNSUPPORTED_KEYS = ("attention_chunk_size", "layer_types", "per_layer_config", "sliding_window")
 
-# What the book's dictionary, GPT-2's config and others call our fields.
+# Names of our fields in the book's dictionary, in GPT-2's config and elsewhere.
 OTHER_NAMES = {
     "context_length": "max_position_embeddings",
     "emb_dim": "hidden_size",
@@ -101,7 +101,7 @@ OTHER_NAMES = {
     "num_layers": "num_hidden_layers",
 }
 
-# The rotary scalings of transformers that turn a whole head, and what each of them cannot do without.
+# The rotary scalings of transformers that turn a whole head, and the values that each requires.
 ROPE_TYPES = {
     "default": (),
     "linear": ("factor",),
@@ -116,50 +116,51 @@ DTYPES = ("float32", "float", "bfloat16", "float16", "half", "float64", "double"
 
 @strict
 class GPTConfig(PreTrainedConfig):
-    """The shape of a GPT. The defaults are the modern preset at the size of the README's example.
+    """The architecture and sizes of a GPT. The defaults are the modern preset at the size of the README's example.
 
     Args:
         vocab_size: Rows of the token embedding; at least `len(tokenizer)`.
         hidden_size: Width C of the residual stream.
         intermediate_size: Width of the MLP. Default: 4 * hidden_size; for a gated MLP 8/3 * hidden_size, rounded to a
             multiple of 64, so that three matrices hold as many weights as two (Shazeer 2020, section 2).
-        num_hidden_layers: Blocks.
-        num_attention_heads: Query heads H.
-        num_key_value_heads: Key and value heads; fewer than H is grouped-query attention (Ainslie et al. 2023).
-            Default: H.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of query heads H.
+        num_key_value_heads: Number of key and value heads; fewer than H is grouped-query attention (Ainslie et al.
+            2023). Default: H.
         head_dim: Channels D of a head. Default: hidden_size / num_attention_heads.
         max_position_embeddings: The longest context, in tokens. With learned positions it is the table's size, and past
-            it `generate` predicts from the last so many tokens.
+            it `generate` predicts from this many last tokens.
         position_embedding_type: `"rotary"` (Su et al. 2021) or `"learned"` (a table, as in GPT-2).
         rope_parameters: transformers' dict for rotary positions, `{"rope_type": "default", "rope_theta": 10000.0}`.
         norm_type: `"rms_norm"` (Zhang and Sennrich 2019) or `"layer_norm"` (with a bias, as in GPT-2).
-        norm_eps: Added to the variance.
+        norm_eps: Added to the variance, so that a norm never divides by 0.
         use_qk_norm: An RMSNorm over each head's queries and keys (Dehghani et al. 2023; as in Qwen3).
         hidden_act: The MLP's activation, by transformers' name.
         gated_mlp: `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
         attention_bias: Biases of the query, key and value projections.
-        attention_output_bias: Bias of the attention's output projection. Default: as `attention_bias`. The book's own
-            GPT has `qkv_bias=False` with a bias here.
+        attention_output_bias: Bias of the attention's output projection. Default: as `attention_bias`. The book's GPT
+            has this bias with `qkv_bias=False`.
         mlp_bias: Biases of the MLP.
         embedding_dropout: Applied to the sum of the embeddings.
         attention_dropout: Applied to the attention weights.
-        residual_dropout: Applied to what attention and MLP add to the residual stream.
+        residual_dropout: Applied to the outputs of attention and MLP, before they are added to the residual stream.
         final_logit_softcapping: If set, logits become `cap * tanh(logits / cap)` (Gemma 2, section 2).
         initializer_range: Standard deviation of the initial weights.
-        embedding_initializer_range: That of the embeddings. Default: as `initializer_range`. The book leaves them at
-            PyTorch's 1.0, which with a head of its own learns a short text far faster.
-        tie_word_embeddings: The head is the token embedding (Press and Wolf 2017).
-        classifier_pooling: Where `GPTForSequenceClassification` stands: on the last token (`"last"`, as transformers'
-            own classes do), on the mean of all tokens' last hidden states (`"mean"`), or on that and the mean of their
-            embeddings, normalised (`"mean_first_last"`, after Gao et al. 2021, SimCSE); padding never counts.
+        embedding_initializer_range: Standard deviation of the initial embeddings. Default: as `initializer_range`. The
+            book leaves PyTorch's 1.0, which learns a short text far faster if the head is not tied.
+        tie_word_embeddings: The head shares the token embedding's weight (Press and Wolf 2017).
+        classifier_pooling: The input of `GPTForSequenceClassification`'s head: the last token's hidden state (`"last"`,
+            as in transformers' own classes), the mean of all tokens' last hidden states (`"mean"`), or that mean plus
+            the mean of the normalised embeddings (`"mean_first_last"`, after Gao et al. 2021, SimCSE). Padding never
+            counts.
 
     Raises:
-        ValueError: for an unknown field, naming the nearest one, and for values that cannot work, alone or together. A
-            key of `config.json` that nothing here knows is kept, as transformers does, with a warning.
+        ValueError: for an unknown field, naming the nearest one, and for values that cannot work, alone or together. An
+            unknown key of `config.json` is kept, as in transformers, with a warning.
     """
 
     model_type = "hfllm_gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # the name since transformers 5.24, and before
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -227,16 +228,16 @@ class GPTConfig(PreTrainedConfig):
         if self.embedding_initializer_range is None:
             self.embedding_initializer_range = self.initializer_range
         if self.rope_parameters is not None:
-            self.rope_parameters = dict(self.rope_parameters)  # it is completed below: not in the caller's hands
+            self.rope_parameters = dict(self.rope_parameters)  # completed below, without changing the caller's
         super().__post_init__(**kwargs)
         if self.position_embedding_type == "learned":
             self.rope_parameters = None
         self._fit_parallel_plans()
         self.auto_map = dict(AUTO_MAP)
-        self.validate_architecture()  # `@strict` asks again, but its errors are no ValueErrors
+        self.validate_architecture()  # `@strict` calls it again, but its errors are not ValueErrors
 
     def _fit_parallel_plans(self):
-        """Keep of the class's plans what this architecture has; transformers warns of a rule that nothing matches."""
+        """Keep the rules of the class's plans that match this architecture; transformers warns of the others."""
         absent = set() if self.use_qk_norm else {"q_norm", "k_norm"}
         if not self.gated_mlp:
             absent.add("gate_proj")
@@ -264,7 +265,7 @@ class GPTConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
-        """transformers' own, which would make a GPT of defaults out of another architecture's config."""
+        """Refuse another architecture's config, of which transformers would make a GPT with default values."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_types = [
             part.get("model_type") for part in (config_dict, *config_dict.values()) if isinstance(part, dict)
@@ -274,11 +275,12 @@ class GPTConfig(PreTrainedConfig):
         return config_dict, kwargs
 
     def _check_keys(self, extra: dict[str, Any], *, from_file: bool):
-        """What a person gave and nobody will read, or cannot mean. A file may hold what other tools wrote into it."""
+        """Reject keys that nothing reads and values that cannot be right; a file may hold keys of other tools."""
         for key in UNSUPPORTED_KEYS:
             if extra.get(key) is not None:
                 raise ValueError(
-                    f"{key}={extra[key]!r}: all layers of a GPT are alike, and attend to the whole text. Leave it out."
+                    f"{key}={extra[key]!r} is not supported: all layers of a GPT are alike and attend to the whole "
+                    "text. Leave it out."
                 )
         known = {*TRANSFORMERS_KEYS, *UNSUPPORTED_KEYS}
         unknown = [key for key in extra if key not in known and not key.startswith("_")]
@@ -286,7 +288,7 @@ class GPTConfig(PreTrainedConfig):
         if unknown and not from_file:
             raise ValueError(f"{explained} help(GPTConfig) lists the fields.")
         if unknown:
-            logger.warning_once(f"config.json: {explained} Kept, but without effect.")
+            logger.warning_once(f"config.json: {explained} It is kept, without effect.")
 
         rotary_only = {"rope_parameters": self.rope_parameters, **extra}
         given = [key for key in ("rope_parameters", "rope_scaling", "rope_theta") if rotary_only.get(key) is not None]
@@ -299,7 +301,7 @@ class GPTConfig(PreTrainedConfig):
             return
         for dtype in (self.dtype, extra.get("torch_dtype")):
             if isinstance(dtype, str) and dtype not in DTYPES:
-                raise ValueError(f"dtype={dtype!r} is none for weights; give 'float32', 'bfloat16' or 'float16'.")
+                raise ValueError(f"dtype={dtype!r} is not a dtype of weights; give 'float32', 'bfloat16' or 'float16'.")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = getattr(self, name)
             for token_id in ids if isinstance(ids, list) else [ids]:
@@ -325,7 +327,7 @@ class GPTConfig(PreTrainedConfig):
         return f"GPTConfig has no field {key!r}{hint}{'' if hint.endswith('?') else '.'}"
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation: values that cannot work, alone or together, with the reason."""
+        """Reject values that cannot work, alone or together, with the reason; `@strict` calls it."""
         sizes = (
             "vocab_size",
             "hidden_size",
@@ -350,7 +352,7 @@ class GPTConfig(PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             nearest = difflib.get_close_matches(self.hidden_act, ACT2FN, n=1, cutoff=0.5)
             raise ValueError(
-                f"hidden_act={self.hidden_act!r} is no activation of transformers"
+                f"hidden_act={self.hidden_act!r} is not an activation of transformers"
                 f"{f'; did you mean {nearest[0]!r}?' if nearest else '.'} It has {', '.join(sorted(ACT2FN))}. "
                 "SwiGLU is 'silu', GeGLU 'gelu', with gated_mlp=True."
             )
@@ -402,7 +404,7 @@ class GPTConfig(PreTrainedConfig):
 
 
 def explain_other_architecture(name: str | os.PathLike, model_type: str) -> str:
-    """Why a checkpoint or config of another architecture is refused, and what opens it."""
+    """An error message: why another architecture's checkpoint or config is refused, and what opens it."""
     way = "hfllm.from_native makes it one."
     if model_type not in ("gpt2", "llama", "qwen3"):
         way = (

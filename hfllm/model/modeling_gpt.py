@@ -272,7 +272,7 @@ class GPTDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.residual_dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
-@auto_docstring(custom_intro="Weights, plans and what transformers may do with a GPT.")
+@auto_docstring(custom_intro="Initial weights, and what transformers may do with a GPT.")
 class GPTPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     config: GPTConfig
     base_model_prefix = "model"
@@ -384,7 +384,7 @@ class GPTModel(GPTPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, T) to their embeddings (B, T, C); an id that has none is an error in words, on a CPU."""
+        """Token ids (B, T) to their embeddings (B, T, C); on a CPU, an error names ids outside the vocabulary."""
         try:
             return self.embed_tokens(input_ids)
         except IndexError as error:
@@ -396,9 +396,9 @@ class GPTModel(GPTPreTrainedModel):
             ) from error
 
     def _embed_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Positions (B, T) to their rows (B, T, C) of the table; one that has none is an error in words."""
+        """Positions (B, T) to their rows (B, T, C) of the table; an error names positions beyond it."""
         num_positions = self.embed_positions.num_embeddings
-        # A GPU answers with an assert of its own, and reading values stalls it: they are read only where they are many.
+        # A GPU fails with an assert of its own, and reading values stalls it: they are read only in long inputs.
         is_long = position_ids.shape[-1] > num_positions and not is_tracing(position_ids)
         try:
             if is_long and position_ids.max() >= num_positions:
@@ -449,11 +449,11 @@ class GPTForCausalLM(GPTPreTrainedModel, SlidingGenerationMixin):
             Keys and values of the tokens so far. Before transformers 5.24 it was called `past_key_values`, which still
             works.
         skip_logits (`bool`, *optional*, defaults to `False`):
-            With labels, return the loss alone. The logits then are never there all at once, which saves their memory;
-            where the head is not a plain linear layer (LoRA on it, sharded, soft-capped) they are, all the same.
+            With labels, return the loss alone. The logits are then computed a few rows at a time, which saves their
+            memory, unless the head is not a plain linear layer (with LoRA, sharded, soft-capped).
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Usually `input_ids` itself: the model shifts them. -100 marks what is not learned. Labels that are shifted
-            already go in as `shift_labels`; the loss is the mean over labels, or, with `num_items_in_batch`, their sum
+            Usually `input_ids` itself: the model shifts them. -100 marks tokens without a loss. Pass labels that are
+            already shifted as `shift_labels`. The loss is the mean over labels, or, with `num_items_in_batch`, the sum
             divided by that number.
 
         Example:
@@ -482,7 +482,9 @@ class GPTForCausalLM(GPTPreTrainedModel, SlidingGenerationMixin):
         if skip_logits and self.config.final_logit_softcapping is None and is_plain_linear(self.lm_head):
             if shift_labels is None:
                 if labels is None:
-                    raise ValueError("skip_logits=True leaves the loss alone, and without labels there is none.")
+                    raise ValueError(
+                        "skip_logits=True returns the loss alone, which needs labels. Pass labels or shift_labels."
+                    )
                 shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
             loss = linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, num_items_in_batch)
             return CausalLMOutputWithPast(
@@ -516,11 +518,11 @@ class GPTForCausalLM(GPTPreTrainedModel, SlidingGenerationMixin):
 
 
 @auto_docstring(
-    custom_intro="The GPT with a linear classifier on a row's last token, or the mean of its tokens, padding aside."
+    custom_intro="The GPT with a linear classifier on the last token of a row, or on the mean of its tokens."
 )
 class GPTForSequenceClassification(GPTPreTrainedModel):
-    # The loss is the mean over rows. Trainer has to be told, or it takes the keywords of `forward` for a promise that
-    # num_items_in_batch divides it, and multiplies gradients by the accumulation and by the number of processes.
+    # The loss is the mean over rows. Without this, Trainer concludes from the keywords of `forward` that the loss is
+    # divided by num_items_in_batch, and multiplies gradients by the accumulation and by the number of processes.
     accepts_loss_kwargs = False
 
     def __init__(self, config: GPTConfig):
@@ -553,8 +555,8 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
         is_mean = self.config.classifier_pooling != "last"
         if is_mean and cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
-                f"classifier_pooling={self.config.classifier_pooling!r} is over all tokens of a text, and those in "
-                "the cache have left no hidden states. Pass the whole text, without a filled cache."
+                f"classifier_pooling={self.config.classifier_pooling!r} is a mean over all tokens of a text, but the "
+                "cache keeps no hidden states of its tokens. Pass the whole text, without a filled cache."
             )
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -593,10 +595,10 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
     def _find_text(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor
     ) -> torch.Tensor:
-        """Which tokens (B, T) are not padding, on whichever side the padding is.
+        """True (B, T) for the tokens that are not padding, on either side.
 
-        The attention mask decides. Only without one does the pad token's id, which is wrong where a text may contain
-        that id (pad == eos); a single row without either is taken whole.
+        The attention mask decides. Without one the pad token's id does, which is wrong where a text may contain that id
+        (pad == eos); a single row without either is all text.
         """
         batch_size, length = hidden_states.shape[:2]
         if attention_mask is not None and len(attention_mask.shape) == 2:

@@ -1,5 +1,6 @@
 """Stopping on a signal at a step's end, on all processes together."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -46,7 +47,11 @@ class StopRequest:
                 os._exit(128 + number)
             return
         self.signal_number, self.time = number, time.monotonic()
-        self.accelerator.print("\nStopping after this step; a checkpoint follows. Once more to stop at once.")
+        if self.accelerator.is_main_process:
+            # Not `print`, which raises an error when the signal comes in the middle of another one.
+            text = "\nStopping after this step; a checkpoint follows. Send the signal again to stop at once.\n"
+            with contextlib.suppress(OSError):
+                os.write(1, text.encode())
 
     def agreed(self) -> bool:
         """True on every process as soon as one of them was told to stop. All processes must call it together."""

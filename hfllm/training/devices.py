@@ -246,7 +246,8 @@ def leaving_at_once(accelerator: Accelerator) -> Iterator[None]:
         if accelerator.num_processes > 1:
             # what hfllm.cli.arguments.run ends on with 2
             is_check = isinstance(error, (ValueError, OSError, RuntimeError, FloatingPointError))
-            atexit.register(_leave, 2 if is_check else 1)
+            code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 2 if is_check else 1
+            atexit.register(_leave, code)
         raise
 
 

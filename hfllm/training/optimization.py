@@ -105,7 +105,7 @@ def scale_learning_rates(optimizer: Any, factor: float) -> None:
 
 
 def learning_rate_at(
-    step: int,
+    step: float,
     *,
     learning_rate: float,
     max_steps: int,

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import random
 import signal
 import threading
 import time
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from hfllm.data import load_corpus
-from hfllm.data.cache import cached_dataset
+from hfllm.data.cache import batch_verifier, cached_dataset
 
 
 SCHEMA = pa.schema([("number", pa.int64())])
@@ -26,12 +27,12 @@ def write_numbers(path: Path) -> dict:
 def make(tmp_path):
     """cached_dataset in tmp_path/cache, which counts how often the file was written."""
 
-    def make(made_from=None, write=write_numbers, folder=tmp_path / "cache"):
+    def make(made_from=None, write=write_numbers, folder=tmp_path / "cache", **options):
         def counted(path: Path) -> dict:
             make.num_written += 1
             return write(path)
 
-        return cached_dataset("numbers", made_from or {"version": 1}, counted, cache_dir=folder)
+        return cached_dataset("numbers", made_from or {"version": 1}, counted, cache_dir=folder, **options)
 
     make.num_written = 0
     return make
@@ -68,7 +69,7 @@ def test_a_broken_folder_is_noticed_and_made_again(make, tmp_path, caplog, damag
         account.write_text('{"file_bytes": 1' if damage == "half an account" else "[]")
     rows, _ = make()
     assert make.num_written == 2 and len(rows) == 1000
-    assert "is not whole: it is made again" in caplog.text
+    assert "is not whole, or has changed since it was written: it is made again" in caplog.text
     make()
     assert make.num_written == 2 and entries(tmp_path / "cache") == [name]
 
@@ -118,18 +119,96 @@ def test_builders_at_the_same_time_build_once(make):
 def test_a_builder_without_our_lock_may_finish_first(make, tmp_path):
     """As on another machine that shares the file system, where the lock does not reach."""
 
+    def by_the_other(path: Path) -> dict:
+        return write_numbers(path) | {"by": "the other"}
+
     def overtaken(path: Path) -> dict:
-        name = path.parent.name.removeprefix(".").rsplit(".", 2)[0].split(".")[0]
-        other = tmp_path / "cache" / name
-        other.mkdir()
-        account = write_numbers(other / "data.arrow")
-        sidecar = {"file_bytes": (other / "data.arrow").stat().st_size, "account": account | {"by": "the other"}}
-        (other / "account.json").write_text(json.dumps(sidecar))
+        cached_dataset("numbers", {"version": 1}, by_the_other, cache_dir=tmp_path / "elsewhere")
+        (name,) = entries(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere" / name).rename(tmp_path / "cache" / name)
         return write_numbers(path)
 
     rows, account = make(write=overtaken)
     assert account == {"rows": 1000, "by": "the other"} and len(rows) == 1000
     assert len(entries(tmp_path / "cache")) == 1
+
+
+def write_three_batches(path: Path) -> dict:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        for first in (0, 1000, 2000):
+            writer.write_batch(pa.record_batch([pa.array(range(first, first + 7))], schema=SCHEMA))
+    return {"rows": 21}
+
+
+def flip_bit(path: Path, position: int, bit: int = 0) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        (byte,) = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+@pytest.mark.fault(29)
+@pytest.mark.parametrize("name", ["data.arrow", "account.json"])
+def test_one_flipped_bit_anywhere_is_found_and_the_file_made_again(make, tmp_path, name):
+    rows, _ = make(write=write_three_batches)
+    expected = rows["number"][:]
+    path = tmp_path / "cache" / entries(tmp_path / "cache")[0] / name
+    positions = random.Random(0).sample(range(path.stat().st_size), 40)
+    for count, position in enumerate(positions, start=1):
+        flip_bit(path, position, bit=position % 8)
+        rows, account = make(write=write_three_batches)
+        assert make.num_written == count + 1
+        assert rows["number"][:] == expected and account == {"rows": 21}
+
+
+@pytest.mark.fault(29)
+def test_a_batch_that_changed_is_found_when_it_is_first_read_and_its_folder_named(make, tmp_path):
+    make(write=write_three_batches)
+    (folder,) = (tmp_path / "cache").glob("numbers-*")
+    offset, num_bytes, _ = json.loads((folder / "account.json").read_text())["batches"][1]
+    flip_bit(folder / "data.arrow", offset + num_bytes - 8)
+    verify = batch_verifier(make(write=write_three_batches, verify_now=False)[0])
+    assert make.num_written == 1
+    verify(0)
+    verify(2)
+    with pytest.raises(OSError, match=r"record batch 1 of 3 has another checksum\. Delete that folder") as raised:
+        verify(1)
+    assert str(folder) in str(raised.value)
+    flip_bit(folder / "data.arrow", 4)  # where the columns lie is verified before any of them is read
+    make(write=write_three_batches, verify_now=False)
+    assert make.num_written == 2
+
+
+def test_a_cache_of_an_earlier_version_is_made_again(make, tmp_path, caplog):
+    make()
+    (folder,) = (tmp_path / "cache").glob("numbers-*")
+    sidecar = json.loads((folder / "account.json").read_text())
+    earlier = {"file_bytes": sidecar["file_bytes"], "account": {"rows": 999}}
+    (folder / "account.json").write_text(json.dumps(earlier))
+    _, account = make()
+    assert make.num_written == 2 and account == {"rows": 1000}
+    assert "was made by an earlier version: it is made again" in caplog.text
+
+
+def test_two_processes_that_build_the_same_at_once_build_it_once_and_both_read_it(tmp_path):
+    def slowly(path: Path) -> dict:
+        with (tmp_path / "builds").open("a") as file:
+            file.write("built\n")
+        time.sleep(0.3)
+        return write_three_batches(path)
+
+    children = []
+    for _ in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            rows, account = cached_dataset("numbers", {"version": 1}, slowly, cache_dir=tmp_path / "cache")
+            verify = batch_verifier(rows)
+            for number in range(3):
+                verify(number)
+            os._exit(0 if sum(rows["number"]) == 21063 and account == {"rows": 21} else 1)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert (tmp_path / "builds").read_text() == "built\n"
 
 
 def test_a_full_disk_is_named_and_nothing_is_left(make, tmp_path):

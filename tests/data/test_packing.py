@@ -311,6 +311,23 @@ def test_a_batch_may_span_chunks_of_the_file(rows_of, monkeypatch):
             rows.batch(np.array([0, index]))
 
 
+@pytest.mark.fault(29)
+def test_one_flipped_bit_in_cached_rows_is_found_when_they_are_first_read(rows_of, monkeypatch, tmp_path):
+    monkeypatch.setattr(packing, "CHUNK_TOKENS", 16)
+    text = "abcdefghijklmnopqrstuvwxyz" * 4
+    expected = rows_of(text).batch(np.arange(20))["input_ids"]
+    (folder,) = tmp_path.glob("rows-*")
+    content = bytearray((folder / "data.arrow").read_bytes())
+    offset, _, _ = json.loads((folder / "account.json").read_text())["batches"][-1]
+    content[offset] ^= 1
+    (folder / "data.arrow").write_bytes(content)
+    rows = rows_of(text)
+    assert torch.equal(rows.batch(np.arange(20))["input_ids"], expected)  # the last batch is not read
+    with pytest.raises(OSError, match="has changed since it was written") as raised:
+        rows.batch(np.array([len(rows) - 1]))
+    assert str(folder) in str(raised.value)
+
+
 def test_rows_are_views_on_the_file_and_batches_are_fast(rows_of):
     rows = rows_of("x" * 500_000, block_size=256)
     for views in (rows._input_ids, rows._position_ids):

@@ -1,4 +1,4 @@
-"""What a token may see: on every attention backend that runs here, alone, packed with others, and beside padding."""
+"""Which tokens a token attends to, on every attention backend that runs here: alone, packed with others, and padded."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What transformers does with its own models, it does with ours: generating, loading, resizing, sharding, compiling."""
+"""transformers treats our models as its own: generating, loading, resizing, sharding, compiling."""
 
 import math
 import subprocess

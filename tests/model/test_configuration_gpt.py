@@ -35,13 +35,16 @@ def test_a_gated_mlp_has_as_many_weights_as_a_plain_one():
         ({"initializer_range": -0.02}, "initializer_range=-0.02: a standard deviation is not negative"),
         ({"embedding_initializer_range": -1}, "embedding_initializer_range=-1"),
         ({"final_logit_softcapping": 0}, "final_logit_softcapping=0: the cap is above 0; None is no cap"),
-        ({"hidden_act": "siluu"}, "hidden_act='siluu' is no activation of transformers; did you mean 'silu'.*gelu_new"),
+        (
+            {"hidden_act": "siluu"},
+            "hidden_act='siluu' is not an activation of transformers; did you mean 'silu'.*gelu_new",
+        ),
         ({"hidden_act": "swiglu"}, "SwiGLU is 'silu'"),
         ({"eos_token_id": 8192}, "eos_token_id=8192 is not among the 8192 ids of the vocabulary"),
         ({"eos_token_id": [1, -2]}, "eos_token_id=-2 is not among the 8192"),
         ({"pad_token_id": 9000}, "pad_token_id=9000 is not among"),
-        ({"dtype": "bf16"}, "dtype='bf16' is none for weights; give 'float32', 'bfloat16'"),
-        ({"torch_dtype": "int8"}, "dtype='int8' is none for weights"),
+        ({"dtype": "bf16"}, "dtype='bf16' is not a dtype of weights; give 'float32', 'bfloat16'"),
+        ({"torch_dtype": "int8"}, "dtype='int8' is not a dtype of weights"),
         ({"rope_parameters": {"rope_type": "ntk"}}, r"no rope_type 'ntk'; there are \['default', 'dynamic', 'linear'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "the rope_type 'linear' needs factor as well"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "needs factor and low_freq_factor and high_freq_factor"),
@@ -58,8 +61,11 @@ def test_a_gated_mlp_has_as_many_weights_as_a_plain_one():
             "is for rotary positions, but",
         ),
         ({"position_embedding_type": "learned", "rope_theta": 1e4}, "rope_theta=10000.0 is for rotary positions, but"),
-        ({"sliding_window": 128}, "sliding_window=128: all layers of a GPT are alike, and attend to the whole text"),
-        ({"layer_types": ["full_attention"] * 6}, "layer_types=.* all layers of a GPT are alike"),
+        (
+            {"sliding_window": 128},
+            "sliding_window=128 is not supported: all layers of a GPT are alike and attend to the whole text",
+        ),
+        ({"layer_types": ["full_attention"] * 6}, "layer_types=.* is not supported: all layers of a GPT are alike"),
     ],
 )
 def test_values_that_cannot_work_are_named_with_the_reason(fields, message):

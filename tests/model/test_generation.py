@@ -73,7 +73,7 @@ def test_a_prompt_longer_than_the_table_is_its_end(model, options):
     assert written[0].tolist() == write_greedily(model, prompt, 3)
 
 
-def test_the_window_is_computed_anew_only_when_the_table_is_full(model):
+def test_the_window_is_computed_again_only_when_the_table_is_full(model):
     lengths = count_tokens_per_pass(model)
     model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=12, do_sample=False)
     assert lengths == [5] + [1] * 7 + [CONTEXT] * 4  # the last token is not read

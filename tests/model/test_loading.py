@@ -1,4 +1,4 @@
-"""What `from_pretrained` refuses, in words, and what it must not refuse."""
+"""Checkpoints that `from_pretrained` refuses with an explanation, and those it must not refuse."""
 
 import json
 import logging
@@ -198,7 +198,7 @@ def test_keys_that_other_tools_wrote_are_kept_and_named(folder, caplog, monkeypa
     config = AutoConfig.from_pretrained(changed)
     assert config.some_tools_version == "1.2"
     assert [record.getMessage() for record in caplog.records] == [
-        "config.json: GPTConfig has no field 'some_tools_version'. Kept, but without effect."
+        "config.json: GPTConfig has no field 'some_tools_version'. It is kept, without effect."
     ]
     config.save_pretrained(changed)
     assert json.loads((changed / "config.json").read_text())["some_tools_version"] == "1.2"

@@ -1,4 +1,4 @@
-"""Where the classifier stands: on the last token, or on the mean of all; checked against sums by hand."""
+"""The input of the classifier: the last token, or the mean of all tokens; checked against sums by hand."""
 
 import pytest
 import torch

@@ -107,7 +107,7 @@ def test_a_recipe_neither_goes_on_in_nor_deletes_another_recipes_folder(recipe, 
 @pytest.mark.parametrize(
     ("tracker", "message"),
     [
-        ("tensorbord", "report_to[= ]tensorbord: it is one of .*tensorboard"),
+        ("tensorbord", "report_to[= ]tensorbord: (it is one of|choose from) .*tensorboard"),
         ("swanlab", "its package is not installed"),
     ],
 )
@@ -168,8 +168,8 @@ def test_what_stopped_at_the_door_leaves_a_folder_that_takes_the_right_command(f
 
 @pytest.mark.fault(3, 6)
 @pytest.mark.parametrize("recipe", ["finetune_instruction", "finetune_classification"])
-def test_a_checkpoint_that_was_not_written_to_its_end_is_set_aside(recipe, folders, tmp_path, monkeypatch, capsys):
-    """Trainer takes the newest folder for a checkpoint, whatever is in it, and dies of it at every further start."""
+def test_a_checkpoint_that_is_not_written_to_its_end_does_not_exist(recipe, folders, tmp_path, monkeypatch):
+    """Trainer takes the newest folder for a checkpoint, whatever is in it, and fails on it at every further start."""
     rows = [{"instruction": f"{n}", "output": f"{n}", "text": f"cat {n}", "label": n % 2} for n in range(60)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     options = ["--model", folders / "causal", "--dataset", tmp_path / "rows.json", "--output_dir", tmp_path / "out"]
@@ -182,9 +182,6 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_set_aside(recipe, folde
         disk.setattr(TrainerState, "save_to_json", full_disk)
         with pytest.raises(OSError, match="No space left"):
             call(recipe, *options)
-    [torn] = (tmp_path / "out" / "checkpoints").glob("checkpoint-*")
+    assert list((tmp_path / "out" / "checkpoints").iterdir()) == []
     call(recipe, *options)
-    assert f"checkpoints/{torn.name} was not written to its end, and is set aside as torn-{torn.name}" in (
-        capsys.readouterr().out
-    )
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["train_steps"] == 2

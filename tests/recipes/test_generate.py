@@ -89,7 +89,7 @@ def test_several_samples_have_several_seeds(generate, model):
 def test_learned_positions_slide_past_the_context_and_it_says_so(generate, model):
     text = generate(model=model, prompt="the cat", do_sample=False, max_new_tokens=60)
     note, _, text = text.partition("\n")
-    assert note.startswith("(Past the context of 32 tokens, each one is predicted from the last 32: the beginning")
+    assert note.startswith("(Past the context of 32 tokens, each token is predicted from the last 32 alone")
 
     tokenizer, network = load_tokenizer(model), GPTForCausalLM.from_pretrained(model)
     prompt = tokenizer("the cat").input_ids
@@ -124,7 +124,9 @@ def test_a_model_that_ends_at_its_context_says_what_to_do(generate, model, tmp_p
         ValueError, match=r"A gpt2 cannot write past its context.*takes 3\. Give --max_new_tokens 29, or"
     ):
         generate(model=tmp_path / "gpt2", prompt="the cat", max_new_tokens=40)
-    with pytest.raises(ValueError, match="Give a shorter prompt, or make it a model of ours, whose window slides"):
+    with pytest.raises(
+        ValueError, match="Give a shorter prompt, or convert it into an hfllm model, whose context slides"
+    ):
         generate(model=tmp_path / "gpt2", prompt="the cat sees a dog. " * 10)
 
 

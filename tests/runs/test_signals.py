@@ -1,3 +1,4 @@
+import io
 import os
 import signal
 import subprocess
@@ -10,14 +11,33 @@ from accelerate import Accelerator
 from hfllm.runs.signals import StopRequest
 
 
-def test_a_first_signal_is_remembered_and_handlers_come_back(capsys):
+def test_a_first_signal_is_remembered_and_handlers_come_back(capfd):
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest(Accelerator(cpu=True)) as request:
         assert not request.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.agreed()
-        assert "Once more to stop at once" in capsys.readouterr().out
+        assert "Send the signal again to stop at once" in capfd.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.fault(10)
+def test_a_signal_that_comes_while_something_is_printed_is_remembered(monkeypatch):
+    """Python's buffered files refuse a second writer in the middle of a first one."""
+
+    class Terminal(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return len(data)
+
+    terminal = io.TextIOWrapper(io.BufferedWriter(Terminal()), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with StopRequest(Accelerator(cpu=True)) as request:
+        print("step 1", flush=True)
+        assert request.agreed()
 
 
 def run_python(code: str, **environment: str) -> subprocess.Popen:

@@ -101,7 +101,7 @@ def deepspeed(monkeypatch):
     ("asked", "message"),
     [
         ({"needs_whole_matrices": True}, "Muon makes whole matrices orthogonal.*fsdp2.yaml, or give optimizer=adamw"),
-        ({"skips_updates": True}, "--skip_spikes decides between the gradient and the update.*fsdp2.yaml"),
+        ({"skips_updates": True}, "skip_spikes decides between the gradient and the update.*fsdp2.yaml"),
     ],
 )
 def test_deepspeed_is_refused_for_what_it_cannot_do(deepspeed, asked, message):

@@ -1,0 +1,75 @@
+"""Folders of files that are whole or absent: a manifest with the size and sha256 of each, written last."""
+
+import hashlib
+import itertools
+import json
+import os
+from pathlib import Path
+
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+def write_manifest(folder: str | Path) -> None:
+    """List every file below `folder` in its manifest, and have the system write all of them to the disk."""
+    folder = Path(folder)
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+        flush(path)
+        files[path.relative_to(folder).as_posix()] = {"num_bytes": path.stat().st_size, "sha256": sha256(path)}
+    manifest = {"format_version": FORMAT_VERSION, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    flush(folder / MANIFEST)
+    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        flush(path)
+
+
+def find_fault(folder: str | Path) -> str | None:
+    """What is wrong with the files that the folder's manifest lists, or None; reads every byte of them."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = int(manifest["format_version"])
+        expected = {name: (entry["num_bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} was written by a newer hfllm (format {version}; this one knows {FORMAT_VERSION}). Update hfllm."
+        )
+    for name, (num_bytes, digest) in expected.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (size := (folder / name).stat().st_size) != num_bytes:
+            return f"{name} has {size:,} bytes instead of {num_bytes:,}"
+        if sha256(folder / name) != digest:
+            return f"{name} has changed since it was written (its sha256 differs)"
+    return None
+
+
+def set_aside(folder: Path, prefix: str = "broken-") -> Path:
+    """Rename the folder to `broken-<its name>`, with a number behind it if that is taken; returns its new path."""
+    for number in itertools.count(1):
+        aside = folder.with_name(f"{prefix}{folder.name}" + (f"-{number}" if number > 1 else ""))
+        if not aside.exists():
+            break
+    return folder.rename(aside)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to the disk before we continue."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
