@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data.conversations import Messages
 from .replies import JobEvents, QueueIsFull, ReplyWriter, Sampling, ServerIsClosing, context_length, encode_newest
+from .text import LONE_SURROGATE
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: nothing leaves this machine
@@ -19,11 +20,22 @@ from starlette.types import ASGIApp
 from .application import OwnPagesOnly
 
 
+REPLACEMENT = "\ufffd"
+
 # Settings stand beside the chat, and below it where there is no room. The chat takes the height of the window.
 STYLE = """
 footer {display: none !important}
 .gradio-container {max-width: 1200px !important; margin: 0 auto !important}
 """
+
+
+class MessageBox(gradio.Textbox):
+    """A text box whose text Gradio can send back: half of a surrogate pair becomes a replacement character."""
+
+    is_template = True  # in the browser it is a Textbox
+
+    def preprocess(self, payload: str | None) -> str | None:
+        return None if payload is None else LONE_SURROGATE.sub(REPLACEMENT, payload)
 
 
 def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: str | None = None) -> gradio.Blocks:
@@ -41,6 +53,8 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
         length = min(int(max_new_tokens), longest)
         messages = as_messages(message, history, system)
         try:
+            if REPLACEMENT in message:
+                raise ValueError("The message is not valid Unicode. Correct it, and send it again.")
             kept_messages, prompt_ids = encode_newest(messages, writer.tokenizer, max_prompt_length=context - length)
             sampling = replace(defaults, temperature=temperature, max_new_tokens=length, seed=seeds.getrandbits(32))
             events = JobEvents(writer, prompt_ids, [sampling])
@@ -92,7 +106,7 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
                 respond,
                 # Without Gradio's button that posts the conversation to the Hub.
                 chatbot=gradio.Chatbot(buttons=["copy", "copy_all"], label=name, height="70vh", render=False),
-                textbox=gradio.Textbox(
+                textbox=MessageBox(
                     placeholder="Type a message",
                     max_lines=8,
                     submit_btn=True,
