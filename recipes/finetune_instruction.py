@@ -98,7 +98,9 @@ class InstructionArguments(
     groups.Training,
     groups.Muon,
     groups.Schedule,
+    groups.EarlyStopping,
     groups.EvalSteps,
+    groups.KeepBest,
     groups.EvalBatch,
     groups.Replies,
     groups.NumSamples,
@@ -154,22 +156,11 @@ class InstructionArguments(
     adam_learning_rate = differs(None, default_is="half of learning_rate")
     lr_scheduler_type = differs("cosine")
     weight_decay = differs(0.0)
-    early_stopping_patience: int | None = option(
-        None,
-        section="optimization",
-        help="Stop after this many evaluations in a row without a lower validation loss.",
-        default_is="never",
-        at_least=1,
-    )
     seed = differs(help="Random seed of the split, the order of rows and LoRA's initial weights.")
 
     # Evaluation
     eval_steps = differs(None, default_is="a tenth of the run, at most 100")
-    load_best_model_at_end: bool = option(
-        True,
-        section="evaluation",
-        help="Save a checkpoint at each evaluation, and keep the one with the lowest validation loss.",
-    )
+    load_best_model_at_end = differs(True)
     per_device_eval_batch_size = differs(help="Rows, or prompts to answer, per device in evaluation.")
     check_answers = differs(None, default_is="true for stdlib")
     num_samples = differs(8, help="Test prompts answered before and after training, side by side.", at_least=0)

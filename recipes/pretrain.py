@@ -63,7 +63,14 @@ from hfllm.runs.processes import on_main_process
 from hfllm.runs.progress import RunLog
 from hfllm.runs.signals import EXIT_CODE, StopRequest
 from hfllm.tokenization import document_encoder, load_tokenizer, tokenizer_fingerprint
-from hfllm.training.checkpoint import describe_start, find_state, save_checkpoint, save_model
+from hfllm.training.checkpoint import (
+    describe_start,
+    find_checkpoint,
+    find_state,
+    load_checkpoint,
+    save_checkpoint,
+    save_model,
+)
 from hfllm.training.deadline import Deadline
 from hfllm.training.devices import clip_gradient, leaving_at_once, start_accelerator
 from hfllm.training.optimization import build_adamw, build_muon, learning_rate_at, scale_learning_rates
@@ -106,7 +113,9 @@ class PretrainArguments(
     groups.Muon,
     groups.AdamW,
     groups.Schedule,
+    groups.EarlyStopping,
     groups.EvalSteps,
+    groups.KeepBest,
     groups.EvalBatch,
     groups.Run,
     groups.SaveSteps,
@@ -181,10 +190,14 @@ class PretrainArguments(
         help="Skip updates whose loss or gradient is this many standard deviations above the last 128.",
         above=0,
     )
+    early_stopping_patience = differs(compared=Compared.NOT)
     seed = differs(help="Random seed of initial weights, order of rows and dropout.")
 
     # Evaluation
     eval_steps = differs(None, default_is=DEFAULTS["eval_steps"], compared=Compared.NOT)
+    load_best_model_at_end = differs(
+        help="Save a checkpoint at each evaluation with a lower loss than all before; the best one is the final model."
+    )
     per_device_eval_batch_size = differs(compared=Compared.NOT)
     eval_on_start: bool = option(
         True, section="evaluation", help="Also evaluate before the first step.", compared=Compared.NOT
@@ -328,6 +341,22 @@ class TrainingState:
     spike_history: list[list[float]] | None = None
     plans: list[list[int]] = dataclasses.field(default_factory=list)  # of the steps, see `Deadline`
     elapsed_seconds: float = 0.0  # of steps, evaluations and saves
+    best_step: int | None = None  # of the evaluation with the lowest loss; the one before the first step does not count
+    best_loss: float | None = None
+    num_evaluations_since_best: int = 0
+
+    def count_evaluation(self) -> bool:
+        """Compare the last evaluation with the best one; True if it is better, and so the best from now on."""
+        assert self.evaluation is not None
+        loss = self.evaluation["loss"]
+        is_better = loss < (math.inf if self.best_loss is None else self.best_loss)
+        if is_better:
+            self.best_step, self.best_loss = self.step, loss
+        self.num_evaluations_since_best = 0 if is_better else self.num_evaluations_since_best + 1
+        return is_better
+
+    def has_ended_early(self, patience: int | None) -> bool:
+        return patience is not None and self.num_evaluations_since_best >= patience
 
 
 class Setup(NamedTuple):
@@ -398,7 +427,8 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolde
         accelerator.print(f"{change} from here on.")
 
     # 7. The loop, and then the model in the form that other tools open, with its numbers
-    end = max(state.step, deadline.max_steps)
+    is_early = state.has_ended_early(args.early_stopping_patience)
+    end = state.step if is_early else max(state.step, deadline.max_steps)
     if not folder.is_finished(step=end if minutes is None else None):
         folder.reopen()
         accelerator.init_trackers("hfllm", config={name: str(value) for name, value in vars(args).items()})
@@ -407,15 +437,23 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolde
                 save_arguments(args, partial / "arguments.yaml")
                 tokenizer.save_pretrained(partial)
                 save_environment(partial, num_processes=accelerator.num_processes)
+        check_best(args, state, accelerator)
         tokens_per_second = train(args, setup, state, deadline, stop_request)
-        if state.step < deadline.max_steps:
-            of_all = f"{state.step:,} of {deadline.max_steps:,}"
+        of_all = f"{state.step:,} of {deadline.max_steps:,}"
+        if state.has_ended_early(args.early_stopping_patience) and state.step < deadline.max_steps:
+            accelerator.print(
+                f"Stopped early at step {of_all}: {state.num_evaluations_since_best:,} evaluations in a row without a "
+                f"lower validation loss, and --early_stopping_patience is {args.early_stopping_patience:,}."
+            )
+        elif state.step < deadline.max_steps:
             accelerator.print(f"Stopped at step {of_all}; the same command resumes from here.")
             text.close()
             return False
         save_result(args, setup, folder, state, tokens_per_second)
     elif folder.is_done("page") and (hub is None or folder.is_done("push")):
         accelerator.print(f"The run in {args.output_dir} ended at step {end:,}: nothing to do.")
+        if is_early and end < deadline.max_steps:
+            accelerator.print("It stopped early. To train further, give a larger --early_stopping_patience, or none.")
 
     # 8. What shows the result to people. The same command again does what failed of it.
     present(args, setup, folder)
@@ -439,7 +477,7 @@ def train(
             evaluate(args, setup, state, log)
             deadline.count_evaluation()
         setup.model.train()
-        while state.step < deadline.max_steps:
+        while state.step < deadline.max_steps and not state.has_ended_early(args.early_stopping_patience):
             step, step_start = state.step, time.perf_counter()
             height = args.height_at(deadline.position(step), max_steps)
             batches, num_targets = read_step(args, setup, step)
@@ -474,12 +512,16 @@ def train(
                 interval_targets = 0
             stop_if_hopeless(num_skipped_in_a_row, step=step + 1, learning_rate=args.learning_rate, detector=detector)
             with meter.paused():
+                is_save_step = state.step % args.save_steps == 0 or is_last or is_stopping
                 if state.step % args.eval_steps == 0 or is_last:
                     evaluate(args, setup, state, log)
                     deadline.count_evaluation()
+                    is_best = state.count_evaluation()
+                    is_save_step |= is_best and args.load_best_model_at_end
+                    is_save_step |= state.has_ended_early(args.early_stopping_patience)
                 if (told := deadline.look()) is not None:
                     accelerator.print(f"\n{told}")
-                if state.step % args.save_steps == 0 or is_last or is_stopping:
+                if is_save_step:
                     save(args, setup, state, detector)
             if is_stopping:
                 break
@@ -580,6 +622,7 @@ def save(args: PretrainArguments, setup: Setup, state: TrainingState, detector: 
         accelerator=setup.accelerator,
         tokenizer=setup.text.tokenizer,
         keep=args.save_total_limit,
+        best_step=state.best_step if args.load_best_model_at_end else None,
     )
     is_pushed = args.hub_strategy == "every_save" and state.step < setup.max_steps  # `present` pushes the end
     if setup.hub is not None and setup.accelerator.is_main_process and is_pushed:
@@ -592,17 +635,49 @@ def save_result(
 ) -> None:
     """Save the model and `metrics.json`, both or neither, and note that the run is finished."""
     accelerator, text = setup.accelerator, setup.text
-    check_converged(state.evaluation["loss"], num_choices=len(text.tokenizer))
+    saved = load_best(args, setup, state) if args.load_best_model_at_end else state
+    check_converged(saved.evaluation["loss"], num_choices=len(text.tokenizer))
     with folder.writing() as partial:
         save_model(partial, model=setup.model, accelerator=accelerator)
         if accelerator.is_main_process:
             speed = {"tokens_per_second": tokens_per_second, **setup.sizes}
-            metrics = final_metrics(dataclasses.asdict(state), accelerator=accelerator, **speed)
-            metrics |= state.evaluation_by_name
+            counts = dataclasses.asdict(state) | {"evaluation": saved.evaluation}
+            metrics = final_metrics(counts, accelerator=accelerator, **speed)
+            metrics |= saved.evaluation_by_name
+            if args.load_best_model_at_end:
+                metrics["best_step"] = saved.step
             metrics |= {"dataset": args.dataset, "corpus_sha256": text.fingerprint}
             metrics |= {"tokenizer_sha256": text.tokenizer_sha256, "seed": args.seed}
             write_json(partial / "metrics.json", metrics)
     folder.finish(step=state.step)
+
+
+def check_best(args: PretrainArguments, state: TrainingState, accelerator: Accelerator) -> None:
+    """Forget the best evaluation of a resumed run if its checkpoint is not there any more."""
+    if not args.load_best_model_at_end or state.best_step in (None, state.step):
+        return
+    directory = Path(args.output_dir) / "checkpoints"
+    if find_checkpoint(directory, step=state.best_step, accelerator=accelerator) is None:
+        accelerator.print(
+            f"The checkpoint of step {state.best_step:,}, the best one so far, is missing or broken: the best model is "
+            "chosen among the evaluations from here on."
+        )
+        state.best_step = state.best_loss = None
+
+
+def load_best(args: PretrainArguments, setup: Setup, state: TrainingState) -> TrainingState:
+    """Load the weights of the best evaluation into the model; returns the state of the run at that step."""
+    if state.best_step in (None, state.step):
+        return state
+    directory, accelerator = Path(args.output_dir) / "checkpoints", setup.accelerator
+    checkpoint = find_checkpoint(directory, step=state.best_step, accelerator=accelerator)
+    if checkpoint is None:
+        raise ValueError(
+            f"The checkpoint of step {state.best_step:,}, whose model is the best of the run, is missing or broken. "
+            f"Start the same command again to save the model of step {state.step:,} instead."
+        )
+    own = {"model": setup.model, "optimizer": setup.optimizer, "accelerator": accelerator}
+    return TrainingState(**load_checkpoint(checkpoint, **own))
 
 
 def present(args: PretrainArguments, setup: Setup, folder: RunFolder) -> None:

@@ -533,6 +533,17 @@ class Schedule:
     weight_decay: float = option(0.1, help="Decoupled weight decay of the matrices.", at_least=0)
 
 
+class EarlyStopping:
+    """optimization"""
+
+    early_stopping_patience: int | None = option(
+        None,
+        help="Stop after this many evaluations in a row without a lower validation loss.",
+        default_is="never",
+        at_least=1,
+    )
+
+
 class Muon:
     """optimization"""
 
@@ -564,6 +575,14 @@ class EvalSteps:
     """evaluation"""
 
     eval_steps: int | None = option(100, help="Steps between two evaluations.", at_least=1)
+
+
+class KeepBest:
+    """evaluation"""
+
+    load_best_model_at_end: bool = option(
+        False, help="Save a checkpoint at each evaluation, and keep the one with the lowest validation loss."
+    )
 
 
 class Replies:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..data.conversations import Conversation
 from ..evaluation.replies import Reply, last_response
+from ..runs.log import format_sample
 
 
 FEWEST_EPOCHS, MOST_EPOCHS = 2, 20
@@ -64,12 +65,12 @@ def describe_samples(samples: Sequence[Conversation], before: Sequence[Reply], a
     parts = []
     for sample, old, new in zip(samples, before, after, strict=True):
         question = sample.messages[last_response(sample) - 1]["content"]
-        parts.append(
-            f"--- {question}\n"
+        replies = (
             f"expected: {shorten(expected_response(sample))}\n"
             f"before:   {shorten(old.text)}\n"
-            f"after:    {shorten(new.text)}\n"
+            f"after:    {shorten(new.text)}"
         )
+        parts.append(format_sample(question, replies))
     return "\n".join(parts)
 
 

@@ -215,7 +215,7 @@ def _evaluation(run: Run) -> str:
     plain = {
         name: value
         for name, value in run.metrics.items()
-        if not isinstance(value, (dict, list)) and not name.endswith("sha256")
+        if value is not None and not isinstance(value, (dict, list)) and not name.endswith("sha256")
     }
     parts = [f'<div class="card many">{_definition_list(plain)}</div>'] if plain else []
     tables = [_confusion(confusion) for confusion in run.confusions]

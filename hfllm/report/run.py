@@ -10,15 +10,13 @@ from typing import Any
 
 import yaml
 
-from ..runs.log import read_log
+from ..runs.log import read_log, read_samples
 from .environment import ENVIRONMENT_FILE
 
 
 logger = logging.getLogger(__name__)
 
 TOKENIZER_REPORT_FILE = "tokenizer_report.json"
-STEP_HEADING = re.compile(r"^--- step (\d+)$", re.MULTILINE)
-HEADING = re.compile(r"^--- (.+)$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +86,7 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Give the --output_dir of a run, for example out/demo.")
-    log_file = folder / "log.jsonl"
+    log_file, samples_file = folder / "log.jsonl", folder / "samples.txt"
     arguments = _read_yaml(folder / "arguments.yaml")
     run = Run(
         name=folder.resolve().name,
@@ -100,7 +98,7 @@ def read_run(folder: str | Path) -> Run:
         adapter=_read_json(folder / "adapter_config.json"),
         adapter_base=_read_json(folder / "base_model.json"),
         tokenizer_report=_read_tokenizer_report(folder, arguments),
-        samples=_read_samples(folder / "samples.txt"),
+        samples=read_samples(samples_file) if samples_file.exists() else [],
     )
     if not (run.log or run.metrics or run.config or run.adapter):
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
@@ -188,22 +186,6 @@ def _read_tokenizer_report(folder: Path, arguments: dict[str, Any]) -> dict[str,
         if report and sha256 in (None, report.get("fingerprint")):
             return report
     return {}
-
-
-def _read_samples(path: Path) -> list[tuple[int | str, str]]:
-    """What the model wrote, under each step or each question; of a run that went back to a checkpoint, what counts."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if not STEP_HEADING.match(text):
-        pieces = HEADING.split(text)
-        return [(heading, sample.strip("\n")) for heading, sample in zip(pieces[1::2], pieces[2::2])]
-    pieces = STEP_HEADING.split(text)
-    samples: dict[int, str] = {}
-    for step, sample in zip(map(int, pieces[1::2]), pieces[2::2]):
-        samples = {earlier: kept for earlier, kept in samples.items() if earlier < step}
-        samples[step] = sample.strip("\n")
-    return list(samples.items())
 
 
 def _is_square(counts: Any) -> bool:

@@ -15,6 +15,7 @@ LABELS = {
     "tokens": "tokens scored",
     "bytes": "bytes scored",
     "train_steps": "optimizer steps",
+    "best_step": "step of the saved model",
     "train_tokens": "training tokens",
     "train_seconds": "training time",
     "save_seconds": "time for checkpoints",

@@ -1,8 +1,18 @@
-"""A run's `log.jsonl`: one object a line for each logged step."""
+"""A run's `log.jsonl`, one object a line for each logged step, and its `samples.txt`.
+
+    --- step 100                 pretraining: what the model wrote after that step
+    Once upon a time
+    --- What is 3 + 4?           fine-tuning: a question, and below it what was answered
+    expected: 7
+    after:    7
+
+A line of a text that looks like a heading has one more space before it in the file.
+"""
 
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +20,13 @@ from .files import find_non_finite
 
 
 logger = logging.getLogger(__name__)
+
+HEADING = re.compile(r"^--- (.*)$", re.MULTILINE)
+STEP_HEADING = re.compile(r"^--- step (\d+)$", re.MULTILINE)
+# With any number of spaces before it, so that taking one away again gives back every text.
+LIKE_A_HEADING = re.compile(r"(?:^|(?<=\r))(?= *--- )", re.MULTILINE)  # Python reads \r as the end of a line too
+ESCAPED = re.compile(r"^ (?= *--- )", re.MULTILINE)
+LIKE_A_STEP = re.compile(r" *step \d+")
 
 
 def append_to_log(path: str | Path, entry: dict[str, Any]) -> None:
@@ -47,3 +64,39 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
             del entries[last]
         entries[step] = entries.get(step, {}) | entry
     return list(entries.values())
+
+
+def format_sample(heading: int | str, text: str) -> str:
+    """A part of `samples.txt`: a text that the model wrote, under its step or under the question that it answers."""
+    if isinstance(heading, int):
+        heading = f"step {heading}"
+    else:
+        heading = "\\n".join(heading.splitlines())
+        heading = f" {heading}" if LIKE_A_STEP.fullmatch(heading) else heading
+    return f"--- {heading}\n{LIKE_A_HEADING.sub(' ', text)}\n"
+
+
+def read_samples(path: str | Path) -> list[tuple[int | str, str]]:
+    """The parts of a run's `samples.txt`, each with its step or its question; the inverse of `format_sample`.
+
+    A run that was killed goes back to a checkpoint and writes some of them again, as in its log; the last ones count.
+    """
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    if not STEP_HEADING.match(text):
+        pieces = HEADING.split(text)
+        return [(_unescape_question(heading), _unescape(body)) for heading, body in zip(pieces[1::2], pieces[2::2])]
+    pieces = STEP_HEADING.split(text)
+    samples: dict[int, str] = {}
+    for step, body in zip(map(int, pieces[1::2]), pieces[2::2]):
+        samples = {earlier: kept for earlier, kept in samples.items() if earlier < step}
+        samples[step] = _unescape(body)
+    return list(samples.items())
+
+
+def _unescape(body: str) -> str:
+    return ESCAPED.sub("", body).strip("\n")
+
+
+def _unescape_question(heading: str) -> str:
+    is_escaped = heading.startswith(" ") and LIKE_A_STEP.fullmatch(heading)
+    return heading[1:] if is_escaped else heading

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from .log import append_to_log
+from .log import append_to_log, format_sample
 
 
 class RunLog:
@@ -65,4 +65,4 @@ class RunLog:
         """Show what the model wrote, and keep it in `samples.txt`; for the main process."""
         tqdm.write(f"    sample: {text!r}")
         with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
-            file.write(f"--- step {step}\n{text}\n")
+            file.write(format_sample(step, text))

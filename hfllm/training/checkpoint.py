@@ -64,9 +64,11 @@ def save_checkpoint(
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase | None = None,
     keep: int | None = None,
+    best_step: int | None = None,
 ) -> Path:
     """Write `directory/step-<state["step"]>`, then delete all but the `keep` newest; to be called by every process.
 
+    The checkpoint of `best_step` is never deleted. It is one of the `keep`, but the new checkpoint stays in any case.
     `model` and `optimizer` are those `accelerator.prepare` returned, `state` is whatever else the loop needs to resume,
     in types that JSON knows. A model of transformers is saved with its config, and with the `tokenizer`, so that
     `from_pretrained` opens the checkpoint.
@@ -109,7 +111,7 @@ def save_checkpoint(
                 "Start again with a lower learning_rate; earlier checkpoints, if there are any, are sound."
             )
         _write(path, tensors, optimizer_tensors, content, lambda folder: _write_description(folder, model, tokenizer))
-        _delete_old(path, keep)
+        _delete_old(path, keep, best_step)
         return path
 
     return on_main_process(accelerator, write)
@@ -172,6 +174,22 @@ def latest_checkpoint(
         if checkpoints:
             logger.warning("No sound checkpoint is left in %s.", folder)
         return None
+
+    return on_main_process(accelerator, find)
+
+
+def find_checkpoint(directory: str | Path, *, step: int, accelerator: Accelerator | None = None) -> Path | None:
+    """The checkpoint of this step, or None; a broken one is set aside with a warning. For every process."""
+
+    def find() -> Path | None:
+        path = Path(directory) / f"step-{step:08d}"
+        _put_back_replaced(path.parent)
+        if not path.is_dir():
+            return None
+        if (fault := _fault(path, verify=True)) is not None:
+            _set_aside(path, fault)
+            return None
+        return path
 
     return on_main_process(accelerator, find)
 
@@ -390,11 +408,12 @@ def _put_back_replaced(directory: Path) -> None:
             replaced.rename(replaced.with_suffix(""))
 
 
-def _delete_old(path: Path, keep: int | None) -> None:
+def _delete_old(path: Path, keep: int | None, best_step: int | None) -> None:
     if keep is None:
         return
-    older = [other for other in _checkpoints(path.parent) if other != path]
-    for other in older[: max(0, len(older) + 1 - keep)]:
+    checkpoints = _checkpoints(path.parent)
+    older = [other for other in checkpoints if other != path and _step_of(other) != best_step]
+    for other in older[: max(0, len(checkpoints) - keep)]:
         try:
             # Renamed first: if this process is killed here, half a folder is taken for what it is.
             shutil.rmtree(other.rename(other.with_suffix(".tmp")))
@@ -405,7 +424,11 @@ def _delete_old(path: Path, keep: int | None) -> None:
 def _checkpoints(directory: Path) -> list[Path]:
     """The folders that claim to be checkpoints, oldest step first."""
     paths = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(paths, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _fault(path: Path, *, verify: bool) -> str | None:

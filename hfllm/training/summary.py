@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..evaluation.rows import Evaluation
 from .devices import describe_sharding
-from .throughput import multiplies_bfloat16, peak_flops, peak_memory_bytes
+from .throughput import multiplies_fast, peak_flops, peak_memory_bytes, share_of_peak
 
 
 def describe_run(
@@ -41,7 +41,7 @@ def describe_run(
 def _describe_faster_precision(accelerator: Accelerator) -> str:
     """A hint for a CPU that could train in bfloat16."""
     is_cpu_in_float32 = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
-    if not is_cpu_in_float32 or not multiplies_bfloat16(accelerator.device):
+    if not is_cpu_in_float32 or not multiplies_fast(accelerator.device, torch.bfloat16):
         return ""
     return (
         "\nThis CPU also has instructions for bfloat16, which are faster: use accelerate launch --mixed_precision bf16."
@@ -58,11 +58,13 @@ def final_metrics(
 ) -> dict[str, Any]:
     """The numbers of `metrics.json`: loss, tokens, time, speed, the share of the machine's peak, and memory.
 
-    `state` has the loop's counts and the last evaluation.
+    `state` has the loop's counts and the evaluation of the saved model. The peak is that of the type in which the run
+    computes; where the device has no fast products in it, peak and share are None (see `share_of_peak`).
     """
     result = Evaluation(**state["evaluation"])
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    peak = peak_flops(accelerator.device, dtype)
+    peak = peak_flops(accelerator.device, dtype) if multiplies_fast(accelerator.device, dtype) else None
+    flops_per_second = tokens_per_second and tokens_per_second * flops_per_token / accelerator.num_processes
     return {
         "eval_loss": result.loss,
         "eval_perplexity": result.perplexity,
@@ -75,7 +77,7 @@ def final_metrics(
         "save_seconds": round(state["save_seconds"], 2),
         "skipped_updates": state["skipped_updates"],
         "tokens_per_second": tokens_per_second,
-        "mfu": tokens_per_second and tokens_per_second * flops_per_token / (peak * accelerator.num_processes),
+        "mfu": flops_per_second and share_of_peak(flops_per_second, peak),
         "peak_flops_per_device": peak,
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
         "num_parameters": num_parameters,
@@ -86,11 +88,14 @@ def describe_result(output_dir: Path, metrics: dict[str, Any], *, prompt: str) -
     """The result of a run of recipes/pretrain.py, the files it wrote, and what to do next."""
     speed = ""
     if metrics["tokens_per_second"]:
-        speed = f" at {metrics['tokens_per_second']:,.0f} tokens/s, {metrics['mfu']:.0%} of the machine's peak"
+        speed = f" at {metrics['tokens_per_second']:,.0f} tokens/s"
+    if metrics["mfu"]:
+        speed += f", {metrics['mfu']:.0%} of the machine's peak"
     size = f"{metrics['num_parameters']:,} parameters"
+    best = f", at step {metrics['best_step']:,}, whose model is saved" if "best_step" in metrics else ""
     return f"""
 {metrics["train_tokens"]:,} tokens in {metrics["train_seconds"] / 60:.1f} minutes{speed}.
-Validation: {metrics["eval_loss"]:.4f} nats per token, {metrics["eval_bits_per_byte"]:.4f} bits per byte.
+Validation: {metrics["eval_loss"]:.4f} nats per token, {metrics["eval_bits_per_byte"]:.4f} bits per byte{best}.
 
 {output_dir}/model.safetensors   the model, {size}, with its tokenizer and code beside it
 {output_dir}/report.html         the run's page: curves, samples, numbers, arguments; open it in a browser

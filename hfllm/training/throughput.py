@@ -11,6 +11,13 @@ import torch
 from torch import nn
 
 
+# The instructions of a CPU for products in a type, by the names that torch gives them; any one of them will do.
+CPU_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
+
+
 def flops_per_token(model: nn.Module, *, block_size: int) -> int:
     """Floating-point operations of training on one token, forward and backward.
 
@@ -75,12 +82,23 @@ def loss_options(model: nn.Module) -> dict[str, bool]:
     return {"skip_logits": True} if "skip_logits" in inspect.signature(model.forward).parameters else {}
 
 
-def multiplies_bfloat16(device: torch.device | str) -> bool:
-    """Whether `device` has instructions for products in bfloat16; on a CPU without them, float32 is faster."""
-    if torch.device(device).type != "cpu":
+def multiplies_fast(device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether `device` has instructions for products in `dtype`; on a CPU without them, float32 is faster."""
+    if torch.device(device).type != "cpu" or dtype not in CPU_INSTRUCTIONS:
         return True
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return any(capabilities.get(name, False) for name in CPU_INSTRUCTIONS[dtype])
+
+
+def share_of_peak(flops_per_second: float, peak: float | None) -> float | None:
+    """A rate divided by the measured peak (MFU); None without a peak, or if the rate is above it.
+
+    The products that measure the peak take a moment. If another program had the machine in that moment, the peak is too
+    low, and a share of it says nothing.
+    """
+    if peak is None or flops_per_second > peak:
+        return None
+    return flops_per_second / peak
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:

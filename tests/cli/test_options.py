@@ -151,7 +151,7 @@ def test_a_pretraining_run_is_compared_by_what_it_learns_from_and_by_the_schedul
     assert identity_of(recipe, by_content=True).keys() == {
         *("block_size", "stride", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "decay_steps"),
         *("min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-        *("skip_spikes", "optimizer", "adam_learning_rate", "muon_momentum"),
+        *("skip_spikes", "optimizer", "adam_learning_rate", "muon_momentum", "load_best_model_at_end"),
     }
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+import random
 import re
 import shutil
 import signal
@@ -187,6 +188,120 @@ def test_a_run_that_was_cut_ends_with_the_very_weights_of_one_that_was_not(run_p
         assert torch.equal(straight[name], resumed[name]), name
     assert losses_of(tmp_path / "straight") == losses_of(tmp_path / "moved")
     assert [path.name for path in (tmp_path / "moved" / "checkpoints").iterdir()] == ["step-00000012"]
+
+
+@pytest.fixture
+def overfitting(small, tmp_path) -> dict:
+    """Options of a run whose validation loss falls and then rises: it is validated on other text than it learns."""
+    draw = random.Random(0)
+    (tmp_path / "other.txt").write_text("".join(draw.choice("the catsdogbird. ") for _ in range(1500)))
+    steps = {"max_steps": 18, "warmup_steps": 0, "eval_steps": 3, "save_steps": 4, "save_total_limit": 1}
+    return {**small, **steps, "validation_dataset": tmp_path / "other.txt", "lr_scheduler_type": "constant"}
+
+
+def validation_losses(output_dir) -> dict[int, float]:
+    """By their steps, without the one before the first step."""
+    log = read_log(output_dir / "log.jsonl")
+    return {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry and entry["step"] > 0}
+
+
+def assert_same_weights(*folders):
+    left, right = (load_file(folder / "model.safetensors") for folder in folders)
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def checkpoints_of(output_dir) -> list[str]:
+    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+
+
+def run_until(run_pretrain, monkeypatch, step, **options):
+    """A run that is told to stop after this step, as by a signal."""
+    log = options["output_dir"] / "log.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(run_pretrain.recipe.StopRequest, "agreed", lambda self: step in validation_losses(log.parent))
+        run_pretrain(**options)
+
+
+def test_the_best_model_on_validation_is_kept(run_pretrain, overfitting, tmp_path):
+    out, last = tmp_path / "out", tmp_path / "last"
+    metrics = run_pretrain(**overfitting, load_best_model_at_end=True)
+    losses = validation_losses(out)
+    best = min(losses, key=losses.get)
+    assert best < 18 and losses[best] < losses[18] - 0.01
+    assert checkpoints_of(out) == [f"step-{best:08d}", "step-00000018"]  # beside the newest, however old
+    assert_same_weights(out, out / "checkpoints" / f"step-{best:08d}")
+    assert (metrics["best_step"], metrics["eval_loss"], metrics["train_steps"]) == (best, losses[best], 18)
+
+    # By default the last model is saved, and nothing is checkpointed for the sake of an evaluation.
+    metrics = run_pretrain(**{**overfitting, "output_dir": last})
+    assert checkpoints_of(last) == ["step-00000018"]
+    assert_same_weights(last, out / "checkpoints" / "step-00000018")
+    assert metrics["eval_loss"] == losses[18] and "best_step" not in metrics
+    assert losses_of(last) == losses_of(out)
+
+
+def test_a_run_that_was_cut_keeps_the_same_best_model(run_pretrain, overfitting, tmp_path, monkeypatch):
+    options = {**overfitting, "load_best_model_at_end": True}
+    straight = run_pretrain(**{**options, "output_dir": tmp_path / "straight"})
+    cut = {**options, "output_dir": tmp_path / "cut"}
+    run_until(run_pretrain, monkeypatch, 15, **cut)  # after the best step
+    resumed = run_pretrain(**cut)
+    assert straight["best_step"] < 15
+    assert {name: straight[name] for name in ("best_step", "eval_loss", "train_steps")} == {
+        name: resumed[name] for name in ("best_step", "eval_loss", "train_steps")
+    }
+    assert_same_weights(tmp_path / "straight", tmp_path / "cut")
+    assert checkpoints_of(tmp_path / "straight") == checkpoints_of(tmp_path / "cut")
+    assert validation_losses(tmp_path / "straight") == validation_losses(tmp_path / "cut")
+
+
+def test_a_run_stops_early_where_the_validation_loss_no_longer_falls(
+    run_pretrain, overfitting, tmp_path, monkeypatch, capsys
+):
+    run_pretrain(**{**overfitting, "output_dir": tmp_path / "whole"})
+    losses = validation_losses(tmp_path / "whole")
+    best = min(losses, key=losses.get)
+    patient = {**overfitting, "early_stopping_patience": 2, "output_dir": tmp_path / "patient"}
+    run_until(run_pretrain, monkeypatch, best + 3, **patient)  # the count goes on after a resume
+    capsys.readouterr()
+    metrics = run_pretrain(**patient)
+    assert best + 6 < 18 and metrics["train_steps"] == best + 6
+    assert metrics["eval_loss"] == losses[best + 6]  # the last model: the best one is kept if that is asked for
+    printed = capsys.readouterr().out
+    assert f"Stopped early at step {best + 6} of 18: 2 evaluations in a row without a lower validation loss" in printed
+    run_pretrain(**patient)
+    printed = capsys.readouterr().out
+    assert f"ended at step {best + 6}: nothing to do" in printed and "a larger --early_stopping_patience" in printed
+    assert run_pretrain(**{**patient, "early_stopping_patience": 9})["train_steps"] == 18
+    assert_same_weights(tmp_path / "whole", tmp_path / "patient")
+
+
+def test_without_the_best_checkpoint_the_last_model_is_saved_and_that_is_said(
+    run_pretrain, overfitting, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    original = run_pretrain.recipe.train
+
+    def train(*args):
+        speed = original(*args)
+        losses = validation_losses(out)
+        (best,) = (out / "checkpoints").glob(f"step-*{min(losses, key=losses.get):02d}")
+        with (best / "model.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            last = file.read(1)[0]
+            file.seek(-1, 2)
+            file.write(bytes([last ^ 1]))
+        return speed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_pretrain.recipe, "train", train)
+        with pytest.raises(ValueError, match=r"is missing or broken\. Start the same command again to save .* step 18"):
+            run_pretrain(**overfitting, load_best_model_at_end=True)
+    assert not (out / "model.safetensors").exists()
+    metrics = run_pretrain(**overfitting, load_best_model_at_end=True)
+    assert "the best one so far, is missing or broken" in capsys.readouterr().out
+    assert metrics["best_step"] == 18 and metrics["eval_loss"] == validation_losses(out)[18]
+    assert_same_weights(out, out / "checkpoints" / "step-00000018")
 
 
 @pytest.mark.fault(20)

@@ -14,6 +14,7 @@ from hfllm.report import read_run, without_places, write_comparison, write_page
 from hfllm.report.charts import Line, chart, line_of
 from hfllm.report.page import render_run
 from hfllm.report.run import shorten_paths
+from hfllm.runs.log import format_sample
 
 
 class Page(HTMLParser):
@@ -189,6 +190,32 @@ def test_answers_stand_under_their_questions(make_folder):
     run = read_run(make_folder(samples=samples))
     assert run.samples == [("What is len?", "expected: 3\nafter:    3"), ("And sum?", "after: 6")]
     assert "What it answers" in Page(render_run(run)).text
+
+
+HEADINGS = "--- step 7\n --- step 8\n--- What is len?\n--- \n---\nthe end"
+
+
+def test_a_sample_that_looks_like_a_heading_is_shown_as_it_was_written(make_folder):
+    samples = format_sample(5, HEADINGS) + format_sample(10, "a\r--- step 11\rb")
+    lines = samples.splitlines()
+    assert [line for line in lines if line.startswith("--- step")] == ["--- step 5", "--- step 10"]
+    run = read_run(make_folder(samples=samples))
+    assert run.samples == [(5, HEADINGS), (10, "a\n--- step 11\nb")]
+    text = Page(render_run(run)).text
+    assert f"step 5{HEADINGS}step 10a\n--- step 11\nb" in text
+
+
+def test_a_question_that_looks_like_a_step_is_a_question(make_folder):
+    questions = ["step 3", " step 4", "first\n--- second\r\nthird", "", "step by step"]
+    samples = "\n".join(format_sample(question, f"expected: {HEADINGS}") for question in questions)
+    headings, texts = zip(*read_run(make_folder(samples=samples)).samples, strict=True)
+    assert headings == ("step 3", " step 4", "first\\n--- second\\nthird", "", "step by step")
+    assert set(texts) == {f"expected: {HEADINGS}"}
+
+
+def test_a_number_that_a_run_does_not_have_is_not_on_its_page(make_folder):
+    page = Page(render_run(read_run(make_folder(metrics={"mfu": None, "tokens_per_second": 2000.0}))))
+    assert "tokens per second" in page.text and "FLOPs utilization" not in page.text
 
 
 def test_several_runs_are_compared_on_one_page(make_folder, tmp_path):

@@ -23,7 +23,7 @@ import hfllm
 from hfllm.runs.identity import check_same_run
 from hfllm.tokenization import train_bpe
 from hfllm.training import checkpoint as checkpoint_module
-from hfllm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from hfllm.training.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from hfllm.training.optimization import build_adamw
 
 
@@ -275,6 +275,31 @@ def test_only_the_newest_are_kept_and_the_steps_count_not_the_names(tmp_path, ac
         save_small(tmp_path, step, accelerator, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-100000000", "step-99999999"]
     assert latest_checkpoint(tmp_path).name == "step-100000000"
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        (1, [{1}, {1, 2}, {1, 3}, {4}, {4, 5}, {4, 6}]),  # the newest one stays as well
+        (2, [{1}, {1, 2}, {1, 3}, {3, 4}, {4, 5}, {4, 6}]),
+        (3, [{1}, {1, 2}, {1, 2, 3}, {2, 3, 4}, {3, 4, 5}, {4, 5, 6}]),
+        (None, [{1}, {1, 2}, {1, 2, 3}, {1, 2, 3, 4}, {1, 2, 3, 4, 5}, {1, 2, 3, 4, 5, 6}]),
+    ],
+)
+def test_the_best_is_among_those_that_are_kept(tmp_path, accelerator, keep, expected):
+    for step, best_step, steps in zip((1, 2, 3, 4, 5, 6), (1, 1, 1, 4, 4, 4), expected, strict=True):
+        save_small(tmp_path, step, accelerator, keep=keep, best_step=best_step)
+        assert {int(path.name.removeprefix("step-")) for path in tmp_path.iterdir()} == steps
+
+
+def test_a_checkpoint_is_found_by_its_step_if_it_is_sound(tmp_path, accelerator, caplog):
+    paths = [save_small(tmp_path, step, accelerator) for step in (1, 2)]
+    assert [find_checkpoint(tmp_path, step=step) for step in (1, 2, 3)] == [*paths, None]
+    content = (paths[0] / "model.safetensors").read_bytes()
+    (paths[0] / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert find_checkpoint(tmp_path, step=1) is None
+    assert "model.safetensors has changed since it was written" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001.broken", "step-00000002"]
 
 
 def test_a_step_saved_again_replaces_the_first(tmp_path, accelerator):

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hfllm.training.throughput import (
     ThroughputMeter,
     flops_per_token,
-    multiplies_bfloat16,
+    multiplies_fast,
     peak_flops,
     peak_memory_bytes,
 )
@@ -66,16 +66,19 @@ def test_peak_flops_is_plausible_and_measured_once():
     assert peak_flops("cpu", torch.float32) == first
 
 
-def test_a_cpu_multiplies_bfloat16_if_it_has_one_of_the_instructions_for_it(monkeypatch):
-    for capabilities, expected in (
-        ({"avx2": True}, False),
-        ({"avx512_bf16": True, "amx_bf16": False}, True),
-        ({"avx512_bf16": False, "amx_bf16": True}, True),
-        ({}, False),
+def test_a_cpu_multiplies_a_half_fast_if_it_has_one_of_the_instructions_for_it(monkeypatch):
+    for capabilities, bfloat16, float16 in (
+        ({"avx2": True}, False, False),
+        ({"avx512_bf16": True, "amx_bf16": False}, True, False),
+        ({"avx512_bf16": False, "amx_bf16": True, "amx_fp16": False}, True, False),
+        ({"avx512_fp16": True}, False, True),
+        ({}, False, False),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
-        assert multiplies_bfloat16("cpu") == expected
-    assert multiplies_bfloat16("cuda")
+        assert multiplies_fast("cpu", torch.bfloat16) == bfloat16
+        assert multiplies_fast("cpu", torch.float16) == float16
+        assert multiplies_fast("cpu", torch.float32)
+    assert multiplies_fast("cuda", torch.bfloat16) and multiplies_fast("cuda", torch.float16)
 
 
 def test_peak_memory_is_at_least_what_is_held_now_and_no_more_than_the_machine_has():
