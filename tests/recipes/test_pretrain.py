@@ -401,7 +401,10 @@ BAD_INPUT = {
     "no rows": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size 0"),
     "more warm-up than steps": ({"warmup_steps": 100}, "warmup_steps=100"),
     "no steps": ({"max_steps": 0}, "max_steps 0"),
-    "rows of a stream again": ({"streaming": True, "eval_train_rows": 4}, "--eval_train_rows reads rows again, and --streaming reads them once"),
+    "rows of a stream again": (
+        {"streaming": True, "eval_train_rows": 4},
+        "--eval_train_rows reads rows again, and --streaming reads them once",
+    ),
     "a rate for another optimizer": (
         {"optimizer": "adamw", "adam_learning_rate": 0.1},
         "--adam_learning_rate belongs to --optimizer muon",
