@@ -407,12 +407,12 @@ BAD_INPUT = {
     "a vocabulary too small": ({"config_overrides": ["vocab_size=100"]}, "300 ids.*vocab_size is 100"),
     "a block longer than the positions": (
         {"config_overrides": ["max_position_embeddings=16"]},
-        "--block_size 32 is longer than the model.s context of 16 tokens",
+        "block_size=32 is longer than the model.s context of 16 tokens",
     ),
     "no rows": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size 0"),
     "more warm-up than steps": ({"warmup_steps": 100}, "warmup_steps=100"),
     "no steps": ({"max_steps": 0}, "max_steps 0"),
-    "rows of a stream again": ({"streaming": True, "eval_train_rows": 4}, "--eval_train_rows.*a stream is read once"),
+    "rows of a stream again": ({"streaming": True, "eval_train_rows": 4}, "--eval_train_rows reads rows again, and --streaming reads them once"),
     "a rate for another optimizer": (
         {"optimizer": "adamw", "adam_learning_rate": 0.1},
         "--adam_learning_rate belongs to --optimizer muon",
