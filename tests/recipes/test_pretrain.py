@@ -342,6 +342,17 @@ def test_a_checkpoint_of_a_run_starts_another_one(run_pretrain, small, tmp_path)
     assert first["eval_loss"] == pytest.approx(before[0]["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.fault(26)
+def test_a_run_that_began_from_another_model_is_refused(run_pretrain, small, tmp_path):
+    run_pretrain(**{**small, "output_dir": tmp_path / "base", "max_steps": 6})
+    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    options = {name: value for name, value in small.items() if name not in shape} | {"model": tmp_path / "base"}
+    run_pretrain(**options)
+    run_pretrain(**{**small, "output_dir": tmp_path / "base"})  # trained further
+    with pytest.raises(ValueError, match="base_sha256 was "):
+        run_pretrain(**{**options, "max_steps": 20})
+
+
 def test_more_steps_in_mid_run_tell_what_they_do_to_the_learning_rate(run_pretrain, small, capsys):
     run_pretrain(**small, lr_scheduler_type="linear", min_lr_ratio=0)
     run_pretrain(**{**small, "max_steps": 22, "save_steps": 5}, lr_scheduler_type="linear", min_lr_ratio=0)
