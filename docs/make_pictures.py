@@ -114,7 +114,7 @@ def photograph_chat(model: Path, folder: Path) -> None:
         port = free.getsockname()[1]
 
     def find_box(page: Any) -> Any:
-        boxes = page.find_elements(By.CSS_SELECTOR, "textarea")
+        boxes = page.find_elements(By.CSS_SELECTOR, "#message textarea")
         return next((box for box in boxes if box.is_displayed() and box.is_enabled()), None)
 
     address = f"http://127.0.0.1:{port}/"

@@ -40,10 +40,16 @@ from transformers.utils.logging import disable_progress_bar
 
 @arguments
 class ChatArguments(
-    groups.Model, groups.Adapter, groups.Dtype, groups.NewTokens, groups.Sampling, groups.Seed, groups.Config
+    groups.Model,
+    groups.Adapter,
+    groups.Dtype,
+    groups.RemoteCode,
+    groups.NewTokens,
+    groups.Sampling,
+    groups.Seed,
+    groups.Config,
 ):
     model = differs("out/chat")
-    trust_remote_code: bool = option(False, section="model", help="Run Python code that comes with the model.")
     system: str | None = option(
         None, section="generation", help="System message; it is kept when old turns are dropped."
     )

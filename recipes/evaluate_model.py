@@ -55,6 +55,7 @@ from transformers.utils.logging import disable_progress_bar
 class EvaluateArguments(
     groups.HubDataset,
     groups.TextColumn,
+    groups.DocumentSeparator,
     groups.LabelColumn,
     groups.ColumnMap,
     groups.ValidationFraction,
@@ -64,6 +65,7 @@ class EvaluateArguments(
     groups.Model,
     groups.Adapter,
     groups.Dtype,
+    groups.RemoteCode,
     groups.EvalBatch,
     groups.Replies,
     groups.NewTokens,
@@ -91,7 +93,6 @@ class EvaluateArguments(
         default_factory=lambda: ["out/demo"], help="Folders or Hub ids, all causal models or all classifiers."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = differs("float32")
-    trust_remote_code: bool = option(False, section="model", help="Run the code that comes with a model.")
 
     # Evaluation and output
     per_device_eval_batch_size = differs(8, help="Windows, rows or texts per device and forward pass.")
@@ -227,6 +228,7 @@ def load_data(
             "Name the files to score."
         )
     options: dict[str, Any] = {"dataset_config": args.dataset_config, "split": "train" if is_local else args.split}
+    options["delimiter"] = args.delimiter
     with accelerator.main_process_first():
         if kind == "classifier":
             columns = {"text_column": args.text_column, "label_column": args.label_column}
@@ -237,7 +239,8 @@ def load_data(
                 raise ValueError(f"--column_map {wrong[0]}: give name=meaning, e.g. question=prompt answer=response")
             column_map = {name: meaning for name, _, meaning in pairs}
             return load_conversations(args.dataset, column_map=column_map, **options).rows
-        corpus = load_corpus(args.dataset, text_column=args.text_column, cache_dir=args.cache_dir, **options)
+        options |= {"text_column": args.text_column, "document_separator": args.document_separator}
+        corpus = load_corpus(args.dataset, cache_dir=args.cache_dir, **options)
     if args.validation_fraction == 0:
         return corpus.documents
     return split_documents(corpus, validation_fraction=args.validation_fraction)[1]

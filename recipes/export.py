@@ -22,10 +22,14 @@ from typing import Literal
 from hfllm import GPTForCausalLM, from_native, to_native
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import run
-from hfllm.cli.options import arguments, differs, option
+from hfllm.cli.opening import base_of_adapter
+from hfllm.cli.options import arguments, differs, inputs_of, option
 from hfllm.conversion import comparison
-from hfllm.conversion.folder import new_folder, save_model, save_tokenizer
+from hfllm.conversion.folder import save_model, save_tokenizer
 from hfllm.conversion.loading import NATIVE_TYPES, load_causal_lm
+from hfllm.runs.folder import claim_folder
+from hfllm.runs.identity import hash_model
+from hfllm.tokenization import tokenizer_fingerprint
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -67,24 +71,53 @@ class ExportArguments(groups.Model, groups.Dtype, groups.Tokenizer, groups.Overw
 def main(args: ExportArguments) -> None:
     args.check()
     disable_progress_bar()
-    with new_folder(args.output_dir, overwrite=args.overwrite_output_dir) as folder:
+    claim = claim_folder(
+        args.output_dir,
+        recipe="export",
+        overwrite=args.overwrite_output_dir,
+        inputs=inputs_of(args),
+    )
+    with claim as folder:
         # 1. The model and its tokenizer
-        model = load_causal_lm(args.model)
+        model = load_model(args.model)
         tokenizer = load_tokenizer(args.tokenizer or args.model)
         check_fit(args, model, tokenizer)
         print(f"{args.model}: {type(model).__name__}, {model.num_parameters():,} parameters in {name_of(model.dtype)}")
+        context, num_prompt_tokens = model.config.max_position_embeddings, len(tokenizer(PROMPT).input_ids)
+        identity = {
+            "to": args.to,
+            "dtype": args.dtype or name_of(model.dtype),
+            "model_sha256": hash_model(args.model, revision=getattr(model.config, "_commit_hash", None)),
+            "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+        }
+        folder.check_same(identity)
 
-        # 2. The same model in the other form, written, read back and compared
-        write = {"gguf": write_gguf, "onnx": write_onnx}.get(args.to, write_folder)
-        file_name = write(args, model, tokenizer, folder)
-        num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+        # 2. The same model in the other form, written, read back and compared. An earlier export gives way at the end.
+        if folder.is_finished():
+            print(f"{args.output_dir} holds this export already: nothing to do.")
+        else:
+            write = {"gguf": write_gguf, "onnx": write_onnx}.get(args.to, write_folder)
+            with folder.writing() as partial:
+                write(args, model, tokenizer, partial)
+                folder.begin(identity)
+            folder.finish(files=folder.moved)
 
     # 3. Where it is, and commands that open it
-    path = Path(args.output_dir).expanduser() / file_name
-    print(f"Done: {path}, {num_bytes / 2**20:,.1f} MiB. To try it:")
-    room = model.config.max_position_embeddings - len(tokenizer(PROMPT).input_ids)
-    for command in commands_to_open(args.to, path, num_tokens=max(1, min(32, room))):
+    files = [folder.path / name for name in folder.record["finished"]["files"]]
+    path = next((file for file in files if file.suffix in (".gguf", ".onnx")), folder.path)
+    print(f"Done: {path}, {sum(file.stat().st_size for file in files) / 2**20:,.1f} MiB. To try it:")
+    num_tokens = max(1, min(32, context - num_prompt_tokens))
+    for command in commands_to_open(args.to, path, num_tokens=num_tokens):
         print(f"\n    {command}")
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """The model as it is; a LoRA adapter, such as a checkpoint of a fine-tuning run, merged into its base."""
+    if (base := base_of_adapter(name)) is None:
+        return load_causal_lm(name)
+    from hfllm.adapters import load_adapter, merge_adapter  # imports PEFT
+
+    return merge_adapter(load_adapter(load_causal_lm(base), name))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

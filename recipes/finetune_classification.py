@@ -29,21 +29,24 @@ from hfllm.adapters import add_lora, count_parameters, describe_trained
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import check_recipe, run
 from hfllm.cli.opening import check_fit, open_config
-from hfllm.cli.options import Location, arguments, check_numbers, differs, option
+from hfllm.cli.options import arguments, check_numbers, differs, option
 from hfllm.data.labelled_texts import (
     LabelledTexts,
     balance_labels,
     check_labels_known,
     describe_labelled_texts,
+    join_labelled_texts,
     label_names,
     load_labelled_texts,
     split_by_text,
 )
+from hfllm.data.sources import named_datasets
 from hfllm.evaluation.classification import describe_scores, predict_logits, score_beside_baselines, score_predictions
 from hfllm.fine_tuning.classification import ClassifierTrainer, freeze_all_but
 from hfllm.fine_tuning.run import open_run, training_arguments
 from hfllm.model import GPTConfig
 from hfllm.report.confusion import plot_confusion
+from hfllm.runs.finite import check_converged
 from hfllm.tokenization import load_classifier_tokenizer
 from hfllm.training.devices import check_precision
 
@@ -78,8 +81,10 @@ EVALUATION = (
 @arguments
 class ClassificationArguments(
     groups.TrainingDataset,
+    groups.ValidationDataset,
     groups.ValidationSplit,
     groups.TestFraction,
+    groups.TestDataset,
     groups.TextColumn,
     groups.LabelColumn,
     groups.BlockSize,
@@ -101,24 +106,12 @@ class ClassificationArguments(
         0.1, help="Share of the texts held out to choose the epoch by.", at_least=None, above=0
     )
     validation_split = differs(help="Split of the Hub dataset to choose the epoch by.")
-    validation_dataset: str | None = option(
-        None,
-        section="text",
-        help="File of labelled texts to choose the epoch by.",
-        default_is="see validation_fraction",
-        location=Location.READ_OR_NAMED,
-    )
+    validation_dataset = differs(help="Labelled texts to choose the epoch by: files or a Hub id.")
     test_fraction = differs(0.2, help="Share of the texts held out for the test.")
     test_split: str | None = option(
         None, section="text", help="Split of the Hub dataset to test on.", default_is="see test_fraction"
     )
-    test_dataset: str | None = option(
-        None,
-        section="text",
-        help="File of labelled texts to test on.",
-        default_is="see test_fraction",
-        location=Location.READ_OR_NAMED,
-    )
+    test_dataset = differs(help="Labelled texts to test on: files or a Hub id.")
     label_column = differs(help="Column or JSON key of the label, a word or a whole number.")
     balance: bool = option(
         False, section="text", help="Use as many texts of each label as the rarest label has, as the book does."
@@ -153,6 +146,7 @@ class ClassificationArguments(
     head_learning_rate: float | None = option(
         None,
         section="optimization",
+        at_most=10,
         help="Highest learning rate of the new head and, with method full, of the token embeddings.",
         default_is=HEAD_BY_METHOD,
         at_least=0,
@@ -196,10 +190,7 @@ class ClassificationArguments(
 def main(args: ClassificationArguments) -> None:
     args.check()
     args.pooling, args.learning_rate, args.head_learning_rate = choose_for_model(args)
-    with open_run(args) as this_run:
-        if this_run.is_finished:
-            return
-
+    with open_run(args, recipe="finetune_classification") as this_run:
         # 1. The texts: read, checked and split before anything is trained
         train, validation, test = load_parts(args)
         names = label_names(train.labels)
@@ -215,6 +206,9 @@ def main(args: ClassificationArguments) -> None:
             name: encode(part, tokenizer, names, block_size)
             for name, part in (("train", train), ("eval", validation), ("test", test))
         }
+        learned = {name: [names, *zip(side["input_ids"], side["labels"], strict=True)] for name, side in rows.items()}
+        if this_run.is_finished(model, tokenizer, learned):
+            return
         if this_run.is_main:
             print(describe_labelled_texts(train, validation, test, names))
             print(describe_lengths(list(rows.values()), block_size))
@@ -242,29 +236,48 @@ def main(args: ClassificationArguments) -> None:
         seconds = this_run.train(trainer)
 
         # 5. The model with LoRA merged into it is saved, and tested as it was saved.
-        model = this_run.save_model(trainer, tokenizer)
-        logits = {
-            name: predict_logits(
-                model,
-                list(rows[name]["input_ids"]),
-                num_labels=len(names),
-                batch_size=args.per_device_eval_batch_size,
-                pad_token_id=tokenizer.pad_token_id,
-                accelerator=trainer.accelerator,
-            )
-            for name in ("eval", "test")
-        }
+        with this_run.writing() as folder:
+            model = this_run.save_model(trainer, tokenizer, folder)
+            logits = {
+                name: predict_logits(
+                    model,
+                    list(rows[name]["input_ids"]),
+                    num_labels=len(names),
+                    batch_size=args.per_device_eval_batch_size,
+                    pad_token_id=tokenizer.pad_token_id,
+                    accelerator=trainer.accelerator,
+                )
+                for name in ("eval", "test")
+            }
 
-        # 6. The numbers, beside those of a logistic regression
-        metrics = describe_training(args, trainer, seconds)
-        metrics |= {"num_trained_parameters": num_trained, "num_parameters": count_parameters(model)[1]}
+            # 6. The numbers, beside those of a logistic regression
+            metrics = describe_training(args, trainer, seconds)
+            metrics |= {"num_trained_parameters": num_trained, "num_parameters": count_parameters(model)[1]}
+            if this_run.is_main:
+                parts = {"train": train, "eval": validation, "test": test}
+                ids = {
+                    name: (part.texts, [names.index(label) for label in part.labels]) for name, part in parts.items()
+                }
+                metrics |= score_beside_baselines(logits, ids, names)
+                metrics |= score_by_name(logits, {name: parts[name] for name in logits}, ids)
+                check_converged(metrics["eval_loss"], num_choices=len(names))
+                draw_confusion(metrics, names, folder, run_name=this_run.output_dir.resolve().name)
+            this_run.save_metrics(metrics, folder)
+        this_run.finish(trainer)
         if this_run.is_main:
-            parts = {"train": train, "eval": validation, "test": test}
-            ids = {name: (part.texts, [names.index(label) for label in part.labels]) for name, part in parts.items()}
-            metrics |= score_beside_baselines(logits, ids, names)
-            draw_confusion(metrics, names, this_run.output_dir)
-            this_run.finish(metrics)
             report(args, metrics, this_run.output_dir, example=test.texts[0])
+
+
+def score_by_name(
+    logits: dict[str, np.ndarray], parts: dict[str, LabelledTexts], ids: dict[str, tuple[list[str], list[int]]]
+) -> dict[str, float]:
+    """The accuracy on each of several validation or test datasets."""
+    scores = {}
+    for side, part in parts.items():
+        is_right = logits[side].argmax(-1) == np.array(ids[side][1])
+        for name, rows in part.named_rows.items():
+            scores[f"{side}_accuracy_{name}"] = float(is_right[rows.start : rows.stop].mean())
+    return scores
 
 
 def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
@@ -293,14 +306,16 @@ def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
 
 def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTexts, LabelledTexts]:
     """The texts to train on, to validate on and to test on: given files or splits, or parts of the dataset."""
-    options = {name: getattr(args, name) for name in ("text_column", "label_column", "on_bad_record")}
+    options = {name: getattr(args, name) for name in ("text_column", "label_column", "on_bad_record", "delimiter")}
+    options["exclude"] = [args.output_dir]
     data = load_labelled_texts(args.dataset, dataset_config=args.dataset_config, split=args.split, **options)
     label_names(data.labels)
     given: dict[str, LabelledTexts | None] = {}
     for name in ("validation", "test"):
         dataset, split = getattr(args, f"{name}_dataset"), getattr(args, f"{name}_split")
         if dataset is not None:
-            given[name] = load_labelled_texts(dataset, **options)
+            parts = {part: load_labelled_texts(each, **options) for part, each in named_datasets(dataset).items()}
+            given[name] = join_labelled_texts(parts)
         elif split is not None:
             given[name] = load_labelled_texts(args.dataset, dataset_config=args.dataset_config, split=split, **options)
         else:
@@ -412,10 +427,10 @@ def describe_training(args: ClassificationArguments, trainer: ClassifierTrainer,
     }
 
 
-def draw_confusion(metrics: dict[str, Any], names: list[str], output_dir: Path) -> None:
-    title = f"{output_dir.resolve().name}: {metrics['test_texts']:,} test texts"
+def draw_confusion(metrics: dict[str, Any], names: list[str], folder: Path, *, run_name: str) -> None:
+    title = f"{run_name}: {metrics['test_texts']:,} test texts"
     test = {name.removeprefix("test_"): value for name, value in metrics.items() if name.startswith("test_")}
-    plot_confusion(test, names, output_dir / "confusion.png", title=title)
+    plot_confusion(test, names, folder / "confusion.png", title=title)
 
 
 def report(args: ClassificationArguments, metrics: dict[str, Any], output_dir: Path, *, example: str) -> None:

@@ -44,6 +44,7 @@ from hfllm.data.conversations import (
     join_turns,
     load_conversations,
     reword_questions,
+    shared_prompts,
     split_conversations,
 )
 from hfllm.data.instruction import (
@@ -53,6 +54,7 @@ from hfllm.data.instruction import (
     mark_learned,
     padding_token_id,
 )
+from hfllm.data.sources import named_datasets
 from hfllm.data.templates import TEMPLATES, check_template, choose_template
 from hfllm.evaluation.replies import Reply, answer, exact_match, stop_at_turns
 from hfllm.evaluation.rows import score_rows
@@ -65,6 +67,7 @@ from hfllm.fine_tuning.instruction import (
 )
 from hfllm.fine_tuning.responses import learned_loss, logits_only_at, shift_left
 from hfllm.fine_tuning.run import open_run, training_arguments
+from hfllm.runs.finite import check_converged
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import check_precision
 from hfllm.training.optimization import build_muon
@@ -82,7 +85,9 @@ LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "muon": 0.02}
 @arguments
 class InstructionArguments(
     groups.TrainingDataset,
+    groups.ValidationDataset,
     groups.TestFraction,
+    groups.TestDataset,
     groups.ColumnMap,
     groups.BlockSize,
     groups.Model,
@@ -214,10 +219,7 @@ class InstructionTrainer(CheckpointedTrainer):
 
 def main(args: InstructionArguments) -> None:
     args.check()
-    with open_run(args) as this_run:
-        if this_run.is_finished:
-            return
-
+    with open_run(args, recipe="finetune_instruction") as this_run:
         # 1. The model and its tokenizer, whose chat template says how a conversation is written
         tokenizer = load_tokenizer(args.model)
         template_note = choose_template(tokenizer, args.chat_template)
@@ -231,6 +233,12 @@ def main(args: InstructionArguments) -> None:
         rows = {name: encode_side(args, name, side, tokenizer, block_size) for name, side in sides.items()}
         if args.packing:
             check_packing(model, rows["train"])
+        learned = {
+            name: [(row.input_ids.tolist(), row.is_learned.tolist()) for row in side.encoded.rows]
+            for name, side in rows.items()
+        }
+        if this_run.is_finished(model, tokenizer, learned):
+            return
         # From now on the model stops at the end of its turn as well as at the end of a document, in any `generate`.
         stop_at_turns(model, tokenizer, stop_token_id=rows["train"].encoded.stop_token_id)
 
@@ -273,21 +281,27 @@ def main(args: InstructionArguments) -> None:
 
         # 6. What it says after
         metrics["eval_loss"] = response_loss(trainer, rows["eval"])
+        check_converged(metrics["eval_loss"], num_choices=len(tokenizer), before=metrics["eval_loss_before"])
         metrics["test_loss"] = response_loss(trainer, rows["test"])
+        for name in sorted(rows.keys() - {"train", "eval", "test"}):  # "eval_fr": one of several validation datasets
+            side, _, dataset = name.partition("_")
+            metrics[f"{side}_loss_{dataset}"] = response_loss(trainer, rows[name])
         if args.check_answers if args.check_answers is not None else args.dataset == "stdlib":
             metrics |= {"test_questions": len(questions), **check_answers(args, questions, replies_to)}
         after = replies_to(samples)
 
         # 7. The model in the form that other tools open: LoRA merged into the weights, and beside it the adapter alone
         metrics |= describe_training(args, trainer, rows["train"])
-        this_run.save_model(trainer, tokenizer)
-        if this_run.is_main:
-            if args.method == "lora" and args.chat_template is not None:  # the base's tokenizer does not have it
-                tokenizer.save_pretrained(this_run.output_dir / "adapter")
-            text = describe_samples(samples, before, after)
-            (this_run.output_dir / "samples.txt").write_text(text, encoding="utf-8")
-            print(f"\n{text}")
-        this_run.finish(metrics)
+        with this_run.writing() as folder:
+            this_run.save_model(trainer, tokenizer, folder)
+            this_run.save_metrics(metrics, folder)
+            if this_run.is_main:
+                if args.method == "lora" and args.chat_template is not None:  # the base's tokenizer does not have it
+                    tokenizer.save_pretrained(folder / "adapter")
+                text = describe_samples(samples, before, after)
+                (folder / "samples.txt").write_text(text, encoding="utf-8")
+                print(f"\n{text}")
+        this_run.finish(trainer)
         if this_run.is_main:
             report(args, metrics, this_run.output_dir)
             print(f"\n{describe_learning(metrics, samples, after)}")
@@ -302,30 +316,40 @@ def choose_block_size(args: InstructionArguments, model: PreTrainedModel, tokeni
 
 
 def load_data(args: InstructionArguments) -> tuple[dict[str, list[Conversation]], str]:
-    """The conversations of the sides "train", "eval" and "test", and what they are in words."""
+    """The conversations of the sides "train", "eval" and "test", and what they are in words.
+
+    Where several datasets are given for a side, each is a side of its own as well, such as "eval_fr".
+    """
     column_map = {}
     for each in args.column_map or []:
         name, equals, meaning = each.partition("=")
         if not (name and equals and meaning):
             raise ValueError(f"--column_map {each}: give name=meaning, e.g. question=prompt answer=response")
         column_map[name] = meaning
-    conversations = load_conversations(
-        args.dataset,
-        dataset_config=args.dataset_config,
-        split=args.split,
-        column_map=column_map,
-        on_bad_record=args.on_bad_record,
-        seed=args.seed,
-    )
+    reading: dict[str, Any] = {"column_map": column_map, "on_bad_record": args.on_bad_record, "seed": args.seed}
+    reading |= {"delimiter": args.delimiter, "exclude": [args.output_dir]}
+    conversations = load_conversations(args.dataset, dataset_config=args.dataset_config, split=args.split, **reading)
+    given: dict[str, list[Conversation]] = {}
+    for side, dataset in (("eval", args.validation_dataset), ("test", args.test_dataset)):
+        parts = {} if dataset is None else named_datasets(dataset)
+        loaded = {name: load_conversations(part, **reading).rows for name, part in parts.items()}
+        if loaded:
+            given[side] = [row for rows in loaded.values() for row in rows]
+        if len(loaded) > 1:
+            given |= {f"{side}_{name}": rows for name, rows in loaded.items()}
     train, validation, test = split_conversations(
         conversations.rows,
-        validation_fraction=args.validation_fraction,
-        test_fraction=args.test_fraction,
+        validation_fraction=0 if "eval" in given else args.validation_fraction,
+        test_fraction=0 if "test" in given else args.test_fraction,
         seed=args.seed,
     )
+    held_out = {"eval": validation, "test": test} | given
     description = conversations.description
+    for side, rows in given.items():
+        if num_shared := shared_prompts(train, rows):
+            description += f"; {num_shared:,} of {len(rows):,} {side} conversations begin with a prompt of training"
     if args.num_further_questions:
-        known = [*train, *validation, *test]
+        known = [*train, *held_out["eval"], *held_out["test"]]
         further = further_questions(args.num_further_questions, seed=args.seed, held_back=known)
         train = train + further
         description += f"; {len(further):,} further expressions to train on"
@@ -334,7 +358,7 @@ def load_data(args: InstructionArguments) -> tuple[dict[str, list[Conversation]]
         description += "; the expressions to train on are asked in several wordings"
     if args.max_turns > 1:
         train = join_turns(train, max_turns=args.max_turns, seed=args.seed)
-    return {"train": train, "eval": validation, "test": test}, description
+    return {"train": train} | held_out, description
 
 
 def encode_side(

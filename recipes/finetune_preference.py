@@ -25,6 +25,7 @@ from hfllm.data.conversations import load_preferences
 from hfllm.data.templates import check_template, without_control_tokens
 from hfllm.fine_tuning.checkpoints import CheckpointedTrainer
 from hfllm.fine_tuning.run import open_run, training_arguments
+from hfllm.runs.finite import check_converged
 from hfllm.tokenization import load_tokenizer
 from hfllm.training.devices import check_precision
 
@@ -36,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 @arguments
 class PreferenceArguments(
     groups.TrainingDataset,
+    groups.ValidationDataset,
     groups.BlockSize,
     groups.Model,
     groups.LoRA,
@@ -75,10 +77,7 @@ def main(args: PreferenceArguments) -> None:
     class PreferenceTrainer(CheckpointedTrainer, DPOTrainer):
         """TRL's trainer with this project's checkpoints."""
 
-    with open_run(args) as this_run:
-        if this_run.is_finished:
-            return
-
+    with open_run(args, recipe="finetune_preference") as this_run:
         # 1. The model, which is also the reference, and its tokenizer
         tokenizer = load_tokenizer(args.model)
         check_template(tokenizer)
@@ -88,6 +87,8 @@ def main(args: PreferenceArguments) -> None:
 
         # 2. Pairs of replies to one prompt, rendered by the model's own chat template
         training, validation, account = load_pairs(args, tokenizer)
+        if this_run.is_finished(model, tokenizer, {"train": training, "eval": validation}):
+            return
         if this_run.is_main:
             print(
                 f"{account['rows']:,} preferences ({account['bad_records']:,} bad rows left out): {len(training):,} to "
@@ -116,11 +117,11 @@ def main(args: PreferenceArguments) -> None:
         before = trainer.evaluate()
         this_run.train(trainer)
         after = trainer.evaluate()
+        check_converged(after["eval_loss"], num_choices=2, before=before["eval_loss"])
 
         # 5. The adapter merged into the model, and beside it alone
         num_trained, num_parameters = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
         model.generation_config.eos_token_id = stop_ids
-        this_run.save_model(trainer, tokenizer)
         metrics = {
             **account,
             **select_numbers(before, "_before"),
@@ -131,7 +132,10 @@ def main(args: PreferenceArguments) -> None:
             "num_parameters": num_parameters,
             "num_trained_parameters": num_trained,
         }
-        this_run.finish(metrics)
+        with this_run.writing() as folder:
+            this_run.save_model(trainer, tokenizer, folder)
+            this_run.save_metrics(metrics, folder)
+        this_run.finish(trainer)
         if this_run.is_main:
             report(metrics, this_run.output_dir)
 
@@ -145,7 +149,10 @@ def load_pairs(
         dataset_config=args.dataset_config,
         split=args.split,
         on_bad_record=args.on_bad_record,
+        delimiter=args.delimiter,
+        exclude=[args.output_dir],
         validation_fraction=args.validation_fraction,
+        validation_dataset=args.validation_dataset,
         seed=args.seed,
     )
 

@@ -10,17 +10,16 @@
 Ctrl-C ends it; several are continued side by side, and printed when all are done.
 """
 
-import json
 import logging
 import sys
-from pathlib import Path
 
 import hfllm
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import run
 from hfllm.cli.opening import open_causal_lm
 from hfllm.cli.options import Location, arguments, check_numbers, differs, option
-from hfllm.serving.text import LONE_SURROGATE, FollowTexts, TextStream
+from hfllm.data.prompts import load_prompts
+from hfllm.serving.text import FollowTexts, TextStream
 from hfllm.tokenization import load_tokenizer
 
 import torch
@@ -162,22 +161,7 @@ def read_prompts(args: GenerateArguments) -> list[str]:
     """The prompts of --prompt or --prompt_file; an empty list means the start of a document."""
     if args.prompt_file is None:
         return args.prompt or []
-    path = Path(args.prompt_file)
-    if not path.is_file():
-        raise ValueError(f"--prompt_file {path} is not a file. Give a text file with one prompt per line, or a .jsonl.")
-    try:
-        prompts = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        if path.suffix == ".jsonl":
-            prompts = [json.loads(line)["prompt"] for line in prompts]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--prompt_file {path} must be UTF-8 with one prompt per line, or .jsonl with a 'prompt' in each: {error!r}"
-        ) from error
-    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
-        raise ValueError(f"--prompt_file {path} holds no prompts, or one that is empty or not a text.")
-    if lone := next((prompt for prompt in prompts if LONE_SURROGATE.search(prompt)), None):
-        raise ValueError(f"--prompt_file {path} has the prompt {lone!a}, which has half of a surrogate pair in it.")
-    return prompts
+    return load_prompts(args.prompt_file)
 
 
 def explain_length(model: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> str | None:

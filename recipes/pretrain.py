@@ -36,16 +36,28 @@ from typing import Any, Literal, NamedTuple
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import check_recipe, parse_overrides, run, save_arguments
 from hfllm.cli.opening import check_fit, open_causal_lm, open_config
-from hfllm.cli.options import Compared, arguments, check_numbers, differs, identity_of, option, values_of
+from hfllm.cli.options import (
+    Compared,
+    arguments,
+    changeable_of,
+    check_numbers,
+    differs,
+    identity_of,
+    inputs_of,
+    option,
+    values_of,
+)
 from hfllm.data.inspection import describe_row
 from hfllm.data.packing import Rows
 from hfllm.data.training_text import TrainingText, prepare_text
-from hfllm.evaluation.rows import evaluate_rows, score_rows, time_evaluation
+from hfllm.evaluation.rows import evaluate_rows, join_evaluations, score_rows, time_evaluation
 from hfllm.hub import TrainingPush, write_page_and_card
 from hfllm.model import GPTConfig, GPTForCausalLM
 from hfllm.report import plot_curves, save_environment
-from hfllm.runs.folder import claim_folder
-from hfllm.runs.identity import identify
+from hfllm.runs.files import write_json
+from hfllm.runs.finite import check_converged
+from hfllm.runs.folder import RunFolder, claim_folder
+from hfllm.runs.identity import hash_model, identify
 from hfllm.runs.log import read_log
 from hfllm.runs.processes import on_main_process
 from hfllm.runs.progress import RunLog
@@ -78,8 +90,10 @@ DEFAULTS |= {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "eval_steps": 1
 @arguments
 class PretrainArguments(
     groups.TrainingDataset,
+    groups.ValidationDataset,
     groups.ValidationSplit,
     groups.TextColumn,
+    groups.DocumentSeparator,
     groups.Tokenizer,
     groups.BlockSize,
     groups.Stride,
@@ -104,7 +118,13 @@ class PretrainArguments(
     tokenizer = differs(None, default_is="that of model, or out/tokenizer")
     block_size = differs(256, help="Tokens per row; also the longest context the model learns.")
     stride = differs(help="Cut windows this many tokens apart (chapter 2) instead of packing documents.")
-    validation_fraction = differs(help="Share of the bytes held out for validation, by whole documents.")
+    validation_fraction = differs(
+        help="Share of the bytes held out for validation, by whole documents, or of each of a few long ones its end."
+    )
+    validation_dataset = differs(
+        help="Hub id or local files to validate on; several, separated by commas, are measured one by one.",
+        compared=Compared.BY_CONTENT,
+    )
     streaming: bool = option(
         False,
         section="text",
@@ -254,6 +274,9 @@ class PretrainArguments(
         )
 
 
+PRESENTED_FILES = ("curves.png", "report.html")
+
+
 def main(args: PretrainArguments) -> None:
     args.resolve()
     args.check()
@@ -269,11 +292,16 @@ def main(args: PretrainArguments) -> None:
         log_with=args.report_to,
         project_dir=args.output_dir,
     )
-    folder = claim_folder(
-        args.output_dir, overwrite=args.overwrite_output_dir, accelerator=accelerator, only_look=args.dry_run
+    claim = claim_folder(
+        args.output_dir,
+        recipe="pretrain",
+        overwrite=args.overwrite_output_dir,
+        inputs=inputs_of(args),
+        accelerator=accelerator,
+        only_look=args.dry_run,
     )
-    with leaving_at_once(accelerator), folder, StopRequest(accelerator) as stop_request:
-        is_finished = pretrain(args, accelerator, stop_request)
+    with leaving_at_once(accelerator), claim as folder, StopRequest(accelerator) as stop_request:
+        is_finished = pretrain(args, accelerator, folder, stop_request)
     # DDP has to release the process group before it is destroyed. The other way round, gloo waits for Python's lock
     # while Python waits for gloo, and sometimes a process never ends.
     accelerator.free_memory()
@@ -293,6 +321,9 @@ class TrainingState:
     save_seconds: float
     skipped_updates: int
     evaluation: dict[str, Any] | None = None  # the last one
+    evaluation_by_name: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # of each validation text, if several
     text: dict[str, Any] | None = None  # the position in a stream
     spike_history: list[list[float]] | None = None
     plans: list[list[int]] = dataclasses.field(default_factory=list)  # of the steps, see `Deadline`
@@ -313,7 +344,7 @@ class Setup(NamedTuple):
     hub: TrainingPush | None = None  # with --push_to_hub
 
 
-def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: StopRequest) -> bool:
+def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolder, stop_request: StopRequest) -> bool:
     """From text to a saved model; False if the run was told to stop before its end."""
     # 2. The tokenizer, and what can be checked before the text is read
     tokenizer = load_tokenizer(args.tokenizer or args.model or "out/tokenizer")
@@ -350,32 +381,48 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, stop_request: St
         text.close()
         return True
 
-    # 6. The newest checkpoint of this run, or the beginning; a checkpoint of another run is refused
+    # 6. The newest checkpoint of this run, or the beginning. Another run in the folder is refused; with
+    # --overwrite_output_dir it gives way only here, where all that this run reads has been found right.
     own = identity_of(args, by_content=True)
+    if args.model is not None:
+        own["base_sha256"] = hash_model(args.model, revision=getattr(config, "_commit_hash", None))
     identity = identify(config, **text.identity, rows_per_step=rows_per_step, **own)
+    folder.check_same(identity)
+    folder.make_way()
     restore = {"model": setup.model, "optimizer": setup.optimizer, "accelerator": accelerator, "identity": identity}
     state = TrainingState(**find_state(args.output_dir, **restore))
     if state.step > 0:
         text.load_state(state.text)
+        report_another_end(args, folder, state.step, max_steps, accelerator)
     deadline = Deadline(state, planned_steps=max_steps, minutes=minutes, eval_steps=args.eval_steps)
+    options = changeable_of(args) | {"max_steps": max_steps}
+    for change in folder.begin(identity, options=options, files=("log.jsonl", "samples.txt", *PRESENTED_FILES)):
+        accelerator.print(f"{change} from here on.")
 
     # 7. The loop, and then the model in the form that other tools open, with its numbers
-    if state.step >= deadline.max_steps and (Path(args.output_dir) / "metrics.json").exists():
-        accelerator.print(f"The run in {args.output_dir} ended at step {state.step:,}: nothing to do.")
-    else:
+    end = max(state.step, deadline.max_steps)
+    if not folder.is_finished(step=end if minutes is None else None):
+        folder.reopen()
         accelerator.init_trackers("hfllm", config={name: str(value) for name, value in vars(args).items()})
-        if accelerator.is_main_process:
-            save_arguments(args, Path(args.output_dir) / "arguments.yaml")
-            tokenizer.save_pretrained(args.output_dir)
-            save_environment(args.output_dir, num_processes=accelerator.num_processes)
+        with folder.writing() as partial:
+            if accelerator.is_main_process:
+                save_arguments(args, partial / "arguments.yaml")
+                tokenizer.save_pretrained(partial)
+                save_environment(partial, num_processes=accelerator.num_processes)
         tokens_per_second = train(args, setup, state, deadline, stop_request)
-        if state.step >= deadline.max_steps:
-            finish(args, setup, state, tokens_per_second)
-        else:
+        if state.step < deadline.max_steps:
             of_all = f"{state.step:,} of {deadline.max_steps:,}"
             accelerator.print(f"Stopped at step {of_all}; the same command resumes from here.")
+            text.close()
+            return False
+        save_result(args, setup, folder, state, tokens_per_second)
+    elif folder.is_done("page") and (hub is None or folder.is_done("push")):
+        accelerator.print(f"The run in {args.output_dir} ended at step {end:,}: nothing to do.")
+
+    # 8. What shows the result to people. The same command again does what failed of it.
+    present(args, setup, folder)
     text.close()
-    return state.step >= deadline.max_steps
+    return True
 
 
 def train(
@@ -503,9 +550,13 @@ def evaluate(args: PretrainArguments, setup: Setup, state: TrainingState, log: R
     """Log nats per token and bits per byte over every validation token, and a sample of what the model writes."""
     accelerator, text = setup.accelerator, setup.text
     scoring = {"batch_size": args.per_device_eval_batch_size, "accelerator": accelerator}
-    result = evaluate_rows(setup.model, text.validation, **scoring)
+    named = {name: evaluate_rows(setup.model, rows, **scoring) for name, rows in text.validation_parts.items()}
+    result = join_evaluations(named.values()) if named else evaluate_rows(setup.model, text.validation, **scoring)
     state.evaluation = dataclasses.asdict(result)
+    state.evaluation_by_name = {f"eval_loss_{name}": part.loss for name, part in named.items()}
+    state.evaluation_by_name |= {f"eval_bits_per_byte_{name}": part.bits_per_byte for name, part in named.items()}
     record = {"step": state.step, "eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
+    record |= state.evaluation_by_name
     if args.eval_train_rows:
         rows = np.arange(min(args.eval_train_rows, len(text.train)))
         record["eval_train_loss"], _ = score_rows(setup.model, text.train, rows, **scoring)
@@ -529,37 +580,59 @@ def save(args: PretrainArguments, setup: Setup, state: TrainingState, detector: 
         optimizer=setup.optimizer,
         state=dataclasses.asdict(state),
         accelerator=setup.accelerator,
+        tokenizer=setup.text.tokenizer,
         keep=args.save_total_limit,
     )
-    is_pushed = args.hub_strategy == "every_save" and state.step < setup.max_steps  # `finish` pushes the end
+    is_pushed = args.hub_strategy == "every_save" and state.step < setup.max_steps  # `present` pushes the end
     if setup.hub is not None and setup.accelerator.is_main_process and is_pushed:
         setup.hub.push_checkpoint(checkpoint, setup.accelerator.unwrap_model(setup.model), step=state.step)
     state.save_seconds += time.perf_counter() - start
 
 
-def finish(args: PretrainArguments, setup: Setup, state: TrainingState, tokens_per_second: float | None) -> None:
-    """Save the model, `metrics.json`, the curves, the run's page and the model card, and print where they are."""
-    output_dir, text = Path(args.output_dir), setup.text
-    save_model(output_dir, model=setup.model, accelerator=setup.accelerator)
-    if not setup.accelerator.is_main_process:
-        return
-    metrics = final_metrics(
-        dataclasses.asdict(state), accelerator=setup.accelerator, tokens_per_second=tokens_per_second, **setup.sizes
-    )
-    metrics |= {"dataset": args.dataset, "corpus_sha256": text.fingerprint}
-    metrics |= {"tokenizer_sha256": text.tokenizer_sha256, "seed": args.seed}
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=output_dir.resolve().name)
-    write_page_and_card(output_dir)
-    prompt = args.sample_prompt or ("import " if args.dataset == "stdlib" else "The ")
-    print(describe_result(output_dir, metrics, prompt=prompt))
-    if setup.hub is not None and (address := setup.hub.push_result()):
-        print(f"\nOn the Hub: {address}")
+def save_result(
+    args: PretrainArguments, setup: Setup, folder: RunFolder, state: TrainingState, tokens_per_second: float | None
+) -> None:
+    """Save the model and `metrics.json`, both or neither, and note that the run is finished."""
+    accelerator, text = setup.accelerator, setup.text
+    check_converged(state.evaluation["loss"], num_choices=len(text.tokenizer))
+    with folder.writing() as partial:
+        save_model(partial, model=setup.model, accelerator=accelerator)
+        if accelerator.is_main_process:
+            speed = {"tokens_per_second": tokens_per_second, **setup.sizes}
+            metrics = final_metrics(dataclasses.asdict(state), accelerator=accelerator, **speed)
+            metrics |= state.evaluation_by_name
+            metrics |= {"dataset": args.dataset, "corpus_sha256": text.fingerprint}
+            metrics |= {"tokenizer_sha256": text.tokenizer_sha256, "seed": args.seed}
+            write_json(partial / "metrics.json", metrics)
+    folder.finish(step=state.step)
+
+
+def present(args: PretrainArguments, setup: Setup, folder: RunFolder) -> None:
+    """Draw the curves, write page and card, print where everything is, and push it; what is done already is not."""
+
+    def draw() -> None:
+        output_dir = Path(args.output_dir)
+        plot_curves(read_log(output_dir / "log.jsonl"), output_dir / "curves.png", title=output_dir.resolve().name)
+        write_page_and_card(output_dir)
+        prompt = args.sample_prompt or ("import " if args.dataset == "stdlib" else "The ")
+        metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+        print(describe_result(output_dir, metrics, prompt=prompt))
+
+    if not folder.is_done("page"):
+        on_main_process(setup.accelerator, draw)
+        folder.note_done(page=True)
+    hub = setup.hub
+    if hub is not None and not folder.is_done("push"):
+        address = on_main_process(setup.accelerator, hub.push_result)
+        if address is not None:
+            folder.note_done(push=address)
+            setup.accelerator.print(f"\nOn the Hub: {address}")
 
 
 def load_text(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> TrainingText:
-    own = (groups.TrainingDataset, groups.ValidationSplit, groups.TextColumn)
-    reading = values_of(args, *own, groups.BlockSize, groups.Stride, groups.Cache)
+    own = (groups.TrainingDataset, groups.ValidationDataset, groups.ValidationSplit, groups.TextColumn)
+    reading = values_of(args, *own, groups.DocumentSeparator, groups.BlockSize, groups.Stride, groups.Cache)
+    reading["exclude"] = [path for path in (args.output_dir, args.cache_dir) if path is not None]
     order = {"streaming": args.streaming, "seed": args.seed}
     encoding = {"encode": document_encoder(tokenizer), "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
     return prepare_text(tokenizer=tokenizer, accelerator=accelerator, **encoding, **reading, **order)
@@ -616,6 +689,22 @@ def prepare(
     options = loss_options(model)
     model, optimizer = accelerator.prepare(model, build_optimizer(args, model, accelerator))
     return Setup(accelerator, model, optimizer, text, max_steps, num_rows, options, sizes, hub)
+
+
+def report_another_end(
+    args: PretrainArguments, folder: RunFolder, step: int, max_steps: int, accelerator: Accelerator
+) -> None:
+    """Print what another number of steps does to the learning rate of a run that is resumed."""
+    before = (folder.record.get("options") or {}).get("max_steps")
+    if not isinstance(before, int) or step >= max_steps:
+        return
+    old, new = (args.learning_rate * args.height_at(min(step, end), end) for end in (before, max_steps))
+    if not math.isclose(old, new, rel_tol=1e-3):
+        accelerator.print(
+            f"The learning rate changes with --max_steps: at step {step:,} it is {new:.3g} instead of {old:.3g}, as "
+            f"{args.lr_scheduler_type} falls until the last step, which was {before:,} and is {max_steps:,}. A run "
+            "that is to be continued is best trained with --lr_scheduler_type warmup_stable_decay."
+        )
 
 
 def report_unused_options(args: PretrainArguments, accelerator: Accelerator) -> None:

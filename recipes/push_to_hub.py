@@ -16,8 +16,10 @@ Weights, tokenizer, chat template, code, card, page and curves go, in one commit
 machine stay. The same command again sends what has changed. The token comes from `hf auth login` or HF_TOKEN.
 """
 
+import contextlib
 import dataclasses
 import logging
+import os
 import tempfile
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from hfllm.cli.options import Location, arguments, differs, option
 from hfllm.hub import check_repo_id, push_to_hub
 from hfllm.hub.contents import check_model_folder
 from hfllm.hub.forms import save_adapter_alone, save_merged, save_native
+from hfllm.runs.lock import run_lock
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -73,7 +76,10 @@ def main(args: PushArguments) -> None:
     args.check()
     logging.basicConfig(format="%(message)s")
     disable_progress_bar()
-    with tempfile.TemporaryDirectory() as beside, tempfile.TemporaryDirectory() as native:
+    # A run or an export that writes into the folder meanwhile would be pushed in part.
+    model = Path(args.model).expanduser()
+    lock = run_lock(model, recipe="push_to_hub") if os.access(model, os.W_OK) else contextlib.nullcontext()
+    with lock, tempfile.TemporaryDirectory() as beside, tempfile.TemporaryDirectory() as native:
         # 1. The model in the form to push
         folder = args.model
         if args.adapter and not (Path(folder).expanduser() / "adapter_config.json").exists():

@@ -32,12 +32,22 @@ FAULTS = {
     20: "resuming a finished run",
     21: "a pickle in a checkpoint",
     22: "the Hub or a tracker that fails",
-    24: "the same faults in fine-tuning, and in what writes tokenizers and exports",
-    25: "a flipped byte, a missing or truncated file in a Trainer checkpoint",
-    27: "a fine-tuning run killed in its second epoch, without packing",
+    23: "killed, or out of disk, between the last checkpoint and the end",
+    24: "kill -9 at random moments of every recipe that writes",
+    25: "a checkpoint of Trainer's that is damaged or incomplete",
+    26: "data, base or tokenizer changed before a fine-tuning run resumes",
+    27: "killed in a later epoch, with and without packing",
     28: "SIGTERM and Ctrl-C in fine-tuning",
-    29: "one flipped bit in cached rows or documents",
-    37: "standard output that cannot encode what is printed",
+    29: "a flipped bit in cached rows or documents",
+    30: "the lock of a dead run, of another host, under another clock",
+    31: "a learning rate at which training diverges",
+    32: "overwriting what is not the run's own",
+    33: "two exports, tokenizers or pushes at once",
+    34: "a server's client that leaves, or asks for what cannot be",
+    35: "markup and control characters in what is shown",
+    36: "links, code and default names that lead to somebody else's",
+    37: "a terminal that cannot show a character",
+    38: "another release of transformers",
 }
 OUTCOMES: dict[int, list[str]] = defaultdict(list)
 
@@ -66,6 +76,6 @@ def pytest_terminal_summary(terminalreporter):
         failed, passed, skipped = (OUTCOMES[number].count(outcome) for outcome in ("failed", "passed", "skipped"))
         verdict = "FAILED" if failed else "survived" if passed else "skipped"
         counts = f"{passed + failed} tests" + (f", {skipped} skipped" if skipped else "")
-        terminalreporter.write_line(f"{number:3d}  {FAULTS[number]:62s} {verdict:10s} {counts}")
+        terminalreporter.write_line(f"{number:3d}  {FAULTS[number]:66s} {verdict:10s} {counts}")
     if others := [str(number) for number in FAULTS if number not in OUTCOMES]:
         terminalreporter.write_line(f"not tried by the tests selected here: {', '.join(others)}")

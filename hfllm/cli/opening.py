@@ -1,5 +1,6 @@
 """Open a recipe's model; a folder or id that is no such model is rejected before any weight is loaded."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 
 def open_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a model, by its folder or Hub id.
+    """The config of a model, by its folder or Hub id; of a LoRA adapter's folder, that of its base.
 
     Raises:
         ValueError: there is no such model; says what there is instead.
     """
+    if base := base_of_adapter(name):
+        return open_config(base, trust_remote_code=trust_remote_code)
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").exists():
-        if (folder / "adapter_config.json").exists():
-            raise ValueError(
-                f"model={name} is an adapter. Give its base as `model` and it as `adapter`, where there is that "
-                "option; the fine-tuning recipes leave the merged model one folder above it."
-            )
         found = sorted(path.name for path in folder.iterdir())[:10]
         raise ValueError(
             f"model={name} is a folder without a config.json, so there is no model in it yet; it holds {found}. "
@@ -51,11 +49,19 @@ def check_fit(config: PreTrainedConfig, *, num_ids: int, block_size: int | None 
 def open_causal_lm(name: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
     """A causal language model, by its folder or Hub id; `options` are those of `from_pretrained`.
 
-    A classifier is rejected: transformers would open it without its head, and it would write text.
+    Of a LoRA adapter's folder, such as a checkpoint of a fine-tuning run, it is the base with the adapter merged into
+    it. A classifier is rejected: transformers would open it without its head, and it would write text.
 
     Raises:
         ValueError: there is no such model, its weights cannot be read, or it is no causal language model.
     """
+    if base := base_of_adapter(name):
+        from ..adapters import load_adapter, merge_adapter  # PEFT takes time to import
+
+        if _read_adapter_config(name).get("task_type") == "SEQ_CLS":
+            raise ValueError(f"model={name} is the adapter of a classifier. Give the model that it was made from.")
+        model = open_causal_lm(base, trust_remote_code=trust_remote_code, **options)
+        return merge_adapter(load_adapter(model, name))
     config = open_config(name, trust_remote_code=trust_remote_code)
     if other := [kind for kind in config.architectures or [] if kind.endswith("Classification")]:
         raise ValueError(
@@ -66,3 +72,21 @@ def open_causal_lm(name: str, *, trust_remote_code: bool = False, **options: Any
         return AutoModelForCausalLM.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **options)
     except SafetensorError as error:
         raise ValueError(f"model={name}: its weights cannot be read, save or download them again: {error}") from error
+
+
+def base_of_adapter(name: str) -> str | None:
+    """The base of the LoRA adapter in a folder; None if the folder holds a whole model, or is none."""
+    folder = Path(name)
+    if (folder / "config.json").exists() or not (folder / "adapter_config.json").exists():
+        return None
+    base = _read_adapter_config(name).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"model={name} is a LoRA adapter that does not name its base. Give the base as `model` and it as "
+            "`adapter`, where there is that option."
+        )
+    return str(base)
+
+
+def _read_adapter_config(name: str) -> dict[str, Any]:
+    return json.loads((Path(name) / "adapter_config.json").read_text(encoding="utf-8"))

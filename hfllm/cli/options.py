@@ -173,10 +173,26 @@ def identity_of(arguments: Any, *, by_content: bool = False) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
+def changeable_of(arguments: Any) -> dict[str, int | float]:
+    """The numbers that may change when a run is resumed, such as `save_steps`."""
+    values = {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(arguments)
+        if about_of(field).compared is Compared.NOT
+    }
+    return {
+        name: value for name, value in values.items() if not isinstance(value, bool) and isinstance(value, int | float)
+    }
+
+
 def inputs_of(arguments: Any) -> dict[str, Any]:
-    """The options that name what the recipe reads, a path or an id of the Hub; those that were given."""
+    """The options that name what the recipe reads, a path or an id of the Hub; those that were given.
+
+    Not `config`, which has been read already.
+    """
     reads = (Location.READ, Location.READ_OR_NAMED)
     names = [field.name for field in dataclasses.fields(arguments) if about_of(field).location in reads]
+    names = [name for name in names if name != "config"]
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
@@ -208,7 +224,8 @@ class Dataset:
 
     dataset: str | None = option(
         "stdlib",
-        help="Hub id, local file or folder, or 'stdlib': the source of this Python's standard library.",
+        help="Hub id, local files, folders or patterns (several separated by commas), or 'stdlib': the source of this "
+        "Python's standard library.",
         location=Location.READ_OR_NAMED,
         compared=Compared.BY_CONTENT,
     )
@@ -219,6 +236,23 @@ class HubDataset(Dataset):
 
     dataset_config: str | None = option(None, help="Configuration of the Hub dataset.", compared=Compared.BY_CONTENT)
     split: str = option("train", help="Split of the Hub dataset.", compared=Compared.BY_CONTENT)
+    delimiter: str | None = option(
+        None,
+        help="Character between the cells of .csv and .tsv files, e.g. ';' or '\\t'.",
+        default_is="what the header shows",
+        compared=Compared.BY_CONTENT,
+    )
+
+
+class DocumentSeparator:
+    """text"""
+
+    document_separator: str | None = option(
+        None,
+        help="Line that separates the documents of a text file, e.g. %.",
+        default_is="each file is one document",
+        compared=Compared.BY_CONTENT,
+    )
 
 
 class ValidationFraction:
@@ -237,6 +271,17 @@ class TrainingDataset(HubDataset, ValidationFraction):
     )
 
 
+class ValidationDataset:
+    """text"""
+
+    validation_dataset: str | None = option(
+        None,
+        help="Hub id or local files to validate on, instead of a share of the dataset.",
+        default_is="see validation_fraction",
+        location=Location.READ_OR_NAMED,
+    )
+
+
 class ValidationSplit:
     """text"""
 
@@ -252,6 +297,17 @@ class TestFraction:
     """text"""
 
     test_fraction: float = option(0.1, help="Share held out for the test.", above=0, below=1)
+
+
+class TestDataset:
+    """text"""
+
+    test_dataset: str | None = option(
+        None,
+        help="Hub id or local files to test on, instead of a share of the dataset.",
+        default_is="see test_fraction",
+        location=Location.READ_OR_NAMED,
+    )
 
 
 class TextColumn:
@@ -342,6 +398,12 @@ class Dtype:
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, help="Data type of the weights.", default_is="that of the model's files"
     )
+
+
+class RemoteCode:
+    """model"""
+
+    trust_remote_code: bool = option(False, help="Run Python code that comes with a model.")
 
 
 class Shape:
@@ -453,7 +515,8 @@ class Training(MaxSteps, TrainBatch, Seed):
     gradient_accumulation_steps: int | None = option(
         1, help="Forward passes per optimizer step.", at_least=1, compared=Compared.BY_CONTENT
     )
-    learning_rate: float | None = option(None, help="Highest learning rate.", at_least=0)
+    # Nothing learns at a rate above 10: a slip of the finger is told before anything is written.
+    learning_rate: float | None = option(None, help="Highest learning rate.", at_least=0, at_most=10)
     warmup_steps: int = option(0, help="Steps over which the learning rate rises from 0.", at_least=0)
 
 
@@ -475,7 +538,7 @@ class Muon:
 
     optimizer: Literal["muon", "adamw"] | None = option("adamw", help="Optimizer.")
     adam_learning_rate: float | None = option(
-        None, help="With Muon, highest learning rate of embeddings, head, norms and biases.", at_least=0
+        None, help="With Muon, highest learning rate of embeddings, head, norms and biases.", at_least=0, at_most=10
     )
     max_grad_norm: float = option(1.0, help="Longest gradient, by its global norm; 0 does not clip.", at_least=0)
 
@@ -576,7 +639,7 @@ class Run(Overwrite):
 class SaveSteps:
     """output"""
 
-    save_steps: int | None = option(200, help="Steps between two checkpoints.", at_least=1)
+    save_steps: int | None = option(200, help="Steps between two checkpoints.", at_least=1, compared=Compared.NOT)
 
 
 class Trackers:

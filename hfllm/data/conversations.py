@@ -1,38 +1,48 @@
 """Dataset name -> conversations: rows of several published forms, recognised by their columns, checked, and split."""
 
-import csv
+import hashlib
 import itertools
 import json
 import logging
+import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from .python_questions import describe_questions, further_expressions, python_questions, reword
-from .readers import repeated
-from .sources import files_below, hub_errors_explained, local_paths
+from .records import (
+    ReadOptions,
+    Record,
+    check_on_bad_record,
+    is_good,
+    json_type,
+    new_account,
+    note_unused,
+    tell_account,
+    text_problem,
+)
+from .sources import find_source, local_paths
 
 
 logger = logging.getLogger(__name__)
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]  # role and content, both texts; a response that is not learned has weight 0
 
-# The forms, the first that fits counts. A column in brackets may be missing.
+# The forms, the first that fits counts.
 FORMS = (
-    "messages: a list of {role, content}",
-    "conversations: a list of {from, value} (ShareGPT), [system]",
-    "instruction, output, [input], [system] (Alpaca)",
-    "prompt, response or completion, [system]",
+    "messages: a list of {role, content, [weight]}",
+    "conversations: a list of {from, value} (ShareGPT)",
+    "instruction, output, [input], [history] (Alpaca)",
+    "prompt, response or completion, [input], [history]",
 )
+BESIDE = "each with [system]"  # a column in brackets may be missing
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 ROLES |= {"chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
-PAIRS = {"prompt": ("response", "completion")}
+ANSWERS = ("response", "completion")
+# What a model would have to call, or has called. Left out, the rest of the conversation would mean something else.
+TOOL_COLUMNS = ("tools", "functions", "tool_calls", "function_call")
+TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,11 @@ class Conversations:
     account: dict[str, Any] = field(default_factory=dict)
     description: str = ""
 
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 over the messages and their order."""
+        return hashlib.sha256(json.dumps([row.messages for row in self.rows]).encode()).hexdigest()
+
 
 def load_conversations(
     dataset: str,
@@ -59,33 +74,37 @@ def load_conversations(
     column_map: Mapping[str, str] | None = None,
     on_bad_record: str = "error",
     seed: int = 0,
+    delimiter: str | None = None,
+    exclude: Iterable[str | os.PathLike] = (),
 ) -> Conversations:
-    """The conversations of `stdlib` (questions about this Python, drawn by `seed`), of local files or of the Hub.
+    """The conversations of `stdlib` (questions about this Python, drawn by `seed`), of files here or of the Hub.
 
     Rows may have any of FORMS; `column_map` renames columns first, e.g. {"question": "instruction"}. A row that is no
-    conversation (no response, roles out of order, a content that is no text) is an error with its place, or, with
-    `on_bad_record="skip"`, left out and counted.
+    conversation (no response, roles out of order, a content that is no text, calls of tools) is an error with its
+    place, or, with `on_bad_record="skip"`, left out and counted. Columns that are not used are named in a line.
     """
-    if on_bad_record not in ("error", "skip"):
-        raise ValueError(f"on_bad_record={on_bad_record!r}: it is either 'error' or 'skip'.")
-    paths = local_paths(dataset, dataset_config=dataset_config, split=split)
-    if paths == []:
+    check_on_bad_record(on_bad_record)
+    if local_paths(dataset, dataset_config=dataset_config, split=split) == []:
         questions = python_questions(seed=seed)
         rows = [
             Conversation(pair(question.question, question.answer), f"question {number:,}", question.kind)
             for number, question in enumerate(questions, start=1)
         ]
         return Conversations(rows, {"rows": len(rows), "bad_records": 0}, describe_questions(questions))
-    records = read_records_of(dataset, paths, dataset_config=dataset_config, split=split)
-    pairs, problems = keep_good(
-        records, lambda row: as_messages(rename(row, column_map or {})), on_bad_record=on_bad_record
+    pairs, account = _load_rows(
+        dataset,
+        lambda row: _as_messages(rename(row, column_map or {})),
+        dataset_config=dataset_config,
+        split=split,
+        on_bad_record=on_bad_record,
+        delimiter=delimiter,
+        exclude=exclude,
     )
     if not pairs:
-        first = f" The first of {len(problems):,} bad rows: {problems[0]}" if problems else ""
-        raise ValueError(f"{dataset!r} holds no conversation.{first}")
+        raise ValueError(f"{dataset!r} holds no conversation.{_first_bad(account)}")
     rows = [Conversation(messages, place) for place, messages in pairs]
-    account = {"rows": len(rows), "bad_records": len(problems), "bad_record_examples": problems[:10]}
-    return Conversations(rows, account, f"{len(rows):,} conversations, {len(problems):,} bad rows left out")
+    num_bad = account["bad_records"]
+    return Conversations(rows, account, f"{len(rows):,} conversations, {num_bad:,} bad rows left out")
 
 
 def further_questions(number: int, *, seed: int, held_back: Iterable[Conversation]) -> list[Conversation]:
@@ -136,35 +155,47 @@ def join_turns(rows: list[Conversation], *, max_turns: int, seed: int) -> list[C
     return joined
 
 
-def read_records_of(
-    dataset: str, paths: list[Path] | None, *, dataset_config: str | None, split: str
-) -> Iterable[tuple[str, Any]]:
-    """The rows of the files below these paths, or of the Hub's dataset, each with its place."""
-    if paths is None:
-        with hub_errors_explained(dataset, dataset_config, split):
-            table = datasets.load_dataset(dataset, dataset_config, split=split)
-        return ((f"{dataset}, row {row:,}", value) for row, value in enumerate(table, start=1))
-    return (record for path in files_below(paths)[0] for record in read_objects(path))
-
-
-def keep_good(
-    records: Iterable[tuple[str, Any]], convert: Callable[[Any], Any], *, on_bad_record: str
-) -> tuple[list[tuple[str, Any]], list[str]]:
-    """The rows that can be converted, with their places, and what is wrong with the others, unless that is an error."""
+def _load_rows(
+    dataset: str,
+    convert: Callable[[dict[str, Any]], tuple[Any, set[str]]],
+    *,
+    dataset_config: str | None,
+    split: str,
+    on_bad_record: str,
+    delimiter: str | None,
+    exclude: Iterable[str | os.PathLike],
+) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
+    """The rows that can be converted, with their places, and the account; `convert` also names what it did not use."""
+    check_on_bad_record(on_bad_record)
+    options = ReadOptions(delimiter=delimiter)
+    source = find_source(dataset, dataset_config=dataset_config, split=split, options=options, exclude=exclude)
     good: list[tuple[str, Any]] = []
-    problems: list[str] = []
-    for place, value in records:
-        try:
-            good.append((place, convert(value)))
-        except ValueError as error:
-            problems.append(f"{place}: {error}")
-            if on_bad_record == "error":
-                raise ValueError(
-                    f"{problems[0]} Correct the row, or leave such rows out with on_bad_record='skip'."
-                ) from error
-    if problems:
-        logger.warning("%s bad rows were skipped, first %s", f"{len(problems):,}", problems[0])
-    return good, problems
+    account: dict[str, Any] = {**source.account, **new_account()}
+    for record in source.records:
+        value = None
+        if record.problem is None and record.columns is None:
+            record = Record(record.place, problem=f"plain text, which has no columns; {_known_forms()}")
+        elif record.columns is not None:
+            try:
+                value, unused = convert(dict(record.columns))
+            except ValueError as error:
+                record = Record(record.place, problem=str(error).rstrip("."))
+            else:
+                note_unused(sorted(unused), account)
+        if is_good(record, account, on_bad_record=on_bad_record):
+            good.append((record.place, value))
+    tell_account(dataset, account)
+    return good, {"rows": len(good), **account}
+
+
+def _first_bad(account: Mapping[str, Any]) -> str:
+    if not account["bad_records"]:
+        return ""
+    return f" The first of {account['bad_records']:,} bad rows: {account['bad_record_examples'][0]}."
+
+
+def _known_forms() -> str:
+    return f"conversations are {'; or '.join(FORMS)}; {BESIDE}"
 
 
 def pair(question: str, answer: str, system: str | None = None) -> Messages:
@@ -172,90 +203,145 @@ def pair(question: str, answer: str, system: str | None = None) -> Messages:
     return [*before, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def read_objects(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a .json (a list, or an object a line), .jsonl, .csv or .parquet, each with its place."""
-    suffix = path.suffix.lower()
-    if suffix == ".txt":
-        raise ValueError(f"{path} is plain text, which has no columns. Conversations are {'; or '.join(FORMS)}.")
-    try:
-        if suffix == ".parquet":
-            with pq.ParquetFile(path) as file:
-                row = 1
-                for batch in file.iter_batches(batch_size=256):
-                    for value in batch.to_pylist():
-                        yield f"{path}, row {row:,}", value
-                        row += 1
-            return
-        text = path.read_text(encoding="utf-8-sig")
-        if suffix == ".csv":
-            reader = csv.DictReader(text.splitlines(keepends=True))
-            if problem := repeated(reader.fieldnames or []):
-                raise ValueError(f"{path}, line 1: {problem}.")
-            for value in reader:
-                yield f"{path}, line {reader.line_num:,}", {name: cell for name, cell in value.items() if name}
-        elif text.lstrip().startswith("["):
-            for row, value in enumerate(json.loads(text), start=1):
-                yield f"{path}, row {row:,}", value
-        else:
-            for number, line in enumerate(text.split("\n"), start=1):
-                if line.strip():
-                    yield f"{path}, line {number:,}", _parse_line(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} holds bytes that are not UTF-8, at byte {error.start:,}.") from error
-    except (pa.ArrowException, json.JSONDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as {suffix}: {error}") from error
+def rename(row: dict[str, Any], column_map: Mapping[str, str]) -> dict[str, Any]:
+    if missing := [name for name in column_map if name not in row]:
+        raise ValueError(f"column_map: there is no column {missing[0]!r} but {list(row)}.")
+    names = [column_map.get(name, name) for name in row]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"column_map: two columns would have the name {twice[0]!r}; rename the other one as well.")
+    return dict(zip(names, row.values()))
 
 
-def _parse_line(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        return error  # a bad record, to be skipped or not, and not the end of the file
-
-
-def rename(value: Any, column_map: Mapping[str, str]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if missing := [name for name in column_map if name not in value]:
-        raise ValueError(f"column_map: there is no column {missing[0]!r} but {list(value)}.")
-    return {column_map.get(name, name): cell for name, cell in value.items()}
-
-
-def as_messages(row: Any) -> Messages:
+def as_messages(row: dict[str, Any]) -> Messages:
     """A row of one of FORMS as messages with the roles system, user and assistant; a ValueError says what is wrong."""
-    if isinstance(row, ValueError):
-        raise ValueError(f"not valid JSON: {row}.")
-    if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__}, not an object with columns.")
+    return _as_messages(row)[0]
+
+
+def _as_messages(row: dict[str, Any]) -> tuple[Messages, set[str]]:
+    """The messages, and the columns and keys that are not used."""
     # A table has every column in every row: those of another form are None.
-    row = {name: value for name, value in row.items() if value is not None}
-    system = row.get("system") or None
-    if "messages" in row:
-        messages = _listed(row["messages"], "messages", "role", "content")
-    elif "conversations" in row:
-        messages = _listed(row["conversations"], "conversations", "from", "value")
-        if system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
-    elif "instruction" in row and "output" in row:
-        question = _text(row["instruction"], "instruction").strip()
-        if more := _text(row.get("input", ""), "input").strip():
-            question = f"{question}\n\n{more}"
-        messages = pair(question, row["output"], system)
-    elif "prompt" in row and (answer := next((row[name] for name in PAIRS["prompt"] if name in row), None)) is not None:
-        messages = [*row["prompt"], *answer] if isinstance(row["prompt"], list) else pair(row["prompt"], answer, system)
+    values = {name: value for name, value in row.items() if value is not None}
+    _refuse_tools(values)
+    unused: set[str] = set()
+    answer = next((name for name in ANSWERS if name in values), None)
+    if "messages" in values:
+        used = {"messages"}
+        messages = _listed(values["messages"], "messages", unused)
+    elif "conversations" in values:
+        used = {"conversations"}
+        messages = _listed(values["conversations"], "conversations", unused)
+    elif "instruction" in values and "output" in values:
+        used = {"instruction", "input", "output", "history"}
+        messages = pair(_question(values, "instruction").strip(), _text(values["output"], "output"))
+    elif "prompt" in values and answer is not None:
+        used = {"prompt", answer, "history"}
+        if isinstance(values["prompt"], list):
+            prompt = _listed(values["prompt"], "prompt", unused)
+            messages = [*prompt, *_reply(values[answer], answer, unused)]
+        else:
+            used.add("input")
+            messages = pair(_question(values, "prompt"), _text(values[answer], answer))
     else:
+        nulls = [name for name, value in row.items() if value is None]
+        are_null = f" ({', '.join(map(repr, nulls))} {'is' if len(nulls) == 1 else 'are'} null)" if nulls else ""
         raise ValueError(
-            f"the columns {list(row)} are none of the forms known: {'; or '.join(FORMS)}. Rename them with column_map."
+            f"the columns {list(values)}{are_null} are none of the forms known; {_known_forms()}. Rename them with "
+            "column_map."
         )
+    messages = [*_turns_before(values, used, unused), *messages]
+    messages = _with_system(messages, values.get("system"))
     check_messages(messages)
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    if not any(is_learned(message) for message in messages):
+        raise ValueError("each response has weight 0: nothing in it can be learned.")
+    return messages, unused | (set(values) - used - {"system"})
 
 
-def check_messages(messages: Any) -> None:
+def _refuse_tools(values: Mapping[str, Any]) -> None:
+    for name in TOOL_COLUMNS:
+        if values.get(name) not in (None, "", "[]", [], {}):
+            raise ValueError(f"it has {name!r}, and models are not taught to call tools. Leave such rows out.")
+
+
+def _question(values: Mapping[str, Any], name: str) -> str:
+    """The question with what is in the column `input` below it, as Alpaca's prompt has it."""
+    question = _text(values[name], name)
+    more = _text(values.get("input", ""), "input").strip()
+    return f"{question.strip()}\n\n{more}" if more else question
+
+
+def _turns_before(values: Mapping[str, Any], used: set[str], unused: set[str]) -> Messages:
+    """The turns in the column `history`: pairs of question and answer, or messages."""
+    history = values.get("history")
+    if history in (None, "", []):
+        return []
+    if "history" not in used:
+        raise ValueError(f"it has a 'history' beside {', '.join(map(repr, sorted(used)))}. Put its turns in there.")
+    if not isinstance(history, list):
+        raise ValueError(f"'history' is {json_type(history)}, not a list of pairs of question and answer.")
+    if isinstance(history[0], dict):
+        return _listed(history, "history", unused)
+    turns: Messages = []
+    for number, turn in enumerate(history, start=1):
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise ValueError(f"turn {number} of 'history' is {turn!r:.60}, not a pair of question and answer.")
+        turns += pair(*(_text(text, f"turn {number} of history") for text in turn))
+    return turns
+
+
+def _with_system(messages: Messages, system: Any) -> Messages:
+    """The messages behind the system message that a column gives."""
+    if system is None or not _text(system, "system").strip():
+        return messages
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"].strip() != system.strip():
+            raise ValueError("its messages begin with a system message, and its column 'system' has another one.")
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether a message is a response to learn: one of the assistant's, unless its weight is 0."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
+
+
+def _listed(messages: Any, column: str, unused: set[str]) -> Messages:
+    """A list of {role, content} or {from, value} as messages; names of keys that are not used go into `unused`."""
+    if not isinstance(messages, list) or not messages:
+        what = "an empty list" if messages == [] else json_type(messages)
+        raise ValueError(f"{column!r} is {what}, not a list of messages.")
+    listed: Messages = []
+    for number, message in enumerate(messages, start=1):
+        keys = {} if not isinstance(message, dict) else {key: v for key, v in message.items() if v is not None}
+        role, content = ("from", "value") if column == "conversations" or "from" in keys else ("role", "content")
+        if called := [key for key in TOOL_KEYS if keys.get(key)]:
+            raise ValueError(f"message {number} has {called[0]!r}, and models are not taught to call tools.")
+        if not {role, content} <= set(keys):
+            raise ValueError(
+                f"message {number} of {column!r} is {message!r:.80}, not an object with {role} and {content}."
+            )
+        name = str(keys[role])
+        plain = {"role": ROLES.get(name, name), "content": keys[content]}
+        if "weight" in keys:
+            if keys["weight"] not in (0, 1):
+                raise ValueError(f"message {number} has the weight {keys['weight']!r}; it is 0 (not learned) or 1.")
+            if keys["weight"] == 0:
+                plain["weight"] = 0
+            elif plain["role"] != "assistant":
+                raise ValueError(f"message {number} has weight 1, and only what the assistant says is learned.")
+        unused |= {f"{column}[].{key}" for key in set(keys) - {role, content, "weight", *TOOL_KEYS}}
+        listed.append(plain)
+    return listed
+
+
+def _reply(reply: Any, column: str, unused: set[str]) -> Messages:
+    if isinstance(reply, list):
+        return _listed(reply, column, unused)
+    return [{"role": "assistant", "content": _text(reply, column)}]
+
+
+def check_messages(messages: Messages) -> None:
     """A conversation is an optional system message, then user and assistant in turns, and somebody answers."""
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f"message {number + 1} is {message!r:.60}, not an object with role and content.")
         _text(message["content"], f"content of message {number + 1}")
     roles = [message["role"] for message in messages]
     if unknown := [role for role in roles if role not in ("system", "user", "assistant")]:
@@ -274,30 +360,15 @@ def check_messages(messages: Any) -> None:
         raise ValueError(f"the {what} in message {empty[0]} is empty.")
 
 
-def _is_empty(message: dict[str, str]) -> bool:
+def _is_empty(message: dict[str, Any]) -> bool:
     return not message["content"].strip()
-
-
-def _listed(messages: Any, column: str, role: str, content: str) -> Messages:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{column!r} is {messages!r:.60}, not a list of messages.")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not {role, content} <= set(message):
-            raise ValueError(
-                f"message {number} of {column!r} is {message!r:.80}, not an object with {role} and {content}."
-            )
-    return [
-        {"role": ROLES.get(str(message[role]), str(message[role])), "content": message[content]} for message in messages
-    ]
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name!r} is a {type(value).__name__}, not a text.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name!r} holds half a surrogate pair, at character {error.start:,}.") from None
+        raise ValueError(f"{name!r} is {json_type(value)}, not a text.")
+    if text_problem(value, name):
+        raise ValueError(f"{name!r} holds bytes that are not UTF-8, or half a surrogate pair.")
     return value
 
 
@@ -343,6 +414,12 @@ def prompt_key(conversation: Conversation) -> str:
     return "\n".join(before)
 
 
+def shared_prompts(training: Iterable[Conversation], held_out: Iterable[Conversation]) -> int:
+    """How many of the conversations held out begin with a prompt that is trained on."""
+    known = {prompt_key(conversation) for conversation in training}
+    return sum(prompt_key(conversation) in known for conversation in held_out)
+
+
 def load_preferences(
     dataset: str,
     *,
@@ -351,48 +428,74 @@ def load_preferences(
     on_bad_record: str = "error",
     validation_fraction: float,
     seed: int,
+    validation_dataset: str | None = None,
+    delimiter: str | None = None,
+    exclude: Iterable[str | os.PathLike] = (),
 ) -> tuple[list[dict[str, Messages]], list[dict[str, Messages]], dict[str, Any]]:
     """Rows of `prompt`, `chosen` and `rejected` as messages, to train on and to validate, and what was left out.
 
     `prompt` is a text or messages that end with the user's; `chosen` and `rejected` are texts or the assistant's
-    messages, which may repeat the prompt, and must differ. Pairs of one prompt are on the same side.
+    messages, which may repeat the prompt, and must differ. Beside them, `system`, `input` and `history` go into the
+    prompt. Pairs of one prompt are on the same side; with a `validation_dataset`, that one validates.
     """
-    paths = local_paths(dataset, dataset_config=dataset_config, split=split)
-    if paths == []:
+    if local_paths(dataset, dataset_config=dataset_config, split=split) == []:
         raise ValueError("'stdlib' has no preferences: give a Hub id or files with prompt, chosen and rejected.")
-    records = read_records_of(dataset, paths, dataset_config=dataset_config, split=split)
-    pairs, problems = keep_good(records, as_preference, on_bad_record=on_bad_record)
-    if not pairs:
-        raise ValueError(f"{dataset!r} holds no preference.{f' The first bad row: {problems[0]}' if problems else ''}")
-    keyed = [Conversation(row["prompt"], str(number)) for number, (_, row) in enumerate(pairs)]
-    training, validation, _ = split_conversations(
-        keyed, validation_fraction=validation_fraction, test_fraction=0, seed=seed
-    )
-    sides = [[pairs[int(each.place)][1] for each in side] for side in (training, validation)]
-    return sides[0], sides[1], {"rows": len(pairs), "bad_records": len(problems)}
+    reading: dict[str, Any] = {"on_bad_record": on_bad_record, "delimiter": delimiter, "exclude": exclude}
+
+    def load(dataset: str, **where: Any) -> tuple[list[dict[str, Messages]], dict[str, Any]]:
+        pairs, account = _load_rows(dataset, _as_preference, **where, **reading)
+        if not pairs:
+            raise ValueError(f"{dataset!r} holds no preference.{_first_bad(account)}")
+        return [row for _, row in pairs], account
+
+    rows, account = load(dataset, dataset_config=dataset_config, split=split)
+    counts = {"rows": len(rows), "bad_records": account["bad_records"]}
+    if validation_dataset is not None:
+        validation, _ = load(validation_dataset, dataset_config=None, split="train")
+        shared = shared_prompts(*([Conversation(row["prompt"], "") for row in side] for side in (rows, validation)))
+        if shared:
+            logger.warning("%s of the pairs to validate have a prompt that is trained on.", f"{shared:,}")
+        return rows, validation, counts
+    keyed = [Conversation(row["prompt"], str(number)) for number, row in enumerate(rows)]
+    sides = split_conversations(keyed, validation_fraction=validation_fraction, test_fraction=0, seed=seed)
+    training, validation = ([rows[int(each.place)] for each in side] for side in sides[:2])
+    return training, validation, counts
 
 
-def as_preference(row: Any) -> dict[str, Messages]:
-    if isinstance(row, ValueError):
-        raise ValueError(f"not valid JSON: {row}.")
-    columns = list(row) if isinstance(row, dict) else []
-    if missing := [name for name in ("prompt", "chosen", "rejected") if name not in columns]:
-        raise ValueError(f"there is no {', '.join(missing)} among the columns {columns}.")
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
+def as_preference(row: dict[str, Any]) -> dict[str, Messages]:
+    return _as_preference(row)[0]
+
+
+def _as_preference(row: dict[str, Any]) -> tuple[dict[str, Messages], set[str]]:
+    """A row as `prompt`, `chosen` and `rejected`, and the columns and keys that are not used."""
+    if missing := [name for name in ("prompt", "chosen", "rejected") if name not in row]:
+        raise ValueError(f"there is no {', '.join(missing)} among the columns {list(row)}.")
+    if nulls := [name for name in ("prompt", "chosen", "rejected") if row[name] is None]:
+        raise ValueError(f"its {nulls[0]!r} is null, not a text or a list of messages.")
+    values = {name: value for name, value in row.items() if value is not None}
+    _refuse_tools(values)
+    used, unused = {"prompt", "chosen", "rejected", "history", "system"}, set[str]()
+    if isinstance(values["prompt"], list):
+        prompt = _listed(values["prompt"], "prompt", unused)
+    else:
+        used.add("input")
+        prompt = [{"role": "user", "content": _question(values, "prompt")}]
+    given = prompt
+    prompt = _with_system([*_turns_before(values, used, unused), *prompt], values.get("system"))
     replies = {}
     for name in ("chosen", "rejected"):
-        reply = row[name]
-        if isinstance(reply, str):
-            reply = [{"role": "assistant", "content": reply}]
-        if isinstance(reply, list) and reply[: len(prompt)] == prompt:
-            reply = reply[len(prompt) :]
+        reply = _reply(values[name], name, unused)
+        for repeated in (prompt, given):
+            if reply[: len(repeated)] == repeated:
+                reply = reply[len(repeated) :]
+                break
         try:
             check_messages([*prompt, *reply])
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        if any("weight" in message for message in [*prompt, *reply]):
+            raise ValueError(f"{name} has a message with weight 0, and of preferences the whole reply is learned.")
         replies[name] = reply
     if replies["chosen"] == replies["rejected"]:
         raise ValueError("chosen and rejected are the same, so nothing is preferred.")
-    return {"prompt": prompt, **replies}
+    return {"prompt": prompt, **replies}, unused | (set(values) - used)

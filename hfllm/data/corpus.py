@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .cache import cached_dataset
-from .readers import Record
+from .records import (
+    ReadOptions,
+    Record,
+    as_document,
+    check_on_bad_record,
+    is_good,
+    new_account,
+    tell_account,
+)
 from .sampler import rows_at
-from .sources import find_source
+from .sources import by_short_names, find_source
 
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1  # part of the cache's address: raise it when the same sources would give other files
+FORMAT_VERSION = 2  # part of the cache's address: raise it when the same sources would give other files
 PART_CHARACTERS = 1 << 16
 BATCH_BYTES = 8 << 20  # text in memory before it is written out
 BATCH_PARTS = 1 << 16
-NUM_EXAMPLES = 10  # bad records whose place is kept in the account
+NUM_SOURCES = 1000  # files whose share of the documents is kept in the account
+NUM_NAMED_SOURCES = 8  # ... and told of what is held out
+FEW_DOCUMENTS = 10
+LONG_BYTES = 1 << 13  # a shorter document is never cut for validation
 SCHEMA = pa.schema([("text", pa.large_string()), ("document", pa.int64())])
 
 # Where a long document may be cut, best first. Encoding its parts one by one must give the tokens of the whole, so the
@@ -59,33 +69,48 @@ def load_corpus(
     split: str = "train",
     text_column: str = "text",
     on_bad_record: str = "error",
+    delimiter: str | None = None,
+    document_separator: str | None = None,
+    exclude: Iterable[str | os.PathLike] = (),
     cache_dir: str | os.PathLike | None = None,
 ) -> Corpus:
     """The documents of a dataset, read once in bounded memory and then found again by the content of their sources.
 
-    `dataset` is `stdlib` (the source of the running Python's standard library), a file or folder, several of them
-    separated by commas, or the id of a dataset on the Hub. A .txt file is a document, with its line ends untouched; so
-    is a line of .jsonl, an object of .json (a list or lines), a row of .csv or .parquet. Of a folder, all such files
-    below it are read, in sorted order. NUL characters are text; a byte-order mark at a file's start is not.
+    `dataset` is `stdlib` (the source of the running Python's standard library), a file, folder or pattern, several of
+    them separated by commas, or the id of a dataset on the Hub. A text file (.txt, .md, .py, ...) is a document, with
+    its line ends untouched, or one for each stretch between lines that are the `document_separator`; so is a line of
+    .jsonl, an object of .json, a row of .csv, .tsv, .parquet or .arrow. Of a folder, all such files below it are read,
+    in sorted order, but for the folders in `exclude` (see `files_below`). NUL characters are text; a byte-order mark at
+    a file's start is not.
 
     A record without text (corrupt JSON, no such column, bytes that are not UTF-8, ...) is an error with its file and
     line, or, with `on_bad_record="skip"`, left out and counted. Empty documents are dropped and counted.
     """
-    if on_bad_record not in ("error", "skip"):
-        raise ValueError(f"on_bad_record={on_bad_record!r}: it is either 'error' or 'skip'.")
-    source = find_source(dataset, dataset_config=dataset_config, split=split, text_column=text_column)
-    made_from = {"contents": source.contents, "text_column": text_column, "on_bad_record": on_bad_record}
+    check_on_bad_record(on_bad_record)
+    options = document_options(text_column, delimiter=delimiter, document_separator=document_separator)
+    source = find_source(dataset, dataset_config=dataset_config, split=split, options=options, exclude=exclude)
+    records = (as_document(record, text_column, source=name) for name, read in source.parts for record in read())
+    made_from: dict[str, Any] = {
+        "contents": source.identify(),
+        "text_column": text_column,
+        "on_bad_record": on_bad_record,
+    }
+    made_from |= {"delimiter": delimiter, "document_separator": document_separator}
     documents, account = cached_dataset(
         "corpus",
         {**made_from, "format_version": FORMAT_VERSION},
-        lambda path: write_documents(path, source.records, dataset=dataset, on_bad_record=on_bad_record),
+        lambda path: write_documents(path, records, dataset=dataset, on_bad_record=on_bad_record),
         cache_dir=cache_dir,
     )
     account = {"name": dataset, **source.account, **account}
-    if account["bad_records"]:
-        first = account["bad_record_examples"][0]
-        logger.warning("%s: %s bad records were skipped, first %s", dataset, f"{account['bad_records']:,}", first)
+    tell_account(dataset, account)
     return Corpus(documents, account.pop("fingerprint"), account)
+
+
+def document_options(text_column: str, *, delimiter: str | None, document_separator: str | None) -> ReadOptions:
+    """How files are read for the documents in a column."""
+    required = {text_column: "text_column"}
+    return ReadOptions(required, only={text_column}, delimiter=delimiter, document_separator=document_separator)
 
 
 def count_documents(number: int) -> str:
@@ -122,8 +147,8 @@ def _cut_position(text: str, start: int) -> int:
 
 def write_documents(path: Path, records: Iterable[Record], *, dataset: str, on_bad_record: str) -> dict[str, Any]:
     """Write the records' documents as an Arrow stream, and return the account."""
-    account: dict[str, Any] = {"documents": 0, "parts": 0, "bytes": 0, "empty_documents": 0}
-    account |= {"bad_records": 0, "bad_record_examples": [], "records_without_column": 0}
+    account: dict[str, Any] = {"documents": 0, "parts": 0, "bytes": 0, **new_account()}
+    sources: list[dict[str, Any]] = []
     fingerprint = hashlib.sha256()
     parts: list[bytes] = []
     numbers: list[int] = []
@@ -148,31 +173,22 @@ def write_documents(path: Path, records: Iterable[Record], *, dataset: str, on_b
                 fingerprint.update(digest.digest())
                 account["documents"] += 1
                 account["bytes"] += num_bytes
+                if not sources or sources[-1]["name"] != record.source:
+                    sources.append({"name": record.source, "documents": 0, "bytes": 0})
+                sources[-1]["documents"] += 1
+                sources[-1]["bytes"] += num_bytes
             else:
                 account["empty_documents"] += 1
         writer.write_batch(_record_batch(parts, numbers))
     if not account["documents"]:
         raise ValueError(_nothing_left(dataset, account))
-    return {**account, "fingerprint": fingerprint.hexdigest()}
+    if account["unused_columns"]:
+        account["unused_columns"].sort()
+    return {**account, "sources": sources[:NUM_SOURCES], "fingerprint": fingerprint.hexdigest()}
 
 
 def _record_batch(parts: list[bytes], numbers: list[int]) -> pa.RecordBatch:
     return pa.record_batch([pa.array(parts, pa.large_string()), pa.array(numbers, pa.int64())], schema=SCHEMA)
-
-
-def is_good(record: Record, account: dict[str, Any], *, on_bad_record: str) -> bool:
-    """Whether the record has text; one that has none stops the reading or is counted in the account."""
-    if record.problem is None:
-        return True
-    message = f"{record.place}: {record.problem}"
-    if on_bad_record == "error":
-        first_step = "Name the right one with text_column" if record.lacks_column else "Mend it"
-        raise ValueError(f"{message}. {first_step}, or leave such records out with on_bad_record='skip'.")
-    account["bad_records"] += 1
-    account["records_without_column"] += record.lacks_column
-    if len(account["bad_record_examples"]) < NUM_EXAMPLES:
-        account["bad_record_examples"].append(message)
-    return False
 
 
 def _nothing_left(dataset: str, account: dict[str, Any]) -> str:
@@ -191,27 +207,79 @@ def split_documents(corpus: Corpus, *, validation_fraction: float) -> tuple[data
 
     Documents are chosen by a hash of their content, so the choice does not depend on their order, and equal documents
     are on the same side. Validation takes them, as they come by that hash, while they fit into `validation_fraction`
-    of the bytes; if none fits, the smallest. A single document is cut instead, as in the book: its last
-    `validation_fraction` of the characters validates.
+    of the bytes; if none fits, the smallest.
+
+    Where long documents hold most of the text, whole ones would be all of validation or nothing of it: then each of
+    them is trained on up to its last `validation_fraction`, and validates from there on. It is cut where a paragraph
+    ends, or a line. A single document is cut as in the book, at the very character.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction={validation_fraction}: it is at least 0 and less than 1.")
-    starts, num_bytes, digests = _documents_index(corpus.documents)
-    if validation_fraction == 0:
-        held_out: np.ndarray = np.zeros(len(starts), dtype=bool)
-    elif len(starts) == 1:
-        return _cut_in_two(corpus.documents, validation_fraction)
-    else:
-        held_out = _hold_out(num_bytes, digests, validation_fraction)
+    documents = corpus.documents
+    starts, num_bytes, digests = _documents_index(documents)
+    ends: np.ndarray = np.append(starts[1:], len(documents))
+    held_out: np.ndarray = np.zeros(len(starts), dtype=bool)
+    is_cut = held_out.copy()
+    if validation_fraction > 0 and len(starts) == 1:
+        return _cut_in_two(documents, validation_fraction)
+    if validation_fraction > 0:
+        is_cut = _documents_to_cut(num_bytes, digests, validation_fraction)
+        whole = ~is_cut
+        held_out[whole] = _hold_out(
+            num_bytes[whole], digests[whole], validation_fraction, or_smallest=bool(whole.all())
+        )
         share = num_bytes[held_out].sum() / num_bytes.sum()
         if share > 2 * validation_fraction:
             logger.warning("Validation takes %.0f %% of the bytes: the documents are few and long.", 100 * share)
+
     # Files that are neighbours are alike. The seed is fixed because the split belongs to the data, not to a run.
     training = np.flatnonzero(~held_out)
     training = training[rows_at(np.arange(len(training)), num_rows=len(training), seed=0)]
-    rows_of = partial(_rows_of, starts=starts, ends=np.append(starts[1:], len(corpus.documents)))
-    validation = np.flatnonzero(held_out)
-    return corpus.documents.select(rows_of(training)), corpus.documents.select(rows_of(validation))
+    validation = np.flatnonzero(held_out | is_cut)
+    if is_cut.any():
+        documents, cuts = _cut_documents(documents, starts, ends, is_cut, validation_fraction)
+        uncut = {number: [(starts[number], ends[number])] for number in np.flatnonzero(~is_cut)}
+        sides = [
+            np.array([part for number in numbers for part in uncut.get(number) or cuts[number][side]])
+            for side, numbers in enumerate((training, validation))
+        ]
+    else:
+        sides = [np.column_stack([starts[side], ends[side]]) for side in (training, validation)]
+    return documents.select(_rows_of(sides[0])), documents.select(_rows_of(sides[1]))
+
+
+def held_out_by_file(corpus: Corpus, validation: datasets.Dataset) -> dict[str, datasets.Dataset]:
+    """The documents to validate on of each file, by a short name, if they are of a few files; else none."""
+    sources = corpus.account.get("sources", [])
+    if not 1 < len(sources) <= NUM_NAMED_SOURCES:
+        return {}
+    ends = np.cumsum([source["documents"] for source in sources])
+    owners = np.searchsorted(ends, validation.with_format("numpy")[:]["document"], side="right")
+    names = by_short_names(source["name"] for source in sources)
+    rows = {name: np.flatnonzero(owners == index) for index, name in enumerate(names)}
+    return {name: validation.select(own) for name, own in rows.items() if len(own)}
+
+
+def describe_held_out(corpus: Corpus, validation: datasets.Dataset) -> str:
+    """What `split_documents` holds out, by the files that it is from."""
+    columns: list[np.ndarray] = [np.empty((2, 0), dtype=np.int64)]
+    for batch in validation.with_format("arrow").iter(batch_size=1000):
+        columns.append(np.stack([batch["document"].to_numpy(), pc.binary_length(batch["text"]).to_numpy()]))
+    numbers, num_bytes = np.concatenate(columns, axis=1)
+    sources = corpus.account.get("sources", [])
+    total = f"{count_documents(len(np.unique(numbers)))}, {num_bytes.sum():,} bytes"
+    if not 1 < len(sources) <= NUM_NAMED_SOURCES:
+        return total
+    ends = np.cumsum([source["documents"] for source in sources])
+    held = np.bincount(np.searchsorted(ends, numbers, side="right"), weights=num_bytes, minlength=len(sources))
+    shares = [f"{share / source['bytes']:.1%} of {source['name']}" for share, source in zip(held, sources)]
+    return f"{total}: {', '.join(shares)}"
+
+
+def num_shared_documents(corpus: Corpus, other: Corpus) -> int:
+    """How many documents of `other` are in `corpus`, too."""
+    known, others = (_documents_index(each.documents)[2] for each in (corpus, other))
+    return int(np.isin(others, known).sum())
 
 
 def _documents_index(documents: datasets.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -236,10 +304,18 @@ def _documents_index(documents: datasets.Dataset) -> tuple[np.ndarray, np.ndarra
     return np.array(starts), np.array(num_bytes), np.array(digests, dtype=np.uint64)
 
 
-def _hold_out(num_bytes: np.ndarray, digests: np.ndarray, fraction: float) -> np.ndarray:
-    """A mask of the documents to validate on."""
+def _documents_to_cut(num_bytes: np.ndarray, digests: np.ndarray, fraction: float) -> np.ndarray:
+    """A mask of the long documents, if they hold most of the text: those that do not fit into validation, or if there
+    are few documents, all long ones."""
+    is_few = len(np.unique(digests)) < FEW_DOCUMENTS
+    is_long = num_bytes > (LONG_BYTES if is_few else max(LONG_BYTES, fraction * num_bytes.sum()))
+    return is_long if 2 * num_bytes[is_long].sum() > num_bytes.sum() else np.zeros_like(is_long)
+
+
+def _hold_out(num_bytes: np.ndarray, digests: np.ndarray, fraction: float, *, or_smallest: bool) -> np.ndarray:
+    """A mask of the documents to validate on; if none fits, the smallest or none."""
     distinct, group = np.unique(digests, return_inverse=True)  # sorted by digest: the order in which they are taken
-    if len(distinct) == 1:
+    if len(distinct) == 1 and or_smallest:
         raise ValueError(
             f"All {len(digests):,} documents are the same text, so nothing is left to validate on. "
             "Keep one of them, or choose validation_fraction=0."
@@ -251,16 +327,62 @@ def _hold_out(num_bytes: np.ndarray, digests: np.ndarray, fraction: float) -> np
         if size <= remaining:
             taken[index] = True
             remaining -= size
-    if not taken.any():
+    if not taken.any() and or_smallest:
         taken[group_bytes.argmin()] = True
     return taken[group]
 
 
-def _rows_of(order: np.ndarray, *, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The rows of the documents in the given order, the parts of each in theirs."""
-    lengths = (ends - starts)[order]
+def _rows_of(parts: np.ndarray) -> np.ndarray:
+    """The rows from a start to an end, for each part (start, end) in turn."""
+    starts, ends = parts.T
+    lengths = ends - starts
     first_places = np.cumsum(lengths) - lengths
-    return np.repeat(starts[order] - first_places, lengths) + np.arange(lengths.sum())
+    return np.repeat(starts - first_places, lengths) + np.arange(lengths.sum())
+
+
+Parts = list[tuple[int, int]]  # rows from a start to an end
+
+
+def _cut_documents(
+    documents: datasets.Dataset, starts: np.ndarray, ends: np.ndarray, is_cut: np.ndarray, fraction: float
+) -> tuple[datasets.Dataset, dict[int, tuple[Parts, Parts]]]:
+    """The documents with the two halves of each row that is cut at their end; of each cut document the rows before
+    the cut and those after it."""
+    halves: list[dict[str, Any]] = []
+    cuts: dict[int, tuple[Parts, Parts]] = {}
+    for number in np.flatnonzero(is_cut):
+        start, end = int(starts[number]), int(ends[number])
+        texts = documents.select(range(start, end)).with_format("arrow")[:]["text"]
+        row, within = _place_to_cut(texts, fraction)
+        text = texts[row].as_py()
+        sides: tuple[Parts, Parts] = ([(start, start + row)], [])
+        for side, half in zip(sides, (text[:within], text[within:])):
+            if half:
+                place = len(documents) + len(halves)
+                side.append((place, place + 1))
+                halves.append({"text": half, "document": documents[start]["document"]})
+        sides[1].append((start + row + 1, end))
+        cuts[int(number)] = sides
+    extra = datasets.Dataset.from_list(halves, features=documents.features)
+    return datasets.concatenate_datasets([documents, extra]), cuts
+
+
+def _place_to_cut(texts: pa.ChunkedArray, fraction: float) -> tuple[int, int]:
+    """Row and character of the first paragraph's end in the last `fraction` of the characters, or of a line's, or of a
+    word's; it is looked for in the first quarter of that."""
+    lengths = pc.utf8_length(texts).to_numpy()
+    ends = np.cumsum(lengths)
+    total = int(ends[-1])
+    cut = min(max(int(total * (1 - fraction)), 1), total - 1)
+    row = int(np.searchsorted(ends, cut, side="right"))  # the part that has the cut before its end
+    within = cut - int(ends[row] - lengths[row])
+    latest = within + (total - cut) // 4
+    text = texts[row].as_py()
+    for boundary in ("\n\n", "\n", " "):
+        place = text.find(boundary, max(0, within - len(boundary)), latest)  # it may end right at the cut
+        if place >= 0:
+            return row, place + len(boundary)
+    return row, int(lengths[row]) if latest > lengths[row] else within  # parts end where lines do
 
 
 def _cut_in_two(documents: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .conversations import Conversation, Messages
+from .conversations import Conversation, Messages, is_learned
 from .templates import check_template, without_control_tokens
 
 
@@ -69,8 +69,9 @@ def encode_conversations(
     continue each other. A template by which the model answers after another prompt than it was trained on is refused,
     too. With `train_on_prompt`, all tokens but the first are learned.
 
-    A conversation longer than `max_length` tokens is cut at its end, and dropped if nothing to learn is left of it; if
-    so of all, that is an error. So is a response that is not ended by a control token: the model would never stop.
+    A response with the weight 0 is read and not learned. A conversation longer than `max_length` tokens is cut at its
+    end, and dropped if nothing to learn is left of it; if so of all, that is an error. So is a response that is not
+    ended by a control token: the model would never stop.
     """
     check_template(tokenizer)
     encoded: list[EncodedConversation] = []
@@ -83,8 +84,10 @@ def encode_conversations(
             if index < PROMPTS_CHECKED:
                 _check_prompt(token_ids, mask, conversations[index], tokenizer)
             stop_ids |= set(token_ids[mask & ~np.append(mask[1:], False)].tolist())
+            unlearned = _unlearned_responses(mask, conversations[index])
             if train_on_prompt:
                 mask = np.ones_like(mask)
+            mask &= ~unlearned
             mask[0] = False  # nothing comes before it
             account["truncated"] += len(token_ids) > max_length
             token_ids, mask = token_ids[:max_length], mask[:max_length]
@@ -172,6 +175,21 @@ def _check_mask(mask: np.ndarray, conversation: Conversation) -> None:
             f"{conversation.place}: by the chat template {what} of the {len(mask):,} tokens are learned. Put "
             "{% generation %} and {% endgeneration %} around what the assistant says, and nothing else."
         )
+
+
+def _unlearned_responses(mask: np.ndarray, conversation: Conversation) -> np.ndarray:
+    """The tokens of the responses whose weight is 0, of all that the mask has, a run of tokens each."""
+    responses = [message for message in conversation.messages if message["role"] == "assistant"]
+    if all(map(is_learned, responses)):
+        return np.zeros_like(mask)
+    starts = mask & ~np.append(False, mask[:-1])
+    if starts.sum() != len(responses):
+        raise ValueError(
+            f"{conversation.place}: the chat template puts nothing between some of its {len(responses):,} responses, "
+            "so those of weight 0 cannot be told from the others."
+        )
+    number = np.cumsum(starts) - 1  # of the response that a token is in, or after
+    return mask & ~np.array([is_learned(message) for message in responses])[number]
 
 
 def _check_prompt(

@@ -1,28 +1,38 @@
 """Labelled texts: read from files, the Hub or the standard library, checked, split so that no text straddles."""
 
 import ast
-import csv
-import difflib
+import hashlib
 import json
 import math
+import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from .readers import repeated
-from .sources import hub_errors_explained, python_file, stdlib_files
+from .formats import TEXT, decoding_problem, format_of, read_lines, refusal
+from .readers import read_file
+from .records import (
+    ReadOptions,
+    Record,
+    check_on_bad_record,
+    is_good,
+    json_type,
+    lacks_required,
+    new_account,
+    note_unused,
+    tell_account,
+    text_problem,
+)
+from .sources import find_source, local_paths, python_file, stdlib_files
+from .tables import read as read_table
 
-
-SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet")
 
 # Which of these packages of the standard library does a docstring come from? Each has a hundred or more of them, and
 # every Python from 3.11 on has each.
@@ -31,20 +41,25 @@ STDLIB_PACKAGES = (
     *("mailbox", "multiprocessing", "unittest", "urllib", "xml"),
 )
 
-Row = tuple[str, dict[str, Any]]  # its place ("spam.csv, line 3") and its columns
-
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts and their labels as words, in the order in which they were read."""
+    """Texts and their labels as words, in the order in which they were read; `account` says what was left out."""
 
     texts: list[str]
     labels: list[str]
     num_empty: int = 0  # texts without a visible character, left out
     num_bad: int = 0  # records that on_bad_record="skip" left out
+    account: Mapping[str, Any] = field(default_factory=dict)
+    named_rows: Mapping[str, range] = field(default_factory=dict)  # of several datasets that were joined
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 over the texts, the labels and their order."""
+        return hashlib.sha256(json.dumps([self.texts, self.labels]).encode()).hexdigest()
 
     def select(self, rows: Iterable[int]) -> "LabelledTexts":
         rows = list(rows)
@@ -59,43 +74,86 @@ def load_labelled_texts(
     text_column: str = "text",
     label_column: str = "label",
     on_bad_record: str = "error",
+    delimiter: str | None = None,
+    exclude: Iterable[str | os.PathLike] = (),
 ) -> LabelledTexts:
-    """The labelled texts of a file, several separated by commas, a dataset on the Hub, or `stdlib`.
+    """The labelled texts of files or folders, several separated by commas, a dataset on the Hub, or `stdlib`.
 
-    Files are .csv, .tsv, .jsonl, .json (a list or lines) and .parquet. A file of lines `label<TAB>text` without a
-    header, as the SMS Spam Collection comes, is recognised by its first line; in it a quotation mark is a character
-    like any other. `stdlib` asks which package of the standard library a docstring comes from.
+    Files are .csv, .tsv, .jsonl, .json, .parquet and .arrow. A file of lines `label<TAB>text` without a header, as the
+    SMS Spam Collection comes, is recognised by its first line; in it a quotation mark is a character like any other.
+    `stdlib` asks which package of the standard library a docstring comes from.
 
-    Labels are words or whole numbers; a `ClassLabel` of the Hub is read by its names. A record without a text or label
-    is an error with its place, or left out and counted with `on_bad_record="skip"`. Empty texts are left out and
-    counted.
+    Labels are words or whole numbers; a `ClassLabel` is read by its names. A record without a text or label is an error
+    with its place, or left out and counted with `on_bad_record="skip"`. Empty texts are left out and counted.
     """
+    check_on_bad_record(on_bad_record)
+    required = {text_column: "text_column", label_column: "label_column"}
+    options = ReadOptions(required, only=set(required), delimiter=delimiter)
+    found: dict[str, Any] = {}
+    records: Iterable[Record]
+    if local_paths(dataset, dataset_config=dataset_config, split=split) == []:
+        if problem := lacks_required(("text", "label"), options):
+            raise ValueError(f"stdlib: {problem}.")
+        records = _stdlib_records()
+    else:
+        where: dict[str, Any] = {"dataset_config": dataset_config, "split": split, "exclude": exclude}
+        read = partial(_read_labelled, text_column=text_column, label_column=label_column)
+        source = find_source(dataset, **where, options=options, read=read)
+        records, found = source.records, source.account
     texts, labels = [], []
-    num_empty = num_bad = 0
-    for place, row in _rows(dataset, dataset_config, split, (text_column, label_column)):
-        for option, column in (("text_column", text_column), ("label_column", label_column)):
-            if column not in row:
-                raise ValueError(f"{place}: {_lacking(option, column, row)}")
-        text, label = row[text_column], _label(row[label_column])
-        if not isinstance(text, str) or label is None:
-            column = text_column if not isinstance(text, str) else label_column
-            wanted = "a text" if column == text_column else "a word or a whole number"
-            if on_bad_record == "error":
-                raise ValueError(
-                    f"{place}: its {column!r} is {row[column]!r:.80}, not {wanted}. Mend it, or leave such records out "
-                    "with on_bad_record='skip'."
-                )
-            num_bad += 1
-        elif not text.strip():
-            num_empty += 1
-        else:
+    account = {**found, **new_account()}
+    for record in records:
+        record = _checked(record, text_column, label_column)
+        if not is_good(record, account, on_bad_record=on_bad_record):
+            continue
+        assert record.columns is not None
+        note_unused((name for name in record.columns if name not in required), account)
+        text, label = record.columns[text_column], _label(record.columns[label_column])
+        if text.strip():
             texts.append(text)
-            labels.append(label)
+            labels.append(label or "")
+        else:
+            account["empty_documents"] += 1
+    num_empty, num_bad = account["empty_documents"], account["bad_records"]
     if not texts:
-        raise ValueError(
-            f"{dataset!r} has no labelled text: {num_empty:,} records have an empty text, {num_bad:,} are bad."
-        )
-    return LabelledTexts(texts, labels, num_empty, num_bad)
+        first = f" The first: {account['bad_record_examples'][0]}." if num_bad else ""
+        counts = f"{num_empty:,} records have an empty text, {num_bad:,} are bad"
+        what = counts if num_empty or num_bad else "nothing is in it"
+        raise ValueError(f"{dataset!r} has no labelled text: {what}.{first}")
+    tell_account(dataset, account)
+    return LabelledTexts(texts, labels, num_empty, num_bad, account)
+
+
+def _checked(record: Record, text_column: str, label_column: str) -> Record:
+    """The record, or what is wrong with its text or label."""
+    columns = record.columns
+    if columns is None:
+        problem = record.problem or f"plain text, which has no columns {text_column!r} and {label_column!r}"
+        return replace(record, problem=problem)
+    label = _label(columns[label_column])
+    label_problem = None if label is None else text_problem(label, label_column)
+    if label is None:
+        given = columns[label_column]
+        what = repr(given)[:60] if isinstance(given, str | float) else json_type(given)
+        label_problem = f"its {label_column!r} is {what}, not a word or a whole number"
+    return replace(record, problem=text_problem(columns[text_column], text_column) or label_problem)
+
+
+def join_labelled_texts(parts: Mapping[str, LabelledTexts]) -> LabelledTexts:
+    """Several datasets as one; `named_rows` says which rows are whose, if they are several."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    named_rows, start = {}, 0
+    for name, part in parts.items():
+        named_rows[name] = range(start, start + len(part))
+        start += len(part)
+    return LabelledTexts(
+        texts=[text for part in parts.values() for text in part.texts],
+        labels=[label for part in parts.values() for label in part.labels],
+        num_empty=sum(part.num_empty for part in parts.values()),
+        num_bad=sum(part.num_bad for part in parts.values()),
+        named_rows=named_rows,
+    )
 
 
 def label_names(labels: Iterable[str]) -> list[str]:
@@ -217,144 +275,53 @@ def describe_labelled_texts(
     return "\n".join(lines)
 
 
-def _rows(dataset: str, dataset_config: str | None, split: str, wanted: tuple[str, str]) -> Iterator[Row]:
-    if dataset == "stdlib":
-        return _stdlib_rows()
-    paths = [Path(dataset)] if Path(dataset).exists() else [Path(name.strip()) for name in dataset.split(",")]
-    paths = [path.expanduser() for path in paths]
-    missing = [path for path in paths if not path.is_file()]
-    if len(missing) == len(paths) == 1 and not _looks_local(dataset):
-        return _hub_rows(dataset, dataset_config, split)
-    if missing:
-        near = [p.name for p in missing[0].parent.iterdir()] if missing[0].parent.is_dir() else []
-        nearest = difflib.get_close_matches(missing[0].name, near, n=3)
-        hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
-        what = "is a folder" if missing[0].is_dir() else "is not there"
-        raise FileNotFoundError(f"{str(missing[0])!r} {what}; give a file ({', '.join(SUFFIXES)}).{hint}")
-    if dataset_config is not None or split != "train":
-        raise ValueError(
-            f"dataset_config={dataset_config!r}, split={split!r}: only datasets on the Hub have these; {dataset!r} is "
-            "local. Give the files of each part."
+def _read_labelled(path: Path, options: ReadOptions, *, text_column: str, label_column: str) -> Iterator[Record]:
+    """A file's records; those of lines `label<TAB>text` without a header, if the first line is one."""
+    suffix = format_of(path)
+    if suffix not in ("", ".tsv", *TEXT):
+        return read_file(path, options)
+    if problem := refusal(path) or decoding_problem(path):
+        return iter([Record(str(path), problem=problem)])
+    first = next((line for line in read_lines(path) if line.strip()), "").rstrip("\r\n")
+    if not first:
+        return iter([Record(str(path), problem="the file is empty")])
+    cells = first.split("\t")
+    if len(cells) == 2 and not {text_column, label_column} & set(cells):
+        return _lines_without_header(path, text_column, label_column)
+    if suffix == ".tsv":
+        return read_file(path, options)
+    if len(cells) < 2:
+        problem = (
+            "its first line has no tab; give a .csv, .jsonl, .json or .parquet file with columns, or lines of the form "
+            "label<TAB>text"
         )
-    return (row for path in paths for row in _file_rows(path, wanted))
+        return iter([Record(str(path), problem=problem)])
+    return read_table(path, replace(options, delimiter="\t"))
 
 
-def _looks_local(name: str) -> bool:
-    return name.startswith((".", "~", "/")) or name.count("/") > 1 or Path(name).suffix.lower() in SUFFIXES
-
-
-def _file_rows(path: Path, wanted: tuple[str, str]) -> Iterator[Row]:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return _parquet_rows(path)
-    if suffix in (".jsonl", ".json"):
-        return _json_rows(path)
-    if suffix == ".csv":
-        return _separated_rows(path, ",")
-    text = _read(path)
-    first = text.partition("\n")[0].rstrip("\r").split("\t")
-    if len(first) == 2 and not set(first) & set(wanted):
-        return _headerless_rows(path, text, wanted)
-    if len(first) < 2:
-        raise ValueError(
-            f"{str(path)!r}: its first line has no tab. Give a .csv, .jsonl, .json or .parquet file with columns, or "
-            "lines of the form label<TAB>text."
-        )
-    return _separated_rows(path, "\t")
-
-
-def _headerless_rows(path: Path, text: str, wanted: tuple[str, str]) -> Iterator[Row]:
+def _lines_without_header(path: Path, text_column: str, label_column: str) -> Iterator[Record]:
     """Lines `label<TAB>text`. pandas' default, by which the book reads them, takes a quotation mark at the text's start
     for a quoted field, and joins lines up to the next one."""
-    text_column, label_column = wanted
-    lines = text.replace("\r\n", "\n").split("\n")
-    counts = Counter(line.partition("\t")[0] for line in lines)
-    first_label, _, first_text = lines[0].partition("\t")
-    if counts[first_label] == 1 and len(lines) > 3:
-        raise ValueError(
-            f"{path}, line 1: no other line begins with {first_label!r}. If this is a header, name its columns, "
-            f"{first_label!r} and {first_text!r:.60}, with text_column and label_column."
+    counts = Counter(line.partition("\t")[0] for line in read_lines(path) if line.strip())
+    header = next(line for line in read_lines(path) if line.strip()).rstrip("\r\n")
+    first_label, _, first_text = header.partition("\t")
+    if counts[first_label] == 1 and counts.total() > 3:
+        problem = (
+            f"no other line begins with {first_label!r}; if this is a header, name its columns, {first_label!r} and "
+            f"{first_text[:60]!r}, with text_column and label_column"
         )
-    for number, line in enumerate(lines, start=1):
-        label, tab, content = line.partition("\t")
+        yield Record(f"{path}, line 1", problem=problem)
+        return
+    for number, line in enumerate(read_lines(path), start=1):
+        place = f"{path}, line {number:,}"
+        label, tab, text = line.rstrip("\r\n").partition("\t")
         if tab:
-            yield f"{path}, line {number:,}", {text_column: content, label_column: label}
+            yield Record(place, columns={text_column: text, label_column: label})
         elif line.strip():
-            raise ValueError(f"{path}, line {number:,}: {line!r:.80} has no tab, where label<TAB>text is expected.")
+            yield Record(place, problem=f"{line.strip()[:80]!r} has no tab, where label<TAB>text is expected")
 
 
-def _separated_rows(path: Path, delimiter: str) -> Iterator[Row]:
-    limit = csv.field_size_limit(2**31 - 1)  # its default of 131,072 characters is shorter than many texts
-    try:
-        reader = csv.reader(_read(path).splitlines(keepends=True), delimiter=delimiter, strict=True)
-        header: list[str] = []
-        while True:
-            place = f"{path}, line {reader.line_num + 1:,}"
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise ValueError(f"{place}: {error}. Is it separated by {delimiter!r}?") from error
-            if fields and not header:
-                header = fields
-                if problem := repeated(header):
-                    raise ValueError(f"{place}: {problem}.")
-            elif fields and len(fields) != len(header):
-                raise ValueError(f"{place}: {len(fields)} fields where the header has {len(header)}.")
-            elif fields:
-                yield place, dict(zip(header, fields))
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    text = _read(path)
-    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}.") from error
-        lines: Iterable[Row] = ((f"{path}, item {number:,}", value) for number, value in enumerate(values, start=1))
-    else:
-        lines = _json_lines(path, text)
-    for place, value in lines:
-        if not isinstance(value, dict):
-            raise ValueError(f"{place}: {value!r:.60} is not an object with columns.")
-        yield place, value
-
-
-def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number:,}", json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number:,}: not valid JSON: {error}.") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{str(path)!r} is not a readable Parquet file: {error}") from error
-    for number, row in enumerate(table.to_pylist(), start=1):
-        yield f"{path}, row {number:,}", row
-
-
-def _hub_rows(dataset: str, dataset_config: str | None, split: str) -> Iterator[Row]:
-    with hub_errors_explained(dataset, dataset_config, split):
-        table = datasets.load_dataset(dataset, dataset_config, split=split)
-    named = {
-        name: feature.names for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)
-    }
-    for number, row in enumerate(table, start=1):
-        # -1 is what the Hub writes where a test set's labels are kept secret.
-        words = {name: names[row[name]] for name, names in named.items() if row[name] is not None and row[name] >= 0}
-        yield f"{dataset}, row {number:,}", {**row, **dict.fromkeys(named), **words}
-
-
-def _stdlib_rows() -> Iterator[Row]:
+def _stdlib_records() -> Iterator[Record]:
     """Every docstring of the packages, once; one that several packages share (as `__init__`'s do) is left out."""
     root, files = stdlib_files()
     found: dict[str, dict[str, str]] = {}  # docstring -> package -> place
@@ -374,27 +341,7 @@ def _stdlib_rows() -> Iterator[Row]:
     for docstring, packages in found.items():
         if len(packages) == 1:
             ((package, place),) = packages.items()
-            yield place, {"text": docstring, "label": package}
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{str(path)!r} holds bytes that are not UTF-8 (at byte {error.start:,}). Convert it, for example with: "
-            f"iconv -f LATIN1 -t UTF-8 {path.name}"
-        ) from error
-    if not text.strip():
-        raise ValueError(f"{str(path)!r} is empty.")
-    return text
-
-
-def _lacking(option: str, column: str, columns: Iterable[str]) -> str:
-    columns = list(columns)
-    nearest = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
-    hint = f"; did you mean --{option} {nearest[0]}?" if nearest else f". Name the right one with --{option}."
-    return f"there is no column {column!r} but {columns}{hint}"
+            yield Record(place, columns={"text": docstring, "label": package})
 
 
 def _label(value: Any) -> str | None:

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from .corpus import cut_into_parts, is_good
+from .corpus import cut_into_parts
 from .packing import Encoder, cut_rows, encode_texts
-from .readers import Record
+from .records import Record, is_good
+from .records import new_account as new_reading_account
 from .shards import Shard
 
 
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 # What is counted of the text that was read. It holds: targets == text_tokens + documents, which have an eos each.
 ACCOUNT = ["documents", "empty_documents", "held_out_documents", "bad_records", "records_without_column"]
 ACCOUNT += ["text_bytes", "text_tokens", "rows", "targets", "padding_tokens"]
+
+TOLD = {"bad_record_examples": "Left out: %s", "remarks": "%s.", "unused_columns": "Not used: the column %s."}
 
 DOCUMENTS, ROWS = 1, 2  # what is shuffled: part of the seed
 
@@ -245,10 +248,12 @@ def documents_of(
     for number, record in enumerate(_records(shard)):
         if number < first_record:
             continue
-        num_examples = len(account["bad_record_examples"])
-        if not is_good(record, account, on_bad_record=options.on_bad_record):
-            for example in account["bad_record_examples"][num_examples:]:  # the first ones only
-                logger.warning("Left out: %s", example)
+        told = {name: len(account[name]) for name in TOLD}
+        is_used = is_good(record, account, on_bad_record=options.on_bad_record)
+        for name, how in TOLD.items():
+            for what in account[name][told[name] :]:  # the first ones only
+                logger.warning(how, what)
+        if not is_used:
             continue
         parts = cut_into_parts(record.text)
         first = next(parts, None)
@@ -272,8 +277,7 @@ def _records(shard: Shard) -> Iterator[Record]:
 
 def new_account() -> dict[str, Any]:
     """What `documents_of` counts in."""
-    counts = dict.fromkeys(("empty_documents", "held_out_documents", "bad_records", "records_without_column"), 0)
-    return {**counts, "bad_record_examples": []}
+    return {**new_reading_account(), "held_out_documents": 0}
 
 
 def digest(first_part: str) -> bytes:

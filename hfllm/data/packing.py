@@ -112,6 +112,32 @@ class Rows:
         return as_batch(token_ids, positions, overlap=self.overlap[indices] if count_once else None)
 
 
+class JoinedRows:
+    """Rows of several texts, one after another; `parts` has those of each, by its name."""
+
+    def __init__(self, parts: dict[str, Rows]):
+        self.parts = parts
+        self.num_bytes = sum(rows.num_bytes for rows in parts.values())
+        self._starts = np.cumsum([0] + [len(rows) for rows in parts.values()])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def batch(self, indices: np.ndarray, *, count_once: bool = False) -> dict[str, torch.Tensor]:
+        """The rows, as `Rows.batch` gives them."""
+        indices = np.asarray(indices)
+        owners = self._starts.searchsorted(indices, side="right") - 1
+        rows = list(self.parts.values())
+        batches = [
+            rows[owner].batch(np.array([index - self._starts[owner]]), count_once=count_once)
+            for owner, index in zip(owners, indices)
+        ]
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+    def summary(self) -> str:
+        return "\n".join(f"{name}: {rows.summary()}" for name, rows in self.parts.items())
+
+
 def as_batch(
     token_ids: np.ndarray, positions: np.ndarray, *, overlap: np.ndarray | None = None
 ) -> dict[str, torch.Tensor]:

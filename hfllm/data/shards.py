@@ -6,10 +6,11 @@ Hub) or than the time one has to read it all.
 
 import hashlib
 import itertools
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
+from .arrow_files import batch_records
 from .cache import cached_dataset
-from .corpus import Corpus, write_documents
-from .readers import Record, column_records, lacking, read_records
+from .corpus import Corpus, document_options, write_documents
+from .readers import can_be_cut, read_documents
+from .records import ReadOptions, Record, as_document, header_problem, lacking
 from .sampler import rows_at
-from .sources import files_below, hub_errors_explained, local_paths, python_file, stdlib_files
+from .sources import (
+    files_below,
+    hub_class_names,
+    hub_errors_explained,
+    local_paths,
+    python_file,
+    revision_of,
+    stdlib_files,
+)
 
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1  # part of a stream's identity: raise it when the same files would give other shards
 NUM_PIECES = 256  # that a text is cut into, where its files can be cut, ...
@@ -59,22 +72,31 @@ class Shards:
     contents: list[tuple[str, str]]
     num_bytes: int | None
     text_column: str
+    reading: dict[str, str] = field(default_factory=dict)  # what else tells these documents from others of the files
 
 
 def find_shards(
-    dataset: str, *, dataset_config: str | None = None, split: str = "train", text_column: str = "text"
+    dataset: str,
+    *,
+    dataset_config: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    delimiter: str | None = None,
+    document_separator: str | None = None,
+    exclude: Iterable[str | os.PathLike] = (),
 ) -> Shards:
     """The shards of what `dataset` stands for, by the same rules as `load_corpus`.
 
-    A local .jsonl file is cut between lines and a .parquet file between row groups, so that a large one is many shards
-    and all are of about the same size; any other file is one shard. Of a dataset on the Hub, a shard is what `datasets`
-    takes for one, mostly a file. Empty files are left out.
+    A .jsonl file here is cut between lines and a .parquet file between row groups, so that a large one is many shards
+    and all are of about the same size; any other file, a compressed one too, is one shard. Of a dataset on the Hub, a
+    shard is what `datasets` takes for one, mostly a file. Empty files are left out.
     """
+    options = document_options(text_column, delimiter=delimiter, document_separator=document_separator)
     paths = local_paths(dataset, dataset_config=dataset_config, split=split)
     if paths is None:
         return _hub_shards(dataset, dataset_config, split=split, text_column=text_column)
     if paths:
-        files, _ = files_below(paths)
+        files, _ = files_below(paths, exclude=exclude)
         root = Path(os.path.commonpath(path.absolute() if path.is_dir() else path.absolute().parent for path in paths))
     else:
         root, files = stdlib_files()
@@ -88,12 +110,14 @@ def find_shards(
         name = path.absolute().relative_to(root).as_posix()
         contents.append((name, f"{size:,} bytes, sha256 of samples {_sampled_sha256(path, size)[:16]}"))
         if paths:
-            shards += _file_shards(path, name, size, piece_bytes, text_column)
+            shards += _file_shards(path, name, size, piece_bytes, text_column, options)
         else:
             shards.append(Shard(name, size, partial(_python_records, root, path)))
     if not shards:
         raise ValueError(f"{dataset!r} has no text: {len(files):,} files, all of them empty.")
-    return Shards(dataset, shards, contents, num_bytes, text_column)
+    named = {"delimiter": delimiter, "document_separator": document_separator}
+    reading = {name: value for name, value in named.items() if value is not None}
+    return Shards(dataset, shards, contents, num_bytes, text_column, reading)
 
 
 def _python_records(root: Path, path: Path) -> Iterator[Record]:
@@ -110,20 +134,20 @@ def _sampled_sha256(path: Path, size: int) -> str:
     return digest.hexdigest()
 
 
-def _file_shards(path: Path, name: str, size: int, piece_bytes: int, text_column: str) -> Iterator[Shard]:
-    suffix = path.suffix.lower()
+def _file_shards(
+    path: Path, name: str, size: int, piece_bytes: int, text_column: str, options: ReadOptions
+) -> Iterator[Shard]:
     pieces: list[tuple[range, int]] = []
-    if suffix == ".jsonl":
-        pieces = _pieces_of_lines(size, piece_bytes)
-    elif suffix == ".parquet":
-        pieces = _row_groups(path, piece_bytes)
+    is_parquet = path.suffix.lower() == ".parquet"
+    if can_be_cut(path):
+        pieces = _row_groups(path, piece_bytes) if is_parquet else _pieces_of_lines(size, piece_bytes)
     if len(pieces) < 2:
-        yield Shard(name, size, partial(read_records, path, text_column))
+        yield Shard(name, size, partial(read_documents, path, text_column, options))
         return
-    unit = "bytes" if suffix == ".jsonl" else "row groups"
+    unit = "row groups" if is_parquet else "bytes"
     for within, num_bytes in pieces:
         piece_name = f"{name}, {unit} {within.start:,} to {within.stop - 1:,}"
-        yield Shard(piece_name, num_bytes, partial(read_records, path, text_column, within=within))
+        yield Shard(piece_name, num_bytes, partial(read_documents, path, text_column, options, within=within))
 
 
 def _pieces_of_lines(size: int, piece_bytes: int) -> list[tuple[range, int]]:
@@ -157,8 +181,10 @@ def _hub_shards(dataset: str, dataset_config: str | None, *, split: str, text_co
                 table = table.reshard()
     except NotImplementedError as error:  # archives, mostly
         raise ValueError(f"{dataset!r} cannot be streamed: {error} Read it without streaming.") from error
-    if table.column_names is not None and text_column not in table.column_names:
-        raise ValueError(f"{dataset!r}: {lacking(text_column, table.column_names)}. Name one with text_column.")
+    options = document_options(text_column, delimiter=None, document_separator=None)
+    if table.column_names is not None and (problem := header_problem(dataset, table.column_names, options)):
+        raise ValueError(f"{dataset!r}: {problem.problem}.")
+    logger.warning("Streaming the dataset %r from the Hub, revision %s.", dataset, revision_of(builder))
     files = [_file_of_host(file) for file in (builder.config.data_files or {}).get(split, [])]
     contents = [(name, f"{num_bytes:,} bytes, {digest}") for name, num_bytes, digest in files]
     sizes = [num_bytes for _, num_bytes, _ in files]
@@ -187,6 +213,7 @@ def _hub_records(table: datasets.IterableDataset, number: int, name: str, text_c
     shard = table.shard(table.num_shards, number)
     if shard.column_names is not None:
         shard = shard.select_columns([text_column])
+    names = {name: each for name, each in hub_class_names(shard.features).items() if name == text_column}
     row = 1
     try:
         for batch in shard.with_format("arrow").iter(batch_size=64):
@@ -194,7 +221,8 @@ def _hub_records(table: datasets.IterableDataset, number: int, name: str, text_c
                 problem = lacking(text_column, batch.column_names)
                 yield Record(f"{name}, row {row:,}", problem=problem, lacks_column=True)
                 return
-            yield from column_records(name, batch.column(text_column), text_column, first_row=row)
+            for record in batch_records(name, batch, first_row=row, class_names=names):
+                yield as_document(record, text_column, source=name)
             row += len(batch)
     except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError) as error:
         problem = f"cannot be read after row {row - 1:,}: {error}; the rest of the shard is lost"
@@ -221,6 +249,7 @@ def hold_out(
         wanted = max(1, min(wanted, int(fraction * shards.num_bytes)))
     made_from = {"contents": shards.contents, "num_shards": len(shards.shards), "wanted": wanted}
     made_from |= {"text_column": shards.text_column, "on_bad_record": on_bad_record, "format_version": FORMAT_VERSION}
+    made_from |= shards.reading
 
     def write(path: Path) -> dict[str, Any]:
         records = _first_records(shards, wanted)
@@ -254,7 +283,7 @@ def _first_records(shards: Shards, wanted: int) -> Iterator[Record]:
                 too_large += 1
                 continue
             taken += num_bytes
-            yield Record(record.place, text=text)
+            yield Record(record.place, text=text, source=record.source)
         if taken >= wanted:
             return
     if not taken and too_large:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import glob
 import hashlib
 import logging
 import os
@@ -9,36 +10,88 @@ import re
 import sysconfig
 import tokenize
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
 
-from .readers import SUFFIXES, Record, column_records, lacking, read_records
+from .arrow_files import batch_records
+from .formats import COMPRESSIONS, READ, SUFFIXES, format_of, refusal
+from .readers import read_file
+from .records import ReadOptions, Record, header_problem
 
 
 logger = logging.getLogger(__name__)
 
 # Not the library itself: its tests, other people's packages, and the record of how this machine's Python was built.
 STDLIB_LEAVES_OUT = re.compile(r"tests?|idle_test|site-packages|dist-packages|__pycache__|config-.*|_sysconfigdata.*")
+RUN_FILE = "arguments.yaml"  # a folder with this file below a folder of texts is what a recipe wrote
+SAVED_TO_DISK = ("state.json", "dataset_info.json")  # beside the tables of Dataset.save_to_disk
+
+Part = tuple[str, Callable[[], Iterator[Record]]]  # a file or a dataset: its name and what reads it
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from: their records, what identifies them, and what was found on the way."""
+    """Where records come from: the files or the dataset, what identifies them, and what was found on the way."""
 
-    records: Iterable[Record]
-    contents: list[tuple[str, str]]  # names, and hashes of what is in them
+    parts: list[Part]
+    identify: Callable[[], list[tuple[str, str]]]  # names, and hashes of what is in them
     account: dict[str, object]
 
+    @property
+    def records(self) -> Iterator[Record]:
+        return (record for _, read in self.parts for record in read())
 
-def find_source(dataset: str, *, dataset_config: str | None, split: str, text_column: str) -> Source:
+
+def find_source(
+    dataset: str,
+    *,
+    dataset_config: str | None,
+    split: str,
+    options: ReadOptions,
+    exclude: Iterable[str | os.PathLike] = (),
+    read: Callable[[Path, ReadOptions], Iterator[Record]] = read_file,
+) -> Source:
     """What `dataset` stands for: `stdlib`, else the local files of that name, else the dataset on the Hub."""
     paths = local_paths(dataset, dataset_config=dataset_config, split=split)
     if paths is None:
-        return _hub_source(dataset, dataset_config, split=split, text_column=text_column)
-    return _file_source(paths, text_column) if paths else _stdlib_source()
+        return _hub_source(dataset, dataset_config, split=split, options=options)
+    if not paths:
+        return _stdlib_source()
+    files, ignored = files_below(paths, exclude=exclude)
+    parts: list[Part] = [(str(path), partial(read, path, options)) for path in files]
+    account = {"files": len(files), "ignored_files": ignored}
+    return Source(parts, lambda: [(str(path), _sha256(path)) for path in files], account)
+
+
+def is_local(dataset: str) -> bool:
+    """Whether a dataset's name stands for `stdlib` or files here, and not for a dataset on the Hub."""
+    return dataset == "stdlib" or bool(_local_paths(dataset))
+
+
+def named_datasets(dataset: str) -> dict[str, str]:
+    """Several datasets separated by commas, each by a short name of its own."""
+    names = [dataset] if _exists(dataset) else [name.strip() for name in dataset.split(",") if name.strip()]
+    return by_short_names(names)
+
+
+def by_short_names(names: Iterable[str]) -> dict[str, str]:
+    """Names of files and datasets by what tells them apart in a number's name: `fr` for texts/fr.txt.gz."""
+    named: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        stem = Path(name).name
+        while Path(stem).suffix.lower() in (*COMPRESSIONS, *SUFFIXES):
+            stem = Path(stem).stem
+        short = re.sub(r"\W+", "_", stem).strip("_") or "text"
+        number = 2
+        unique = short
+        while unique in named:
+            unique, number = f"{short}_{number}", number + 1
+        named[unique] = name
+    return named
 
 
 def local_paths(dataset: str, *, dataset_config: str | None, split: str) -> list[Path] | None:
@@ -55,20 +108,46 @@ def local_paths(dataset: str, *, dataset_config: str | None, split: str) -> list
 
 
 def _local_paths(dataset: str) -> list[Path]:
-    """The files and folders that `dataset` names; none if it can only be an id on the Hub."""
+    """The files and folders that `dataset` names; none if it can only be an id on the Hub.
+
+    A file that is there is taken before commas and wildcards are read.
+    """
     if not dataset.strip():
         raise ValueError("The dataset has no name. Give a file, a folder, an id on the Hub, or 'stdlib'.")
-    if Path(dataset).expanduser().exists():
-        return [Path(dataset).expanduser()]
-    paths = [Path(name.strip()).expanduser() for name in dataset.split(",") if name.strip()]
-    missing = [path for path in paths if not path.exists()]
+    names = [dataset] if _exists(dataset) else [name.strip() for name in dataset.split(",") if name.strip()]
+    paths: list[Path] = []
+    missing: list[Path] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if _exists(name):
+            paths.append(path)
+        elif glob.has_magic(name):
+            paths += _matches(path)
+        else:
+            missing.append(path)
     if not missing:
         return paths
     path = missing[0]
-    looks_local = path.suffix.lower() in SUFFIXES or dataset.startswith((".", "~")) or dataset.count("/") > 1
-    if looks_local or path.is_absolute() or len(paths) > 1:
-        raise FileNotFoundError(f"There is no file or folder {str(path)!r}.{_nearest_names(path)}")
+    looks_local = format_of(path) in SUFFIXES or path.suffix.lower() in COMPRESSIONS or dataset.count("/") > 1
+    if looks_local or dataset.startswith((".", "~")) or path.is_absolute() or len(names) > 1 or path.is_symlink():
+        broken = f" It is a link to {str(path.readlink())!r}, which is not there." if path.is_symlink() else ""
+        raise FileNotFoundError(f"There is no file or folder {str(path)!r}.{broken or _nearest_names(path)}")
     return []
+
+
+def _exists(name: str) -> bool:
+    return os.path.exists(os.path.expanduser(name))  # noqa: PTH110, PTH111  # false for names too long to be a path
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a pattern such as texts/*.txt or texts/**/*.md stands for."""
+    found = sorted(map(Path, glob.glob(str(pattern), recursive=True)), key=lambda path: path.parts)  # noqa: PTH207
+    read = [path for path in found if path.is_dir() or format_of(path) in SUFFIXES]
+    if not read:
+        there = f"{len(found):,} files of other formats" if found else "nothing"
+        raise FileNotFoundError(f"{str(pattern)!r} matches no file that can be read, but {there}; read are {READ}.")
+    _tell_ignored([pattern], Counter(_kind(path) for path in found if path not in read))
+    return read
 
 
 def _nearest_names(path: Path) -> str:
@@ -79,40 +158,101 @@ def _nearest_names(path: Path) -> str:
     return f" Nearest: {', '.join(nearest)}." if nearest else f" {str(path.parent)!r} has {len(names):,} other entries."
 
 
-def _file_source(paths: list[Path], text_column: str) -> Source:
-    files, ignored = files_below(paths)
-    records = (record for path in files for record in read_records(path, text_column))
-    contents = [(str(path), _sha256(path)) for path in files]
-    return Source(records, contents, {"files": len(files), "ignored_files": ignored})
+def files_below(
+    paths: Sequence[Path], *, exclude: Iterable[str | os.PathLike] = ()
+) -> tuple[list[Path], dict[str, int]]:
+    """The files to read, and what of a folder is not read: how many files of each kind.
 
-
-def files_below(paths: list[Path]) -> tuple[list[Path], dict[str, int]]:
-    """The files to read, and how many files of a folder are not read, by suffix."""
+    A file that is named itself may have no ending: it is text. Of a folder, files of the known endings are read, links
+    followed once. Left out, and told, are other files, links that lead to what is read already or to nothing, and
+    folders of runs: those named in `exclude` (paths), and those that hold what a recipe writes.
+    """
+    excluded = {Path(path).expanduser().resolve() for path in exclude}
     files: list[Path] = []
     ignored: Counter[str] = Counter()
     for path in paths:
-        if path.is_file():
-            if path.suffix.lower() not in SUFFIXES:
-                raise ValueError(f"{str(path)!r} is none of {', '.join(SUFFIXES)}. Rename plain text to .txt.")
+        if not path.is_dir():
+            if format_of(path) not in ("", *SUFFIXES):
+                what = refusal(path)
+                raise ValueError(
+                    f"{str(path)!r}: {what}."
+                    if what
+                    else f"{str(path)!r} ends in {path.suffix}; read are {READ}. Rename plain text to .txt."
+                )
             files.append(path)
-            continue
-        if (path / "state.json").exists() and (path / "dataset_info.json").exists():
-            raise ValueError(f"{str(path)!r} was written by save_to_disk: give it as Parquet (Dataset.to_parquet).")
-        found = sorted((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.parts)
-        for file in found:
-            if any(part.startswith(".") for part in file.relative_to(path).parts):
-                ignored["hidden"] += 1
-            elif file.suffix.lower() not in SUFFIXES:
-                ignored[file.suffix.lower() or "no suffix"] += 1
-            else:
-                files.append(file)
+        elif path.resolve() in excluded:
+            raise ValueError(f"The dataset {str(path)!r} is the folder that is written to. Name another folder there.")
+        else:
+            files += _files_of(path, excluded, ignored)
     if not files:
-        there = ", ".join(f"{count:,} {suffix}" for suffix, count in ignored.most_common()) or "nothing"
+        there = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common()) or "nothing"
         names = ", ".join(map(str, paths))
-        raise ValueError(f"There is no {', '.join(SUFFIXES)} file below {names}; what is there: {there}.")
-    if others := ", ".join(f"{count:,} {suffix}" for suffix, count in ignored.most_common() if suffix != "hidden"):
-        logger.warning("Not read of %s: %s; read are %s.", ", ".join(map(str, paths)), others, ", ".join(SUFFIXES))
+        raise ValueError(f"There is no file to read below {names}; what is there: {there}. Read are {READ}.")
+    _tell_ignored(paths, ignored)
     return files, dict(ignored)
+
+
+def _tell_ignored(paths: Sequence[Path], ignored: Counter[str]) -> None:
+    if others := ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common() if kind != "hidden"):
+        logger.warning("Not read of %s: %s; read are %s.", ", ".join(map(str, paths)), others, READ)
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.lower() or "no suffix"
+
+
+def _files_of(folder: Path, excluded: set[Path], ignored: Counter[str]) -> list[Path]:
+    """The files to read of a folder, in sorted order."""
+    files: list[Path] = []
+    links: list[Path] = []  # to files
+    folders, seen = [folder], set(folder.resolve().parents)  # a link to a folder above leads back to this one
+    while folders:  # the folder itself, then those that links lead to
+        top = folders.pop(0)
+        for root, names, file_names in os.walk(top, onerror=lambda error: _note_unreadable(error, ignored)):
+            here, real = Path(root), Path(root).resolve()
+            if real in seen:
+                ignored["links to folders that are read already"] += 1
+                names.clear()
+                continue
+            seen.add(real)
+            if "dataset_dict.json" in file_names:
+                raise ValueError(
+                    f"{root!r} was written by DatasetDict.save_to_disk: name one of {sorted(names)} in it."
+                )
+            is_saved = set(SAVED_TO_DISK) <= set(file_names)
+            for name in file_names:
+                path = here / name
+                if name.startswith("."):
+                    ignored["hidden"] += 1
+                elif not path.is_file():
+                    ignored["links to nothing" if path.is_symlink() else "no files"] += 1
+                elif format_of(path) not in SUFFIXES:
+                    ignored[_kind(path)] += 1
+                elif not (is_saved and name in SAVED_TO_DISK):
+                    (links if path.is_symlink() else files).append(path)
+            for name in sorted(names):
+                path = here / name
+                if name.startswith("."):
+                    ignored["hidden"] += 1
+                elif path.resolve() in excluded or (path / RUN_FILE).exists():
+                    ignored[f"folder {str(path)!r}, which a run writes"] += 1
+                elif path.is_symlink():
+                    folders.append(path)
+                else:
+                    continue
+                names.remove(name)
+    targets = {path.parent.resolve() / path.name for path in files}
+    for path in sorted(links, key=lambda path: path.parts):
+        if path.resolve() in targets:
+            ignored["links to files that are read already"] += 1
+        else:
+            targets.add(path.resolve())
+            files.append(path)
+    return sorted(files, key=lambda path: path.parts)
+
+
+def _note_unreadable(error: OSError, ignored: Counter[str]) -> None:
+    ignored[f"folder {str(error.filename)!r}, which cannot be opened"] += 1
 
 
 def _sha256(path: Path) -> str:
@@ -122,8 +262,16 @@ def _sha256(path: Path) -> str:
 
 def _stdlib_source() -> Source:
     root, files = stdlib_files()
-    contents = [(path.relative_to(root).as_posix(), _sha256(path)) for path in files]
-    return Source((python_file(root, path) for path in files), contents, {"files": len(files)})
+    parts: list[Part] = [(path.relative_to(root).as_posix(), partial(_python_records, root, path)) for path in files]
+
+    def identify() -> list[tuple[str, str]]:
+        return [(path.relative_to(root).as_posix(), _sha256(path)) for path in files]
+
+    return Source(parts, identify, {"files": len(files)})
+
+
+def _python_records(root: Path, path: Path) -> Iterator[Record]:
+    yield python_file(root, path)
 
 
 def stdlib_files() -> tuple[Path, list[Path]]:
@@ -151,13 +299,35 @@ def python_file(root: Path, path: Path) -> Record:
         return Record(place, problem=f"cannot be decoded: {error}")
 
 
-def _hub_source(dataset: str, dataset_config: str | None, *, split: str, text_column: str) -> Source:
-    with hub_errors_explained(dataset, dataset_config, split):
-        table = datasets.load_dataset(dataset, dataset_config, split=split)
-    if text_column not in table.column_names:
-        raise ValueError(f"{dataset!r}: {lacking(text_column, table.column_names)}. Name one with text_column.")
+def _hub_source(dataset: str, dataset_config: str | None, *, split: str, options: ReadOptions) -> Source:
+    table = hub_table(dataset, dataset_config, split)
+    if problem := header_problem(dataset, table.column_names, options):
+        raise ValueError(f"{dataset!r}: {problem.problem}.")
     # `datasets` derives the fingerprint from the id, the revision and the files of what it downloaded.
-    return Source(_hub_records(table, dataset, text_column), [(dataset, table._fingerprint)], {})
+    part: Part = (dataset, partial(_hub_records, table, dataset, options))
+    return Source([part], lambda: [(dataset, table._fingerprint)], {})
+
+
+def hub_table(dataset: str, dataset_config: str | None, split: str) -> datasets.Dataset:
+    """A split of a dataset on the Hub, as `load_dataset` gives it; a download is announced."""
+    with hub_errors_explained(dataset, dataset_config, split):
+        builder = datasets.load_dataset_builder(dataset, dataset_config)
+        if not os.path.exists(builder.cache_dir):  # noqa: PTH110
+            logger.warning("Downloading the dataset %r from the Hub, revision %s.", dataset, revision_of(builder))
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+
+
+def revision_of(builder: datasets.DatasetBuilder) -> str:
+    match = re.search(r"@([0-9a-f]{40})", str(builder.base_path))
+    return match[1] if match else str(builder.hash)
+
+
+def hub_class_names(features: datasets.Features | None) -> dict[str, list[str]]:
+    """The names of each column's classes, by which its numbers are read."""
+    return {
+        name: feature.names for name, feature in (features or {}).items() if isinstance(feature, datasets.ClassLabel)
+    }
 
 
 @contextlib.contextmanager
@@ -175,8 +345,12 @@ def hub_errors_explained(dataset: str, dataset_config: str | None, split: str) -
         raise ValueError(f"{dataset!r} cannot be loaded with {given}: {error}") from error
 
 
-def _hub_records(table: datasets.Dataset, dataset: str, text_column: str) -> Iterator[Record]:
+def _hub_records(table: datasets.Dataset, dataset: str, options: ReadOptions) -> Iterator[Record]:
+    read = [name for name in table.column_names if options.only is None or name in options.only]
+    unread = tuple(name for name in table.column_names if name not in read)
+    names = hub_class_names(table.features)
+    names = {name: names[name] for name in read if name in names}
     row = 1
-    for batch in table.select_columns([text_column]).with_format("arrow").iter(batch_size=64):
-        yield from column_records(dataset, batch.column(0), text_column, first_row=row)
+    for batch in table.select_columns(read).with_format("arrow").iter(batch_size=64):
+        yield from batch_records(dataset, batch, first_row=row, class_names=names, unread=unread)
         row += len(batch)

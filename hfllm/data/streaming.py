@@ -12,7 +12,7 @@ import heapq
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from typing import Any
@@ -39,8 +39,8 @@ SHARDS = 3  # what is shuffled: part of the seed
 class RowStream:
     """Rows of block_size + 1 token ids, of which `take` gives a process its share; endless, each epoch in a new order.
 
-    `shards` is what `find_shards` found. `held_out` are documents to leave out wherever they appear, such as those of
-    `hold_out`. The options from `block_size` to `key` are those of `prepare_rows`.
+    `shards` is what `find_shards` found. `held_out` are sets of documents to leave out wherever they appear, such as
+    those of `hold_out`. The options from `block_size` to `key` are those of `prepare_rows`.
 
     A stream resumes exactly from its `state_dict`, on any number of processes up to the number of shards. By default a
     chunk has CHUNK_BYTES of text, or that of some 256 rows if it is more, so that padding its last row takes some
@@ -62,7 +62,7 @@ class RowStream:
         seed: int,
         process_index: int = 0,
         num_processes: int = 1,
-        held_out: datasets.Dataset | None = None,
+        held_out: Sequence[datasets.Dataset] = (),
         on_bad_record: str = "error",
         chunk_bytes: int | None = None,
         num_lanes: int | None = None,
@@ -81,7 +81,7 @@ class RowStream:
         self.process_index, self.num_processes = process_index, num_processes
         num_lanes = self._check_processes(num_lanes)
 
-        digests = _first_part_digests(held_out) if held_out is not None else frozenset()
+        digests = frozenset[bytes]().union(*map(_first_part_digests, held_out))
         self.options = ChunkOptions(
             encode,
             block_size=block_size,
@@ -283,6 +283,7 @@ def _identity_of(shards: Shards) -> dict[str, Any]:
         "stream.shards": len(shards.shards),
         "stream.bytes": shards.num_bytes,
         "stream.sha256": contents,
+        **{f"stream.{name}": value for name, value in shards.reading.items()},
     }
     if len(shards.contents) <= MOST_NAMED_FILES:
         identity |= {f"stream.file.{name}": what for name, what in shards.contents}

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..tokenization import CHAT_TEMPLATE, TURN_END_TOKEN, TURN_START_TOKEN
 from .conversations import Messages
+from .readers import whole_text
 
 
 # Chapter 7's prompt, which is Alpaca's (Taori et al. 2023), as plain text: it needs no token that the model has never
@@ -95,7 +96,7 @@ def _read_template(name: str) -> str:
             f"chat_template={name!r}: it is one of {', '.join(TEMPLATES)}, or a file with a Jinja template, and there "
             "is no such file."
         )
-    template = path.read_text(encoding="utf-8")
+    template = whole_text(path, what="chat_template")
     if "messages" not in template:
         raise ValueError(f"chat_template={name!r}: the file is no chat template, which goes through `messages`.")
     return template

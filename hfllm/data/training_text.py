@@ -1,5 +1,8 @@
 """Text to what a training step reads, from prepared rows or from a stream, and the rows to evaluate on."""
 
+import logging
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +12,23 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
-from .corpus import Corpus, count_documents, load_corpus, split_documents
-from .packing import Encoder, Rows, prepare_rows
+from .corpus import (
+    Corpus,
+    count_documents,
+    describe_held_out,
+    held_out_by_file,
+    load_corpus,
+    num_shared_documents,
+    split_documents,
+)
+from .packing import Encoder, JoinedRows, Rows, prepare_rows
 from .sampler import rows_of_step
 from .shards import find_shards, hold_out
+from .sources import named_datasets
 from .streaming import RowStream, merge_states
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,7 +37,7 @@ class TrainingText:
 
     Attributes:
         train: Prepared rows, or a stream that has no end.
-        validation: Prepared rows; none of their documents is trained on.
+        validation: Prepared rows; none of their documents is trained on, unless they were given.
         fingerprint: sha256 of the text.
         tokenizer: What encoded them.
         tokenizer_sha256: Its fingerprint.
@@ -31,12 +46,17 @@ class TrainingText:
     """
 
     train: Rows | RowStream
-    validation: Rows
+    validation: Rows | JoinedRows
     fingerprint: str
     tokenizer: PreTrainedTokenizerBase
     tokenizer_sha256: str
     identity: dict[str, Any]
     summary: str
+
+    @property
+    def validation_parts(self) -> dict[str, Rows]:
+        """The validation rows of each text by its name, where several are to be told apart; else nothing."""
+        return self.validation.parts if isinstance(self.validation, JoinedRows) else {}
 
     def read_step(
         self, step: int, *, batch_size: int, accumulation: int, seed: int, accelerator: Accelerator
@@ -91,25 +111,36 @@ def prepare_text(
     split: str = "train",
     validation_split: str | None = None,
     validation_fraction: float = 0.0,
+    validation_dataset: str | None = None,
     dataset_config: str | None = None,
     text_column: str = "text",
     on_bad_record: str = "error",
+    delimiter: str | None = None,
+    document_separator: str | None = None,
+    exclude: Iterable[str | os.PathLike] = (),
     cache_dir: str | None = None,
 ) -> TrainingText:
     """Split the documents before anything else, then encode and cut them into rows; the main process does it for all.
 
-    With `streaming`, only what is evaluated on (see `hold_out`) is kept on the disk, and training text is read and
-    encoded as it is needed. `encode` and `tokenizer_sha256` are the tokenizer's encoder and fingerprint; the other
-    options are those of `load_corpus`, `prepare_rows` and `RowStream`.
+    What is evaluated on is the `validation_dataset` (several of them, separated by commas, are told apart by their
+    names), the `validation_split`, or else `validation_fraction` of the text; the ends of a few long files are told
+    apart, too. With `streaming`, only that is kept on
+    the disk, and training text is read and encoded as it is needed. `encode` and `tokenizer_sha256` are the
+    tokenizer's encoder and fingerprint; the other options are those of `load_corpus`, `prepare_rows` and `RowStream`.
 
     Raises:
         ValueError: if there is nothing to evaluate on, or options exclude each other; says what to give.
     """
-    if validation_split is None and not validation_fraction:
-        raise ValueError("There is nothing to evaluate on: give a --validation_fraction or --validation_split.")
+    if validation_split is None and validation_dataset is None and not validation_fraction:
+        raise ValueError(
+            "There is nothing to evaluate on: give a validation_fraction, a validation_dataset or a validation_split."
+        )
+    if validation_split is not None and validation_dataset is not None:
+        raise ValueError("validation_split and validation_dataset both say what to evaluate on. Leave one of them out.")
     if streaming and stride is not None:
-        raise ValueError("--stride cuts prepared documents into windows; a stream is packed. Leave one of them out.")
-    place: dict[str, Any] = {"dataset_config": dataset_config, "text_column": text_column}
+        raise ValueError("stride cuts prepared documents into windows; a stream is packed. Leave one of them out.")
+    place: dict[str, Any] = {"dataset_config": dataset_config, "text_column": text_column, "exclude": list(exclude)}
+    place |= {"delimiter": delimiter, "document_separator": document_separator}
     reading: dict[str, Any] = {"on_bad_record": on_bad_record, "cache_dir": cache_dir}
     row_options = {
         "block_size": block_size,
@@ -119,9 +150,6 @@ def prepare_text(
         "vocab_size": len(tokenizer),
     }
 
-    def load(split: str) -> Corpus:
-        return load_corpus(dataset, split=split, **place, **reading)
-
     def prepare(name: str, documents: datasets.Dataset, corpus: Corpus) -> Rows:
         return prepare_rows(
             documents,
@@ -130,23 +158,53 @@ def prepare_text(
             stride=stride,
             token_bytes=lambda token_id: len(tokenizer.convert_ids_to_tokens(token_id)),  # a character a byte
             key=f"{corpus.fingerprint} {tokenizer_sha256} {name} {validation_fraction}",
-            allow_short=name == "validation",
+            allow_short=name.startswith("validation"),
             cache_dir=cache_dir,
             progress=accelerator.is_main_process,
         )
 
-    if not streaming:
-        with accelerator.main_process_first():
-            corpus = load(split)
-            if validation_split is None:
-                train, held_out = split_documents(corpus, validation_fraction=validation_fraction)
-                rows = prepare("train", train, corpus)
-                validation = prepare("validation", held_out, corpus)
-            else:
-                other = load(validation_split)
+    def load_given() -> dict[str, Corpus]:
+        """The texts to evaluate on that are not part of the others."""
+        if validation_split is not None:
+            if streaming:
+                return {"": hold_out(find_shards(dataset, split=validation_split, **place), **reading)}
+            return {"": load_corpus(dataset, split=validation_split, **place, **reading)}
+        given = named_datasets(validation_dataset) if validation_dataset is not None else {}
+        where = place | {"dataset_config": None}
+        return {name: load_corpus(each, **where, **reading) for name, each in given.items()}
+
+    with accelerator.main_process_first():
+        given = load_given()
+        parts = {name: prepare("validation", corpus.documents, corpus) for name, corpus in given.items()}
+        held_out = [corpus.documents for corpus in given.values()]
+        if streaming:
+            shards = find_shards(dataset, split=split, **place)
+            if not given:
+                corpus = hold_out(shards, fraction=validation_fraction, **reading)
+                held_out, parts = [corpus.documents], {"": prepare("validation", corpus.documents, corpus)}
+        else:
+            corpus = load_corpus(dataset, split=split, **place, **reading)
+            if given:
                 rows = prepare("whole", corpus.documents, corpus)
-                validation = prepare("validation", other.documents, other)
+                warn_of_shared_documents(corpus, given)
+            else:
+                training, rest = split_documents(corpus, validation_fraction=validation_fraction)
+                is_cut = corpus.account["documents"] > 1 and len(training) + len(rest) > len(corpus.documents)
+                how = " cut" if is_cut else ""  # rows that were prepared before long documents were cut are others
+                rows = prepare(f"train{how}", training, corpus)
+                named = held_out_by_file(corpus, rest) if is_cut else {}
+                held_out = [rest]
+                parts = {
+                    name: prepare(f"validation{how} {name}".rstrip(), part, corpus)
+                    for name, part in (named or {"": rest}).items()
+                }
+    validation = JoinedRows(parts) if len(parts) > 1 else next(iter(parts.values()))
+    described = "".join(f"\n  {f'validation {name}'.strip()}: {rows.summary()}" for name, rows in parts.items())
+
+    if not streaming:
         account = corpus.account
+        if not given:
+            described += f"\n  held out: {describe_held_out(corpus, held_out[0])}"
         return TrainingText(
             train=rows,
             validation=validation,
@@ -155,16 +213,8 @@ def prepare_text(
             tokenizer_sha256=tokenizer_sha256,
             identity={"corpus_sha256": corpus.fingerprint, "tokenizer_sha256": tokenizer_sha256, "rows": len(rows)},
             summary=f"{account['name']}: {count_documents(account['documents'])}, {account['bytes']:,} bytes, sha256 "
-            f"{corpus.fingerprint[:16]}\n  train: {rows.summary()}\n  validation: {validation.summary()}",
+            f"{corpus.fingerprint[:16]}\n  train: {rows.summary()}{described}",
         )
-
-    with accelerator.main_process_first():
-        shards = find_shards(dataset, split=split, **place)
-        if validation_split is None:
-            corpus = hold_out(shards, fraction=validation_fraction, **reading)
-        else:
-            corpus = hold_out(find_shards(dataset, split=validation_split, **place), **reading)
-        validation = prepare("validation", corpus.documents, corpus)
     stream = RowStream(
         shards,
         encode,
@@ -173,7 +223,7 @@ def prepare_text(
         seed=seed,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
-        held_out=corpus.documents,
+        held_out=held_out,
         on_bad_record=on_bad_record,
     )
     return TrainingText(
@@ -183,5 +233,16 @@ def prepare_text(
         tokenizer=tokenizer,
         tokenizer_sha256=tokenizer_sha256,
         identity=stream.identity | {"tokenizer_sha256": tokenizer_sha256},
-        summary=f"{shards.name}: {stream.summary()}\n  validation: {validation.summary()}",
+        summary=f"{shards.name}: {stream.summary()}{described}",
     )
+
+
+def warn_of_shared_documents(corpus: Corpus, given: dict[str, Corpus]) -> None:
+    for other in given.values():
+        if num_shared := num_shared_documents(corpus, other):
+            logger.warning(
+                "%s of the %s to evaluate on in %r are trained on too, so their loss flatters.",
+                f"{num_shared:,}",
+                count_documents(other.account["documents"]),
+                other.account["name"],
+            )

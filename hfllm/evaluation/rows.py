@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,6 +56,18 @@ def evaluate_rows(model: nn.Module, rows: Rows, *, batch_size: int, accelerator:
     start = time.perf_counter()
     loss, num_tokens = score_rows(model, rows, np.arange(len(rows)), batch_size=batch_size, accelerator=accelerator)
     return Evaluation(loss, num_tokens, rows.num_bytes, seconds=time.perf_counter() - start)
+
+
+def join_evaluations(parts: Iterable[Evaluation]) -> Evaluation:
+    """The evaluation of several texts as one: each token counts alike."""
+    parts = list(parts)
+    num_tokens = sum(part.num_tokens for part in parts)
+    return Evaluation(
+        loss=sum(part.loss * part.num_tokens for part in parts) / num_tokens,
+        num_tokens=num_tokens,
+        num_bytes=sum(part.num_bytes for part in parts),
+        seconds=sum(part.seconds for part in parts),
+    )
 
 
 def time_evaluation(model: nn.Module, rows: Rows, *, batch_size: int, accelerator: Accelerator) -> float:

@@ -2,6 +2,7 @@
 
     checkpoints/checkpoint-100/
         model.safetensors, config.json      or adapter_model.safetensors with LoRA: as Trainer writes them
+        tokenizer.json, ...                 so that the folder opens by itself
         optimizer.safetensors, .json        "<number of the parameter>.<what>", and the optimizer's plain numbers
         scheduler.json, scaler.json         the learning rate's schedule; the loss scale, with float16
         random_states.safetensors           of Python, numpy and torch, for each process
@@ -28,11 +29,13 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
-from ..runs.manifest import find_fault, flush, set_aside, write_manifest
+from ..runs.files import flush
+from ..runs.finite import check_finite
+from ..runs.manifest import find_fault, set_aside, write_manifest
 from ..runs.processes import on_main_process
 from ..runs.signals import StopRequest
 from .order import RowOrder, set_epoch
@@ -59,6 +62,9 @@ class CheckpointedTrainer(Trainer):
     """
 
     was_stopped = False
+    # Saved with each checkpoint, so that it opens by itself. As its `processing_class` Trainer would also write the
+    # tokenizer's special tokens over those at which the model stops.
+    tokenizer_of_checkpoints: PreTrainedTokenizerBase | None = None
     control: Any
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -155,6 +161,8 @@ class CheckpointedTrainer(Trainer):
         tensors = [value for values in state.values() for value in values.values() if torch.is_tensor(value)]
         is_adapter = hasattr(self.model, "peft_config")
         tensors += [weight for weight in self.model.parameters() if weight.requires_grad or not is_adapter]
+        name = f"The checkpoint at step {self.state.global_step:,}"
+        check_finite(((f"tensor {index}", tensor) for index, tensor in enumerate(tensors)), what=name)
         needed = sum(tensor.nbytes for tensor in tensors) + SPARE_BYTES
         if needed > (free := shutil.disk_usage(folder).free):
             raise OSError(
@@ -170,7 +178,10 @@ class CheckpointedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
-            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
+            if self.tokenizer_of_checkpoints is not None:
+                self.tokenizer_of_checkpoints.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder = Path(output_dir)

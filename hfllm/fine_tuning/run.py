@@ -2,17 +2,14 @@
 
 import contextlib
 import dataclasses
-import json
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,47 +24,96 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from transformers.utils import logging as transformers_logging
 
 from ..adapters import merge_adapter, save_adapter
-from ..cli.arguments import read_arguments, save_arguments
-from ..cli.options import identity_of
+from ..cli.arguments import save_arguments
+from ..cli.options import changeable_of, identity_of, inputs_of
 from ..hub import write_page_and_card
 from ..report import save_environment
-from ..runs.lock import run_lock
+from ..runs.files import write_json
+from ..runs.finite import check_finite
+from ..runs.folder import RunFolder, claim_folder
+from ..runs.identity import hash_model, hash_rows
 from ..runs.log import append_to_log
+from ..runs.processes import on_main_process
 from ..runs.signals import EXIT_CODE
+from ..tokenization import tokenizer_fingerprint
 from ..training.devices import keep_freed_memory, leaving_at_once
 from .checkpoints import CheckpointedTrainer, train_from_newest
 
 
-# What a run writes, and what overwrite_output_dir deletes.
-FILES = (
-    *("arguments.yaml", "metrics.json", "log.jsonl", "samples.txt", "confusion.png", "report.html"),
-    *("config.json", "model.safetensors"),
-)
-FOLDERS = ("checkpoints", "adapter")
+# What a run writes besides its results, and after them.
+FILES = ("log.jsonl", "report.html")
+# Updates in a row whose gradient was not finite; that many are no accident.
+MAX_SKIPPED_IN_A_ROW = 10
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class FineTuningRun:
     """The run that `open_run` opened. Every process calls its methods; only the main process writes."""
 
     args: Any  # the recipe's dataclass of options
-    output_dir: Path
+    folder: RunFolder
     is_main: bool
-    is_finished: bool
+    identity: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = None
 
-    def begin(self, trainer: Trainer, describe_evaluation: Callable[[dict[str, Any]], str] | None = None) -> None:
-        """Record the run's arguments and environment, and let `trainer` log into `log.jsonl`.
+    @property
+    def output_dir(self) -> Path:
+        return self.folder.path
+
+    def is_finished(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, Iterable[Any]]
+    ) -> bool:
+        """Whether this very run is finished; what is missing of its page and card is written now.
+
+        `model` is the base, as it was opened. `rows` are what the run learns from and is measured on, by name ("train",
+        "eval", "test"), each as JSON holds it.
+
+        Raises:
+            ValueError: the folder holds another run, for example one on other rows; says what differs.
+        """
+        self.tokenizer = tokenizer
+        self.identity = {
+            **identity_of(self.args, by_content=True),
+            "rows_per_step": self.args.per_device_train_batch_size
+            * self.args.gradient_accumulation_steps
+            * PartialState().num_processes,
+            "base_sha256": hash_model(self.args.model, revision=getattr(model.config, "_commit_hash", None)),
+            "tokenizer_sha256": hash_rows([tokenizer_fingerprint(tokenizer), tokenizer.chat_template]),
+            **{f"{name}_sha256": hash_rows(each) for name, each in rows.items()},
+        }
+        if self.folder.is_of_earlier_version:  # it noted its options alone
+            self.folder.check_same(identity_of(self.args))
+        self.folder.check_same(self.identity)
+        if not self.folder.is_finished():
+            return False
+        if not self.folder.is_done("page"):
+            self._present()
+        elif self.is_main:
+            print(f"The run in {self.output_dir} is finished: nothing to do. overwrite_output_dir starts it again.")
+        return True
+
+    def begin(
+        self, trainer: CheckpointedTrainer, describe_evaluation: Callable[[dict[str, Any]], str] | None = None
+    ) -> None:
+        """Begin or resume the run, and let `trainer` log into `log.jsonl`; an earlier run to be overwritten gives way.
 
         To be called once everything that can be wrong has been checked, and before anything is measured or trained.
         """
+        changes = self.folder.begin(self.identity, options=changeable_of(self.args), files=FILES)
+        with self.folder.writing() as partial:
+            if self.is_main:
+                save_arguments(self.args, partial / "arguments.yaml")
+                save_environment(partial, num_processes=trainer.args.world_size)
         if self.is_main:
-            save_arguments(self.args, self.output_dir / "arguments.yaml")
-            save_environment(self.output_dir, num_processes=trainer.args.world_size)
+            for change in changes:
+                print(f"{change} from here on.")
         for callback in (PrinterCallback, ProgressCallback):  # both print the numbers that are in log.jsonl
             trainer.remove_callback(callback)
         if sys.stderr.isatty():
             trainer.add_callback(ProgressBar)
         trainer.add_callback(LogFile(self.output_dir / "log.jsonl", describe_evaluation))
+        trainer.add_callback(FiniteUpdates())
+        trainer.tokenizer_of_checkpoints = self.tokenizer
 
     def train(self, trainer: CheckpointedTrainer) -> float:
         """Train from the newest sound checkpoint, or from the start; returns the seconds it took.
@@ -80,52 +126,77 @@ class FineTuningRun:
                 sys.exit(EXIT_CODE)
         return time.perf_counter() - start
 
-    def save_model(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """Save the trained model and its tokenizer, and return the model.
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Path]:
+        """A folder for the results, see `RunFolder.writing`."""
+        with self.folder.writing() as partial:
+            yield partial
+
+    def save_model(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
+        """Save the trained model and its tokenizer into the folder of `writing`, and return the model.
 
         LoRA is merged into the model's weights; the adapter alone is saved in `adapter/`.
+
+        Raises:
+            FloatingPointError: a weight is not finite.
         """
         model = trainer.accelerator.unwrap_model(trainer.model)
+        check_finite(model.named_parameters(), what="The model")
         is_adapted = hasattr(model, "peft_config")
         if is_adapted:
             if self.is_main:
-                save_adapter(model, self.output_dir / "adapter")
+                save_adapter(model, folder / "adapter")
             model = merge_adapter(model)
         if model.can_generate():
             model.config.use_cache = True  # Trainer sets it to False
         if not is_adapted:
-            trainer.save_model(str(self.output_dir))  # also gathers the weights of a sharded model
+            trainer.save_model(str(folder))  # also gathers the weights of a sharded model
         elif self.is_main:
-            model.save_pretrained(self.output_dir)
+            model.save_pretrained(folder)
         if self.is_main:
-            tokenizer.save_pretrained(self.output_dir)
+            tokenizer.save_pretrained(folder)
         return model
 
-    def finish(self, metrics: dict[str, Any]) -> None:
-        """Write `metrics.json`, which marks the run as finished, then the run's page and model card."""
+    def save_metrics(self, metrics: dict[str, Any], folder: Path) -> None:
+        """Write `metrics.json` into the folder of `writing`.
+
+        Raises:
+            FloatingPointError: a number is not finite.
+        """
         if self.is_main:
-            text = json.dumps(metrics, indent=2) + "\n"
-            (self.output_dir / "metrics.json").write_text(text, encoding="utf-8")
-            write_page_and_card(self.output_dir)
+            write_json(folder / "metrics.json", metrics)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Note that the run is finished, with what `writing` moved into its folder, and write its page and card."""
+        self.folder.finish(step=trainer.state.global_step)
+        self._present()
+
+    def _present(self) -> None:
+        on_main_process(PartialState(), lambda: write_page_and_card(self.output_dir))
+        self.folder.note_done(page=True)
 
 
 @contextlib.contextmanager
-def open_run(args: Any) -> Iterator[FineTuningRun]:
+def open_run(args: Any, *, recipe: str) -> Iterator[FineTuningRun]:
     """Open the run of these arguments in `output_dir`, locked against other runs, with all random generators seeded.
 
-    `args` is a recipe's dataclass with `model`, `seed`, `output_dir` and `overwrite_output_dir`. If the folder holds
-    the finished run already, `is_finished` is true, and the recipe has nothing to do.
+    `args` is a recipe's dataclass with `model`, `seed`, `output_dir` and `overwrite_output_dir`.
     """
-    is_main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
+    processes = PartialState(cpu=not torch.accelerator.is_available())
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # of loading and saving; training has its own
     keep_freed_memory()
-    output_dir = Path(args.output_dir)
-    with run_lock(output_dir) if is_main else contextlib.nullcontext():
-        [is_finished] = broadcast_object_list([is_main and prepare_folder(args)])  # decided by the main process
+    claim = claim_folder(
+        args.output_dir,
+        recipe=recipe,
+        overwrite=args.overwrite_output_dir,
+        inputs=inputs_of(args),
+        accelerator=processes,
+    )
+    with claim as folder:
         set_seed(args.seed)
-        yield FineTuningRun(args, output_dir, is_main, is_finished)
-    PartialState().destroy_process_group()
+        yield FineTuningRun(args, folder, processes.is_main_process)
+    processes.destroy_process_group()
 
 
 def training_arguments(args: Any, *, kind: type[TrainingArguments] = TrainingArguments, **own: Any) -> Any:
@@ -140,57 +211,12 @@ def training_arguments(args: Any, *, kind: type[TrainingArguments] = TrainingArg
         "output_dir": str(Path(args.output_dir) / "checkpoints"),
         "max_steps": args.max_steps or -1,
         "report_to": trackers(getattr(args, "report_to", None)),
+        "logging_nan_inf_filter": False,  # which would log a loss that is not finite as 0
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "use_cpu": not torch.accelerator.is_available(),
     }
     return kind(**(same | ours | own))
-
-
-def prepare_folder(args: Any) -> bool:
-    """Whether the run of these arguments is finished in its `output_dir`; if not, it may begin or resume there.
-
-    `args` is a recipe's dataclass with `model`, `output_dir` and `overwrite_output_dir`, which deletes what an earlier
-    run left. For the main process.
-
-    Raises:
-        ValueError: the folder is that of `model`, holds a model that no run made, or a run with other arguments.
-    """
-    folder = Path(args.output_dir)
-    if folder.exists() and Path(args.model).exists() and folder.samefile(args.model):
-        raise ValueError(f"output_dir {folder} is the folder of model, which would be overwritten. Choose another one.")
-    if args.overwrite_output_dir:
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
-        for name in FOLDERS:
-            shutil.rmtree(folder / name, ignore_errors=True)
-        return False
-    if not (folder / "arguments.yaml").exists():
-        if (folder / "config.json").exists():
-            raise ValueError(
-                f"{folder} holds a model that no run of this recipe made, and it would be overwritten. Choose another "
-                "output_dir, or overwrite it with overwrite_output_dir."
-            )
-        return False
-    left = [*folder.glob("metrics.json"), *folder.glob("config.json"), *folder.glob("checkpoints/checkpoint-*")]
-    if not left:  # the earlier run ended before its first checkpoint
-        (folder / "log.jsonl").unlink(missing_ok=True)
-        return False
-    there = read_arguments(folder / "arguments.yaml")
-    changed = [
-        f"{name} was {there.get(name)!r} and is {value!r}"
-        for name, value in identity_of(args).items()
-        if there.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{folder} holds another run: {'; '.join(changed)}. Choose another output_dir, or start again with "
-            "overwrite_output_dir."
-        )
-    if (folder / "metrics.json").exists():
-        print(f"The run in {folder} is finished: nothing to do. overwrite_output_dir starts it again.")
-        return True
-    return False
 
 
 def trackers(report_to: list[str] | None) -> list[str] | str:
@@ -227,6 +253,29 @@ class LogFile(TrainerCallback):
         append_to_log(self.path, line)
         if "eval_loss" in line and self.describe is not None:
             print(f"step {line['step']:,}: {self.describe(line)}", flush=True)
+
+
+class FiniteUpdates(TrainerCallback):
+    """Skips an update whose gradient is not finite, and stops the run after several in a row."""
+
+    def __init__(self):
+        self.num_skipped_in_a_row = 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if getattr(optimizer, "scaler", None) is not None:  # the loss scale of float16 does the same
+            return
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+            self.num_skipped_in_a_row = 0
+            return
+        optimizer.zero_grad()  # an update without gradients changes nothing
+        self.num_skipped_in_a_row += 1
+        if self.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"The gradient was not finite {self.num_skipped_in_a_row} times in a row, up to step "
+                f"{state.global_step + 1:,}; those updates were skipped. Start again with a lower learning_rate than "
+                f"{args.learning_rate}."
+            )
 
 
 class ProgressBar(ProgressCallback):

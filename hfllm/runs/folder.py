@@ -1,42 +1,460 @@
-"""The folder a run writes into."""
+"""The folder a run writes into: whose it is, which of its files may be deleted, and how results get there.
+
+    with claim_folder(output_dir, recipe="pretrain", overwrite=..., inputs={"model": ...}) as folder:
+        ...                                     # open and check everything that the run reads
+        changes = folder.begin(identity)        # compare with the run that is there, or let it give way
+        if not folder.is_finished(step=...):
+            ...
+            with folder.writing() as partial:   # results are written beside, and moved in when they are whole
+                model.save_pretrained(partial)
+            folder.finish(step=...)             # the record says so, last of all
+
+Only `begin` deletes, only with `overwrite`, and only files that the run's record names (see `hfllm.runs.completion`) or
+that stand in its checkpoints. It follows no symbolic link.
+"""
 
 import contextlib
+import fnmatch
+import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
+import yaml
+from accelerate import Accelerator, PartialState
 
+from .completion import FORMAT_VERSION, RECORD, describe_finish, find_fault, read_record, write_record
+from .files import flush, remove_leftovers
+from .identity import as_json, check_same_run, find_differences
 from .lock import run_lock
+from .processes import on_main_process
 
 
-# What a run writes beside its checkpoints, and what --overwrite_output_dir deletes.
-FILES = ("log.jsonl", "metrics.json", "curves.png", "model.safetensors", "config.json", "samples.txt", "report.html")
+PARTIAL = ".partial"  # where results are written before they are moved into the folder
+CHECKPOINTS = "checkpoints"
+ARGUMENTS = "arguments.yaml"
+# step-00000100, checkpoint-100, and those that were set aside, deleted in part or not written to their end.
+CHECKPOINT_NAME = re.compile(r"((torn|broken|deleting)-)?(step|checkpoint)-\d+(-\d+|\.[\w-]+)?")
+WRITING = "writing"  # a folder of checkpoints that are being written
+CHECKPOINT_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
+    *("state.json", "manifest.json", "trainer_state.json", "training_args.*", "optimizer.*", "scheduler.*"),
+    *("scaler.*", "rng_state*", "random_states.*", "*_gpt.py", "README.md"),
+)
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "chat_template.jinja", "tokenizer_report.json"),
+)
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+EXPORTED_FILES = ("*.gguf", "*.onnx", "*.onnx.data")
+# What runs write besides: these files of earlier versions, which kept no record, are a run's own, and no file of
+# somebody else's may have such a name in a folder where a run begins.
+RUN_FILES = (
+    *(ARGUMENTS, "environment.json", "log.jsonl", "samples.txt", "metrics.json", "report.html"),
+    *("curves.png", "confusion.png", "config.json", "generation_config.json", "*_gpt.py", *WEIGHTS, *TOKENIZER_FILES),
+    *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/base_model.json"),
+    *("adapter/README.md", *(f"adapter/{name}" for name in TOKENIZER_FILES)),
+)
 
 
 @contextlib.contextmanager
 def claim_folder(
-    output_dir: str | Path, *, overwrite: bool, accelerator: Accelerator, only_look: bool = False
-) -> Iterator[None]:
+    output_dir: str | Path,
+    *,
+    recipe: str,
+    overwrite: bool = False,
+    inputs: Mapping[str, Any] | None = None,
+    accelerator: Accelerator | PartialState | None = None,
+    only_look: bool = False,
+) -> Iterator["RunFolder"]:
     """Keep `output_dir` to this run while the block lasts, see `run_lock`; every process enters it.
 
-    `overwrite` deletes what an earlier run left, and nothing else that lies there. `only_look` writes and deletes
-    nothing and takes no lock.
+    Nothing is deleted or written here but the lock. `inputs` are the paths and ids that the run reads, by the names of
+    their parameters; lists separated by commas are looked at part by part. `only_look` takes no lock either.
 
     Raises:
-        ValueError: the folder holds a model that is not a run's.
+        ValueError: the folder is another recipe's, holds files that no run made, or something that the run reads.
     """
-    folder = Path(output_dir)
-    with contextlib.nullcontext() if only_look else run_lock(folder, accelerator=accelerator):
-        if overwrite and not only_look:
-            if accelerator.is_main_process:
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-                for name in FILES:
-                    (folder / name).unlink(missing_ok=True)
-            accelerator.wait_for_everyone()
-        elif not overwrite and (folder / "config.json").exists() and not (folder / "arguments.yaml").exists():
-            raise ValueError(
-                f"{folder} holds a model that no run of this recipe made, and would be overwritten. Choose another "
-                "--output_dir, or overwrite it with --overwrite_output_dir."
-            )
-        yield
+    if not str(output_dir).strip():
+        raise ValueError("output_dir is empty. Give the path of a folder, for example out/my-run.")
+    path = Path(output_dir).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir {path} is a file. Give the path of a folder, for example out/my-run.")
+    lock = contextlib.nullcontext() if only_look else run_lock(path, recipe=recipe, accelerator=accelerator)
+    with lock:
+        if not only_look:
+            on_main_process(accelerator, lambda: remove_leftovers(path))
+        record = on_main_process(accelerator, lambda: _open(path, recipe, overwrite=overwrite, inputs=inputs or {}))
+        yield RunFolder(path, recipe=recipe, overwrite=overwrite, record=record, accelerator=accelerator)
+
+
+class RunFolder:
+    """A claimed folder. Every process calls the same methods; the main one writes, and all get its answer or error."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        recipe: str,
+        overwrite: bool,
+        record: dict[str, Any],
+        accelerator: Accelerator | PartialState | None,
+    ):
+        self.path, self.recipe, self.overwrite, self.record = path, recipe, overwrite, record
+        self.accelerator = accelerator
+        self.moved: list[str] = []  # what the last `writing` moved into the folder
+
+    @property
+    def is_of_earlier_version(self) -> bool:
+        """Whether the run that is here was made by a version that kept no record, and noted only its options."""
+        return bool(self.record.get("is_old"))
+
+    def check_same(self, identity: Mapping[str, Any]) -> None:
+        """Refuse another run than the one that is here, unless it is to give way; see `check_same_run`.
+
+        A run that ended before its first checkpoint has nothing to resume, and gives way to any other.
+        """
+        saved = self.record.get("identity")
+        if saved is not None and not self.overwrite and self._has_something():
+            current = as_json(dict(identity))
+            if self.record.get("is_old"):  # it noted all of its options, and nothing else
+                saved = {name: value for name, value in saved.items() if name in current}
+            check_same_run(saved, current, self.path, fork_from=None if self.record["finished"] else _newest(self.path))
+
+    def make_way(self) -> None:
+        """With `overwrite`, delete the run that is here, once; call it when everything else was found right.
+
+        Raises:
+            ValueError: a folder of the run's is a symbolic link.
+        """
+        if not self.overwrite and not (self.record.get("identity") and not self._has_something()):
+            return
+
+        def delete() -> dict[str, Any]:
+            files = _own_files(self.path, self.record)
+            write_record(self.path, {**self._new_record(), "files": sorted(files)})  # no run is finished any more
+            _delete(self.path, files)
+            for checkpoint in _checkpoints(self.path):
+                if not any(checkpoint.iterdir()):
+                    checkpoint.rmdir()
+                    continue
+                # It holds somebody's own files, and is not to be taken for a checkpoint that broke.
+                checkpoint.rename(checkpoint.with_name(f"kept-{checkpoint.name}"))
+            write_record(self.path, self._new_record())
+            return self._new_record()
+
+        self.record = on_main_process(self.accelerator, delete)
+        self.overwrite = False
+
+    def begin(
+        self,
+        identity: Mapping[str, Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        files: Iterable[str] = (),
+    ) -> list[str]:
+        """Begin a run, or resume the one that is here; returns the options that changed since its last start, in words.
+
+        `options` may change from start to start, and `identity` may not. `files` are what the run writes by itself
+        while it goes on; those of `writing` need not be named.
+
+        Raises:
+            ValueError: the folder holds another run; says what differs.
+        """
+        self.check_same(identity)
+        self.make_way()
+        options = as_json(dict(options or {}))
+        before = {name: value for name, value in (self.record.get("options") or {}).items() if name in options}
+        changes = find_differences(before, {name: value for name, value in options.items() if name in before})
+
+        def note() -> dict[str, Any]:
+            own = {*self.record.get("files", []), *files}
+            record = {**self._new_record(), **self.record, "identity": as_json(dict(identity)), "options": options}
+            record |= {"files": sorted(own)}
+            record.pop("is_old", None)
+            write_record(self.path, record)
+            return record
+
+        self.record = on_main_process(self.accelerator, note)
+        return changes
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Path]:
+        """A folder to write results into; its files are moved into the run's folder at the end of the block.
+
+        They are flushed to the disk first and `config.json` is moved last, so that a reader finds a whole model or
+        none. After an error none is moved. Weights of another form (other shards) that the run wrote before are
+        deleted.
+        """
+        partial = self.path / PARTIAL
+
+        def clear() -> None:
+            if partial.is_symlink():
+                partial.unlink()
+            shutil.rmtree(partial, ignore_errors=True)
+
+        def make() -> None:
+            clear()
+            partial.mkdir(parents=True)
+
+        on_main_process(self.accelerator, make)
+        try:
+            yield partial
+            self.record, self.moved = on_main_process(self.accelerator, lambda: self._move_in(partial))
+        finally:
+            if self.accelerator is None or self.accelerator.is_main_process:
+                clear()
+
+    def reopen(self) -> None:
+        """Note that the run is not finished any more, before it is trained further."""
+        self._change(finished=None)
+
+    def finish(self, *, step: int | None = None, files: Iterable[str] | None = None) -> None:
+        """Note that the run is finished at `step` and that `files` are its result; the last thing that is written.
+
+        By default these are the weights, `config.json` and `metrics.json` that the last `writing` moved in. Without one
+        of them the run is not finished. What may fail without spoiling the result (the page, a push) is noted by
+        `note_done` when it is done.
+        """
+        result = (*WEIGHTS, "config.json", "metrics.json", "adapter/adapter_model.safetensors")
+        names = [name for name in self.moved if _matches([name], result)] if files is None else list(files)
+        finished = on_main_process(self.accelerator, lambda: describe_finish(self.path, step=step, files=names))
+        self._change(finished=finished)
+
+    def is_finished(self, *, step: int | None = None) -> bool:
+        """Whether the run ended at `step` and its result is still as it was written, by the weights' sha256."""
+        return not self.find_fault(step=step)
+
+    def find_fault(self, *, step: int | None = None) -> str:
+        """Why the run is not finished, or its result not as it was written; empty if it is."""
+        if self.overwrite:
+            return "it is to be overwritten"
+        return on_main_process(self.accelerator, lambda: find_fault(self.path, self.record.get("finished"), step=step))
+
+    def note_done(self, **what: Any) -> None:
+        """Note what else of a finished run is done, e.g. `page=True`, `push="https://..."`."""
+        finished = self.record["finished"]
+        self._change(finished={**finished, "done": {**finished["done"], **what}})
+
+    def is_done(self, what: str) -> bool:
+        """Whether `note_done` was told of it since the run was finished."""
+        return bool(((self.record.get("finished") or {}).get("done") or {}).get(what))
+
+    def _has_something(self) -> bool:
+        """Whether the run that is here has a result or a checkpoint, be it a broken one."""
+        if self.record.get("finished"):
+            return True
+        return on_main_process(
+            self.accelerator, lambda: (self.path / "config.json").exists() or bool(_checkpoints(self.path))
+        )
+
+    def _new_record(self) -> dict[str, Any]:
+        empty: dict[str, Any] = {"identity": None, "options": None, "finished": None}
+        return {"format_version": FORMAT_VERSION, "recipe": self.recipe, "files": [], **empty}
+
+    def _change(self, **entries: Any) -> None:
+        def change() -> dict[str, Any]:
+            record = {**self.record, **entries}
+            write_record(self.path, record)
+            return record
+
+        self.record = on_main_process(self.accelerator, change)
+
+    def _move_in(self, partial: Path) -> tuple[dict[str, Any], list[str]]:
+        names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if not path.is_dir())
+        for name in names:
+            _refuse_links(self.path, name)
+            flush(partial / name)
+        before = set(self.record.get("files", []))
+        record = {**self._new_record(), **self.record, "files": sorted(before | set(names))}
+        write_record(self.path, record)
+        for name in sorted(names, key=lambda name: (Path(name).name == "config.json", name)):
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).replace(self.path / name)
+        flush(self.path)
+        if _matches(names, WEIGHTS):
+            stale = [name for name in before - set(names) if _matches([name], WEIGHTS)]
+            _delete(self.path, stale)
+            record = {**record, "files": [name for name in record["files"] if name not in stale]}
+            write_record(self.path, record)
+        return record, names
+
+
+def _open(path: Path, recipe: str, *, overwrite: bool, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of the run that is in the folder, empty if a new one may begin there."""
+    record = read_record(path) or _record_of_earlier_version(path, recipe)
+    if record and record["recipe"] != recipe:
+        raise ValueError(
+            f"output_dir {path} belongs to a run of another recipe, {record['recipe']}. Choose another folder, or "
+            "delete that one."
+        )
+    if overwrite or not record:
+        _check_inputs(path, inputs)
+    if not record:
+        _check_foreign(path, overwrite=overwrite)
+    if overwrite:
+        for name in _own_files(path, record):
+            _refuse_links(path, name)
+        if (path / CHECKPOINTS).is_symlink():
+            _refuse_link(path / CHECKPOINTS)
+    return record
+
+
+def _record_of_earlier_version(path: Path, recipe: str) -> dict[str, Any]:
+    """A record for a run of a version that kept none: its options are in arguments.yaml, its files have known names."""
+    try:
+        options = yaml.safe_load((path / ARGUMENTS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, yaml.YAMLError):
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(
+            f"{path / ARGUMENTS} cannot be read, so nothing says whose run this is. Delete it if the folder holds "
+            "nothing that you need, or choose another output_dir."
+        )
+    names = [name for name in _visible_files(path) if _matches([name], RUN_FILES)]
+    finished = None
+    if {"metrics.json", "config.json"} <= set(names):
+        try:
+            metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+            result = {"sha256": {}, "files": ["config.json", "metrics.json"], "done": {"page": True}}
+            finished = {"step": metrics["train_steps"], **result}
+        except (ValueError, KeyError, TypeError):
+            pass  # it was killed while it wrote them
+    return {
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe,
+        "files": sorted(names),
+        "identity": as_json(options),
+        "options": as_json(options),
+        "finished": finished,
+        "is_old": True,
+    }
+
+
+def _check_inputs(path: Path, inputs: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds something which the run reads: it would be overwritten."""
+    folder = path.resolve()
+    for parameter, value in inputs.items():
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if not text:
+                continue
+            for part in {str(text), *str(text).split(",")}:
+                place = Path(part.strip()).expanduser()
+                if not part.strip() or not place.exists():
+                    continue
+                if place.resolve() == folder:
+                    raise ValueError(
+                        f"output_dir {path} is {parameter} itself, which would be overwritten. Choose another "
+                        "output_dir."
+                    )
+                if folder in place.resolve().parents or folder in place.absolute().parents:
+                    raise ValueError(
+                        f"{parameter} {part.strip()} lies in output_dir {path}, whose files would be overwritten. "
+                        "Choose another output_dir."
+                    )
+
+
+def _check_foreign(path: Path, *, overwrite: bool) -> None:
+    """Refuse a folder with files that no run made; to overwrite in it, only if a run writes none of their names."""
+    files = _visible_files(path)
+    if overwrite:
+        files = [name for name in files if _matches([name], (*RUN_FILES, *EXPORTED_FILES))]
+    if not files:
+        return
+    listing = ", ".join(files[:5]) + (f" and {len(files) - 5:,} more" if len(files) > 5 else "")
+    model = " It is a model that no run of this recipe made." if {"config.json"} & set(files) else ""
+    way = "" if overwrite else "overwrite_output_dir deletes the files of an earlier run only. "
+    raise ValueError(
+        f"output_dir {path} holds files that no run made, and a run could overwrite them: {listing}.{model} {way}"
+        "Choose another output_dir, or delete them yourself."
+    )
+
+
+def _visible_files(path: Path) -> list[str]:
+    """The paths in a folder of all files that are not hidden; a link to a folder counts as one."""
+    if not path.is_dir():
+        return []
+    found = []
+    for child in sorted(path.iterdir()):
+        if child.name.startswith(".") or child.name == "lost+found":
+            continue
+        if child.is_symlink() or not child.is_dir():
+            found.append(child.name)
+        else:
+            found += [f"{child.name}/{name}" for name in _visible_files(child)]
+    return found
+
+
+def _own_files(path: Path, record: Mapping[str, Any]) -> set[str]:
+    """The paths in a run's folder that are the run's own: what its record names, and the files of its checkpoints."""
+    names = set(record.get("files", [])) - {RECORD, "README.md"}  # the card has a part that its reader may have written
+    for checkpoint in _checkpoints(path) if record else []:
+        place = checkpoint.relative_to(path).as_posix()
+        files = _visible_files(checkpoint)
+        listed = _names_in_manifest(checkpoint)
+        known = (*CHECKPOINT_FILES, *TOKENIZER_FILES)
+        names |= {f"{place}/{name}" for name in files if name in listed or _matches([name], known)}
+    return names
+
+
+def _names_in_manifest(checkpoint: Path) -> set[str]:
+    try:
+        return set(json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _newest(path: Path) -> Path | None:
+    """The checkpoint with the highest step, by its name."""
+    folders = [child for child in _checkpoints(path) if re.fullmatch(r"(step|checkpoint)-\d+", child.name)]
+    return max(folders, key=lambda child: int(child.name.split("-")[1]), default=None)
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    """The folders of a run that are checkpoints, or were; no link is followed."""
+    folders = [path / CHECKPOINTS, path / CHECKPOINTS / WRITING]
+    return [
+        child
+        for folder in folders
+        if folder.is_dir() and not (path / CHECKPOINTS).is_symlink() and not folder.is_symlink()
+        for child in folder.iterdir()
+        if CHECKPOINT_NAME.fullmatch(child.name) and child.is_dir() and not child.is_symlink()
+    ]
+
+
+def _delete(path: Path, names: Iterable[str]) -> None:
+    """Delete files of a folder, and the folders in it that are empty then."""
+    folders = set()
+    for name in names:
+        _refuse_links(path, name)
+        (path / name).unlink(missing_ok=True)
+        folders |= {parent for parent in (path / name).parents if path in parent.parents}
+    for folder in sorted(folders, reverse=True):
+        with contextlib.suppress(OSError):  # it holds something else
+            folder.rmdir()
+
+
+def _refuse_links(path: Path, name: str) -> None:
+    """Refuse a path that a symbolic link leads out of the folder; a file that is a link itself is no danger."""
+    for parent in reversed((path / name).parents):
+        if path in parent.parents and parent.is_symlink():
+            _refuse_link(parent)
+
+
+def _refuse_link(link: Path) -> None:
+    raise ValueError(
+        f"{link} is a symbolic link to {link.resolve()}, and nothing is deleted or replaced through a link. Delete the "
+        "link, or choose another output_dir."
+    )
+
+
+def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    return any(
+        name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+        for name in names
+        for pattern in patterns
+    )

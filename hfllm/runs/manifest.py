@@ -1,10 +1,10 @@
 """Folders of files that are whole or absent: a manifest with the size and sha256 of each, written last."""
 
-import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
+
+from .files import flush, sha256_of
 
 
 MANIFEST = "manifest.json"
@@ -17,7 +17,7 @@ def write_manifest(folder: str | Path) -> None:
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         flush(path)
-        files[path.relative_to(folder).as_posix()] = {"num_bytes": path.stat().st_size, "sha256": sha256(path)}
+        files[path.relative_to(folder).as_posix()] = {"num_bytes": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = {"format_version": FORMAT_VERSION, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     flush(folder / MANIFEST)
@@ -45,7 +45,7 @@ def find_fault(folder: str | Path) -> str | None:
             return f"{name} is missing"
         if (size := (folder / name).stat().st_size) != num_bytes:
             return f"{name} has {size:,} bytes instead of {num_bytes:,}"
-        if sha256(folder / name) != digest:
+        if sha256_of(folder / name) != digest:
             return f"{name} has changed since it was written (its sha256 differs)"
     return None
 
@@ -57,19 +57,3 @@ def set_aside(folder: Path, prefix: str = "broken-") -> Path:
         if not aside.exists():
             break
     return folder.rename(aside)
-
-
-def flush(path: Path) -> None:
-    """Have the system write a file, or a folder's list of names, to the disk before we continue."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

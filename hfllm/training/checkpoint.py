@@ -4,7 +4,9 @@
         model.safetensors       parameters and persistent buffers by name; a tied one once, under its first name
         optimizer.safetensors   "<parameter>.<what>", e.g. "model.norm.weight.exp_avg"
         state.json              what the training loop handed over, and the optimizer's plain numbers
-        manifest.json           size and sha256 of the three above, written last
+        config.json, ...        of transformers' models: config, generation config, code and tokenizer, so that the
+                                folder opens by `from_pretrained`, as the model of that step
+        manifest.json           size and sha256 of all others, written last
 
 A checkpoint is written into `step-00000100.tmp`, flushed to the disk and then renamed: at every moment the folder
 either holds it complete or does not hold it. `step-00000100.broken` failed verification and was set aside;
@@ -14,15 +16,14 @@ other. Nothing is pickled.
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
 import itertools
 import json
 import logging
-import os
 import platform
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..runs.files import find_non_finite, flush, sha256_of
+from ..runs.finite import check_finite
 from ..runs.identity import check_same_run
 from ..runs.processes import on_main_process
 from . import zero
@@ -59,12 +62,18 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     keep: int | None = None,
 ) -> Path:
     """Write `directory/step-<state["step"]>`, then delete all but the `keep` newest; to be called by every process.
 
-    `model` and `optimizer` are those `accelerator.prepare` returned, `state` is whatever else the loop needs to go on,
-    in types that JSON knows. If the disk is full, every process gets an OSError and the older checkpoints stay.
+    `model` and `optimizer` are those `accelerator.prepare` returned, `state` is whatever else the loop needs to resume,
+    in types that JSON knows. A model of transformers is saved with its config, and with the `tokenizer`, so that
+    `from_pretrained` opens the checkpoint.
+
+    Raises:
+        OSError: the disk is full, or something else of the system's; the older checkpoints stay.
+        FloatingPointError: a weight, an average or a number is not finite; nothing is written.
     """
     if "step" not in state:
         raise ValueError(f"A checkpoint is named after its step; the state has only the keys {sorted(state)}.")
@@ -93,7 +102,13 @@ def save_checkpoint(
         if accelerator.scaler is not None:
             content["grad_scaler"] = accelerator.scaler.state_dict()
         path = Path(directory) / f"step-{state['step']:08d}"
-        _write(path, tensors, optimizer_tensors, content)
+        check_finite(itertools.chain(tensors.items(), optimizer_tensors.items()), what=f"The checkpoint {path}")
+        if name := find_non_finite(content):
+            raise FloatingPointError(
+                f"The checkpoint {path} was not written: {name} is not a finite number, so training has diverged. "
+                "Start again with a lower learning_rate; earlier checkpoints, if there are any, are sound."
+            )
+        _write(path, tensors, optimizer_tensors, content, lambda folder: _write_description(folder, model, tokenizer))
         _delete_old(path, keep)
         return path
 
@@ -112,12 +127,28 @@ def save_model(directory: str | Path, *, model: PreTrainedModel, accelerator: Ac
         return
     tied = _tied_names(bare)
     weights = {name: tensor for name, tensor in weights.items() if name not in tied}
-    # FSDP2 changes the model's class and DeepSpeed its type, and both would be written into config.json: so it is an
-    # empty model of the same config that is saved, with these weights. (FSDP2's class makes models of the first one.)
+    check_finite(weights.items(), what=f"The model {directory}")
+    _empty_twin(bare).save_pretrained(directory, state_dict=weights)
+
+
+def _empty_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same config without weights, which is the one to be saved.
+
+    FSDP2 changes the model's class and DeepSpeed its type, and both would be written into config.json. (FSDP2's class
+    makes models of the first one.)
+    """
     with torch.device("meta"):
-        whole = type(bare)(bare.config)
-    whole.generation_config = bare.generation_config
-    whole.save_pretrained(directory, state_dict=weights)
+        twin = type(model)(model.config)
+    twin.generation_config = model.generation_config
+    return twin
+
+
+def _write_description(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write beside the weights of a checkpoint what `from_pretrained` needs to open them."""
+    if isinstance(model, PreTrainedModel):
+        _empty_twin(model).save_pretrained(folder, state_dict={})  # config, generation config and code
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def latest_checkpoint(
@@ -211,7 +242,7 @@ def load_checkpoint(
         if "grad_scaler" in content:
             accelerator.scaler.load_state_dict(content["grad_scaler"])
         else:
-            logger.warning("%s was written without float16: the loss scale starts anew.", path)
+            logger.warning("%s was written without float16: the loss scale starts again.", path)
     return content["state"]
 
 
@@ -234,7 +265,7 @@ def find_state(
         state = load_checkpoint(
             checkpoint, model=model, optimizer=optimizer, accelerator=accelerator, identity=identity
         )
-        accelerator.print(f"Going on from step {state['step']:,}, saved in {checkpoint}.")
+        accelerator.print(f"Resuming from step {state['step']:,}, saved in {checkpoint}.")
         return state
     if list(directory.glob("step-*")):
         raise ValueError(
@@ -246,9 +277,9 @@ def find_state(
 
 
 def describe_start(output_dir: str | Path) -> str:
-    """Where the run in this folder would go on; "" if it would begin."""
+    """Where the run in this folder would resume; "" if it would begin."""
     checkpoints = sorted(path.name for path in (Path(output_dir) / "checkpoints").glob("step-*"))
-    return f"\n{output_dir} holds a run, which would go on from {checkpoints[-1]}.\n" if checkpoints else ""
+    return f"\n{output_dir} holds a run, which would resume from {checkpoints[-1]}.\n" if checkpoints else ""
 
 
 def _gather(model: nn.Module, optimizer: Any, accelerator: Accelerator) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -306,7 +337,13 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
     return tied
 
 
-def _write(path: Path, tensors: dict, optimizer_tensors: dict, content: dict[str, Any]) -> None:
+def _write(
+    path: Path,
+    tensors: dict,
+    optimizer_tensors: dict,
+    content: dict[str, Any],
+    write_description: Callable[[Path], None],
+) -> None:
     temporary, replaced = path.with_suffix(".tmp"), path.with_suffix(".replaced")
     advice = (
         "The older checkpoints are untouched. Make room (or keep fewer of them), or mend whatever else is the cause; "
@@ -327,18 +364,19 @@ def _write(path: Path, tensors: dict, optimizer_tensors: dict, content: dict[str
         save_file(tensors, temporary / MODEL, metadata={"format": "pt"})
         save_file(optimizer_tensors, temporary / OPTIMIZER)
         _write_json(temporary / STATE, content)
+        write_description(temporary)
         files = {}
-        for name in FILES:
-            _flush(temporary / name)
-            files[name] = {"num_bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
+        for file in sorted(temporary.iterdir()):
+            flush(file)
+            files[file.name] = {"num_bytes": file.stat().st_size, "sha256": sha256_of(file)}
         manifest = {"format_version": FORMAT_VERSION, "files": files, "versions": _versions()}
         _write_json(temporary / MANIFEST, manifest)
-        _flush(temporary / MANIFEST)
-        _flush(temporary)
+        flush(temporary / MANIFEST)
+        flush(temporary)
         if path.exists():
             path.rename(replaced)
         temporary.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{path} could not be written: {error}. {advice}") from error
@@ -375,7 +413,8 @@ def _fault(path: Path, *, verify: bool) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version = int(manifest["format_version"])
-        expected = {name: (manifest["files"][name]["num_bytes"], manifest["files"][name]["sha256"]) for name in FILES}
+        names = dict.fromkeys([*FILES, *manifest["files"]])  # older checkpoints have no config and no tokenizer
+        expected = {name: (manifest["files"][name]["num_bytes"], manifest["files"][name]["sha256"]) for name in names}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (ValueError, KeyError, TypeError) as error:
@@ -389,7 +428,7 @@ def _fault(path: Path, *, verify: bool) -> str | None:
             return f"{name} is missing"
         if (size := (path / name).stat().st_size) != num_bytes:
             return f"{name} has {size:,} bytes instead of {num_bytes:,}"
-        if verify and _sha256(path / name) != sha256:
+        if verify and sha256_of(path / name) != sha256:
             return f"{name} has changed since it was written (its sha256 differs)"
     return None
 
@@ -447,23 +486,7 @@ def _check_optimizer(path: Path, name: str, groups: list[list[str]], saved: dict
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _flush(path: Path) -> None:
-    """Have the system write a file, or a folder's list of names, to the disk before we go on."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from hfllm.cli.options import (
     Location,
     about_of,
     arguments,
+    changeable_of,
     check_numbers,
     differs,
     identity_of,
@@ -103,6 +104,17 @@ def test_an_option_makes_another_run_unless_its_declaration_says_that_it_does_no
     assert identity_of(recipe, by_content=True).keys() == identity_of(recipe).keys() - {"dataset"}
 
 
+def test_the_numbers_that_may_change_when_a_run_is_resumed():
+    @arguments
+    class Saving(Text, Pace):
+        save_steps: int = option(200, help="Steps.", compared=Compared.NOT)
+        keep: int | None = option(None, help="Number.", compared=Compared.NOT)
+        quiet: bool = option(False, help="Print less.", compared=Compared.NOT)
+        output_dir: str = option("out", help="Folder.", compared=Compared.NOT)
+
+    assert changeable_of(Saving()) == {"save_steps": 200}
+
+
 def test_a_recipe_can_hand_on_a_groups_options_and_name_what_it_reads():
     recipe = Recipe(dataset="my.txt")
     assert values_of(recipe, Pace) == {"learning_rate": None, "num_epochs": 3.0}
@@ -146,7 +158,15 @@ def test_a_pretraining_run_is_compared_by_what_it_learns_from_and_by_the_schedul
 @pytest.mark.parametrize("name", ["finetune_classification", "finetune_instruction", "finetune_preference"])
 def test_a_fine_tuning_run_is_compared_by_all_options_but_these(name):
     recipe = arguments_of(name)()
-    free = {"config", "output_dir", "overwrite_output_dir", "save_total_limit", "report_to", "logging_steps"}
+    free = {
+        "config",
+        "output_dir",
+        "overwrite_output_dir",
+        "save_total_limit",
+        "report_to",
+        "logging_steps",
+        "save_steps",
+    }
     assert identity_of(recipe).keys() == {field.name for field in dataclasses.fields(recipe)} - free
 
 

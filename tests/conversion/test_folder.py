@@ -1,8 +1,4 @@
-import errno
 import json
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,109 +6,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import hfllm
 from hfllm.conversion import to_native
-from hfllm.conversion.folder import new_folder, save_model
+from hfllm.conversion.folder import save_model
 from tests.conftest import make_tiny_config
 from tests.conversion.test_native import LLAMA_3_SCALING, llama, qwen3
-
-
-def write_model(folder):
-    (folder / "config.json").write_text("{}")
-
-
-def test_the_folder_appears_whole_at_the_end(tmp_path):
-    target = tmp_path / "some" / "where" / "model"
-    with new_folder(target) as folder:
-        write_model(folder)
-        assert not target.exists()
-        assert folder.parent == target.parent  # on the same disk, so that renaming copies nothing
-    assert [path.name for path in target.iterdir()] == ["config.json"]
-    assert [path.name for path in target.parent.iterdir()] == ["model"]
-
-
-@pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt()])
-def test_after_an_error_nothing_is_left(tmp_path, error):
-    with pytest.raises(type(error)), new_folder(tmp_path / "model") as folder:
-        write_model(folder)
-        raise error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_empty_folder_is_taken_and_one_with_something_in_it_is_not(tmp_path):
-    target = tmp_path / "model"
-    target.mkdir()
-    with new_folder(target) as folder:
-        write_model(folder)
-    with pytest.raises(ValueError, match=r"is not empty; it holds config\.json.*overwrite_output_dir"):
-        new_folder(target).__enter__()
-    with pytest.raises(ValueError, match="is a file"):
-        new_folder(target / "config.json").__enter__()
-
-
-def test_overwriting_replaces_an_export_as_a_whole_and_only_when_the_new_one_is_done(tmp_path):
-    target = tmp_path / "model"
-    with new_folder(target) as folder:
-        write_model(folder)
-        (folder / "old.txt").touch()
-    with pytest.raises(ValueError, match="wrong"), new_folder(target, overwrite=True) as folder:
-        raise ValueError("wrong")
-    assert (target / "old.txt").exists()
-    with new_folder(target, overwrite=True) as folder:
-        (folder / "model.gguf").touch()
-    assert [path.name for path in target.iterdir()] == ["model.gguf"]
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_overwriting_never_deletes_what_is_no_export(tmp_path):
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    write_model(run)
-    letters = tmp_path / "letters"
-    letters.mkdir()
-    (letters / "to_mother.txt").touch()
-    for target in (run, letters):
-        with pytest.raises(ValueError, match="is no earlier export"):
-            new_folder(target, overwrite=True).__enter__()
-    assert (run / "checkpoints").exists() and (letters / "to_mother.txt").exists()
-
-
-def test_what_a_killed_export_left_is_cleared_away(tmp_path):
-    (tmp_path / ".model.partial").mkdir()
-    (tmp_path / ".model.partial" / "half").touch()
-    with new_folder(tmp_path / "model") as folder:
-        write_model(folder)
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
-
-
-def test_a_place_that_cannot_be_written_is_said(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"file/model could not be written, and nothing of it is left: .*Not a directory"):
-        new_folder(tmp_path / "file" / "model").__enter__()
-    with (
-        pytest.raises(OSError, match=r"could not be written, and nothing of it is left: .*No space left"),
-        new_folder(tmp_path / "model"),
-    ):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.skipif(not shutil.which("mount") or sys.platform != "linux", reason="mounts a tmpfs")
-def test_a_disk_that_runs_full_while_weights_are_written_is_said_and_left_clean(tmp_path, tokenizer):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting a file system needs root")
-    try:
-        model = to_native(hfllm.GPTForCausalLM(make_tiny_config("modern", vocab_size=12_000)))
-        with (
-            pytest.raises(OSError, match="disk/model could not be written, and nothing of it is left"),
-            new_folder(disk / "model") as folder,
-        ):
-            save_model(model, tokenizer, folder)
-        assert list(disk.iterdir()) == []
-        with pytest.raises(ValueError, match="where a disk is mounted"):
-            new_folder(disk).__enter__()
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture(scope="module")

@@ -38,8 +38,83 @@ def test_an_alpaca_row_without_input_is_its_instruction_alone():
     assert as_messages({"instruction": "Sing", "input": "", "output": "La"}) == pair("Sing", "La")
 
 
-def test_a_system_column_goes_first():
-    assert as_messages({**FORMS["sharegpt"], "system": "Be brief"}) == pair("Add 1 and 2", "3", "Be brief")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_system_column_goes_first_beside_every_form(form):
+    without = as_messages(FORMS[form])
+    system = {"role": "system", "content": "You are a pirate."}
+    assert as_messages({**FORMS[form], "system": "You are a pirate."}) == [system, *without]
+    assert as_messages({**FORMS[form], "system": ""}) == as_messages({**FORMS[form], "system": None}) == without
+
+
+def test_a_system_message_beside_another_one_in_a_column_is_refused():
+    row = {"messages": pair("Q", "A", "Be brief"), "system": "Be brief"}
+    assert as_messages(row) == pair("Q", "A", "Be brief")
+    with pytest.raises(ValueError, match="begin with a system message, and its column 'system' has another one"):
+        as_messages({**row, "system": "Be long"})
+
+
+def test_history_goes_before_the_question_as_turns():
+    turns = [*pair("Hello", "Hi"), *pair("Add 1 and 2", "3")]
+    for history in ([["Hello", "Hi"]], pair("Hello", "Hi")):
+        assert as_messages({**FORMS["prompt_response"], "history": history}) == turns
+    assert (
+        as_messages({**FORMS["alpaca"], "input": "", "instruction": "Add 1 and 2", "history": [["Hello", "Hi"]]})
+        == turns
+    )
+    with pytest.raises(ValueError, match="turn 1 of 'history' is 'Hello', not a pair"):
+        as_messages({**FORMS["prompt_response"], "history": ["Hello"]})
+    with pytest.raises(ValueError, match="it has a 'history' beside 'messages'"):
+        as_messages({**FORMS["messages"], "history": [["Hello", "Hi"]]})
+
+
+def test_input_beside_prompt_and_response_goes_below_the_prompt():
+    assert as_messages({"prompt": "Add", "input": "1 and 2", "response": "3"}) == pair("Add\n\n1 and 2", "3")
+
+
+def test_a_prompt_and_an_answer_may_be_messages():
+    row = {
+        "prompt": [{"role": "user", "content": "Add 1 and 2"}],
+        "completion": [{"role": "assistant", "content": "3"}],
+    }
+    assert as_messages(row) == as_messages({**row, "completion": "3"}) == ONE_TURN
+
+
+def test_a_response_of_weight_0_is_kept_and_marked():
+    messages = [*pair("Q1", "A1"), *pair("Q2", "A2")]
+    weighted = [messages[0], {**messages[1], "weight": 0}, messages[2], {**messages[3], "weight": 1}]
+    assert as_messages({"messages": weighted}) == [messages[0], {**messages[1], "weight": 0}, *messages[2:]]
+    for message, problem in (
+        ({**messages[1], "weight": 0.5}, "message 2 has the weight 0.5; it is 0"),
+        ({**messages[1], "weight": 0}, "each response has weight 0"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            as_messages({"messages": [messages[0], message]})
+    with pytest.raises(ValueError, match="message 1 has weight 1, and only what the assistant says is learned"):
+        as_messages({"messages": [{**messages[0], "weight": 1}, messages[1]]})
+
+
+@pytest.mark.parametrize("name", ["tools", "functions", "tool_calls"])
+def test_tools_are_refused_by_name(name):
+    assert as_messages({**FORMS["messages"], name: None}) == as_messages({**FORMS["messages"], name: []}) == ONE_TURN
+    with pytest.raises(ValueError, match=f"it has '{name}', and models are not taught to call tools"):
+        as_messages({**FORMS["messages"], name: [{"name": "search"}]})
+
+
+def test_calls_of_tools_in_a_message_are_refused_by_name_and_other_keys_are_told(tmp_path, caplog):
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    with pytest.raises(ValueError, match="message 2 has 'tool_calls'"):
+        as_messages({"messages": [ONE_TURN[0], called]})
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"messages": [{**ONE_TURN[0], "name": "Ann"}, {**ONE_TURN[1], "tool_calls": None}]}]))
+    assert load_conversations(str(path)).rows[0].messages == ONE_TURN
+    assert caplog.messages == [f"{path}: not used: messages[].name."]
+
+
+def test_a_renamed_column_does_not_replace_another(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"question": "Q", "prompt": "P", "response": "A"}]))
+    with pytest.raises(ValueError, match="two columns would have the name 'prompt'"):
+        load_conversations(str(path), column_map={"question": "prompt"})
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
@@ -77,8 +152,12 @@ BAD = {
     "unknown sender": ({"conversations": [{"from": "observation", "value": "x"}]}, "role 'observation'"),
     "not a list": ({"messages": "hello"}, "not a list of messages"),
     "no content": ({"messages": [{"role": "user"}]}, "not an object with role and content"),
-    "a number": ({"prompt": "Q", "response": 3}, "is a int, not a text"),
+    "a number": ({"prompt": "Q", "response": 3}, "is a number, not a text"),
     "not an object": (["Q", "A"], "list, not an object"),
+    "null prompt": ({"prompt": None, "response": "A"}, r"\('prompt' is null\) are none of the forms"),
+    "prompt a number": ({"prompt": 5, "response": "A"}, "'prompt' is a number, not a text"),
+    "system a number": ({"prompt": "Q", "response": "A", "system": 5}, "'system' is a number, not a text"),
+    "an empty list": ({"messages": []}, "an empty list, not a list of messages"),
 }
 
 

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import random
+import re
 import sysconfig
 from pathlib import Path
 
@@ -79,13 +80,14 @@ def test_a_folder_is_read_in_sorted_order_and_other_files_are_counted(tmp_path, 
     write(folder / "b.txt", "second")
     write(folder / "a" / "z.JSONL", '{"text": "first"}\n\n')
     write(folder / "c.csv", "text\nthird\n")
-    write(folder / "notes.md", "no")
+    write(folder / "d.md", "fourth")
+    write(folder / "notes.docx", "no")
     write(folder / "Makefile", "no")
     write(folder / ".git" / "x.txt", "no")
     corpus = load(folder)
-    assert texts_of(corpus) == ["first", "second", "third"]
-    assert corpus.account["ignored_files"] == {"hidden": 1, "no suffix": 1, ".md": 1}
-    assert corpus.account["files"] == 3
+    assert texts_of(corpus) == ["first", "second", "third", "fourth"]
+    assert corpus.account["ignored_files"] == {"hidden": 1, "no suffix": 1, ".docx": 1}
+    assert corpus.account["files"] == 4
 
 
 def test_several_paths_are_separated_by_commas(tmp_path, load):
@@ -107,18 +109,22 @@ def test_byte_order_marks_at_the_start_are_dropped_and_elsewhere_kept(tmp_path, 
     ("name", "content", "line", "problem"),
     [
         ("a.jsonl", b'{"text": "good"}\n{"text": \n', "line 2", "not valid JSON"),
-        ("a.jsonl", b'{"text": "good"}\n["a"]\n', "line 2", "a JSON list, not an object"),
+        ("a.jsonl", b'{"text": "good"}\n["a"]\n', "line 2", "a list, not an object"),
         ("a.jsonl", b'{"text": "good"}\n\n{"texts": "a"}\n', "line 3", "did you mean text_column='texts'"),
         ("a.jsonl", b'{"text": "good"}\n{"text": null}\n', "line 2", "'text' is null, not a string"),
-        ("a.jsonl", b'{"text": "good"}\n{"text": 7}\n', "line 2", "'text' is number, not a string"),
+        ("a.jsonl", b'{"text": "good"}\n{"text": 7}\n', "line 2", "'text' is a number, not a string"),
         ("a.jsonl", b'{"text": "good"}\n{"text": "\\ud800"}\n', "line 2", "half a surrogate pair"),
         ("a.jsonl", b'{"text": "good"}\n{"text": "a\xff"}\n', "line 2", "not UTF-8"),
         ("a.json", b'[{"text": "good"},\n{"text": "a\xff"}]', "line 2", "not UTF-8"),
         ("a.json", b'[{"text": "good"},\n {"text": 1}]', "line 2", "number, not a string"),
-        ("a.json", b'[{"text": "good"},\n {"text": "a"', "line 1", "not valid JSON after the item"),
-        ("a.json", b'[{"text": "good"}\n {"text": "a"}]', "line 1", "not valid JSON after the item"),
+        ("a.json", b'[{"text": "good"},\n {"text": "a"', "line 2", "delimiter in line 2; the rest of the file"),
+        ("a.json", b'[{"text": "good"}\n {"text": "a"}]', "line 2", "a comma or a closing bracket is missing"),
+        ("a.json", b'[{"text": "good"},\n]', "line 2", "not valid JSON: Expecting value"),
+        ("a.json", b'[{"text": "good"}]\n[]', "line 2", "something stands after the list"),
+        ("a.json", b'{"text": "good"}\n{"text": \n}', "line 2", "not valid JSON: Expecting value in line 3"),
+        ("a.jsonl", b'{"text": "good"}\n{"text": "a", "text": "b"}', "line 2", "the key 'text' more than once"),
         ("a.csv", b'text,id\ngood,1\n"a\xff",2\n', "line 3", "not UTF-8"),
-        ("a.csv", b'text,id\n"go\nod",1\nshort\n', "line 4", "1 fields where the header has 2"),
+        ("a.csv", b'text,id\n"go\nod",1\nshort\n', "line 4", "1 cells where the header has 2"),
         ("a.csv", b'text,id\ngood,1\n"open,2\n', "line 3", "not valid CSV"),
     ],
 )
@@ -141,11 +147,6 @@ def test_a_text_file_that_is_not_utf8_is_named_with_line_and_byte_and_skipped_wh
         load(tmp_path / "texts")
     corpus = load(tmp_path / "texts", on_bad_record="skip")
     assert corpus.account["documents"] == 1 and corpus.account["bytes"] == bad.stat().st_size - 1
-
-
-def test_utf16_is_recognised(tmp_path, load):
-    with pytest.raises(ValueError, match="UTF-16, not UTF-8; convert it with: iconv"):
-        load(write(tmp_path / "a.txt", "text".encode("utf-16")))
 
 
 def test_a_parquet_file_says_the_row_of_a_bad_record(tmp_path, load):
@@ -190,8 +191,8 @@ def test_a_corpus_with_nothing_in_it_says_so(tmp_path, load):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="what is there: nothing"):
         load(tmp_path / "folder")
-    write(tmp_path / "folder" / "a.md", "x")
-    with pytest.raises(ValueError, match=r"what is there: 1 \.md"):
+    write(tmp_path / "folder" / "a.docx", "x")
+    with pytest.raises(ValueError, match=r"what is there: 1 \.docx"):
         load(tmp_path / "folder")
     with pytest.raises(ValueError, match="Nothing is left of"):
         load(write(tmp_path / "a.jsonl", '{"text": ""}\n{"text": 1}\n'), on_bad_record="skip")
@@ -202,7 +203,7 @@ def test_a_wrong_path_names_the_nearest_ones(tmp_path, load):
     with pytest.raises(FileNotFoundError, match=r"Nearest: .*verdict\.txt"):
         load(tmp_path / "verdikt.txt")
     with pytest.raises(ValueError, match="Rename plain text to"):
-        load(write(tmp_path / "book.md", "x"))
+        load(write(tmp_path / "book.cvs", "x"))
 
 
 def test_options_that_do_not_apply_are_errors(tmp_path, load):
@@ -221,7 +222,7 @@ def test_an_unreachable_dataset_says_what_would_do(load, monkeypatch):
         load("nobody/nothing")
 
 
-def test_a_dataset_of_the_hub_is_read_by_split_and_column(tmp_path, load, monkeypatch):
+def test_a_dataset_of_the_hub_is_read_by_split_and_column(tmp_path, load, monkeypatch, caplog):
     # A folder, loaded by `datasets` as it loads from the Hub, stands in for one.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "downloads")
     monkeypatch.setattr(sources, "_local_paths", lambda dataset: [])
@@ -230,8 +231,11 @@ def test_a_dataset_of_the_hub_is_read_by_split_and_column(tmp_path, load, monkey
         write(tmp_path / "hub" / f"{split}.jsonl", rows)
     with pytest.raises(ValueError, match="row 1: its 'content' is null"):
         load(tmp_path / "hub", split="test", text_column="content")
+    announced = [message for message in caplog.messages if message.startswith("Downloading the dataset")]
+    assert len(announced) == 1 and re.search(r"hub' from the Hub, revision \w+\.", announced[0])
     corpus = load(tmp_path / "hub", split="test", text_column="content", on_bad_record="skip")
     assert texts_of(corpus) == [f"test {n}" for n in range(1, 100)]
+    assert [message for message in caplog.messages if message.startswith("Downloading the dataset")] == announced
     assert load(tmp_path / "hub", text_column="content", on_bad_record="skip").fingerprint != corpus.fingerprint
     with pytest.raises(ValueError, match=r"no column 'text' but \['content'\]"):
         load(tmp_path / "hub")
@@ -331,7 +335,34 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
 
 
 def test_the_files_of_a_folder_that_are_not_read_are_told(tmp_path, caplog):
-    for name in ("a.txt", "b.md", "c.md", "d.bin", ".hidden"):
+    for name in ("a.txt", "b.log", "c.log", "d.bin", ".hidden"):
         (tmp_path / name).write_text("a text")
     load_corpus(str(tmp_path), cache_dir=tmp_path / "cache")
-    assert f"Not read of {tmp_path}: 2 .md, 1 .bin; read are .txt" in caplog.text
+    assert f"Not read of {tmp_path}: 2 .log, 1 .bin; read are .txt" in caplog.text
+
+
+def test_a_separator_cuts_a_text_into_documents_and_is_part_of_what_is_cached(tmp_path, load, caplog):
+    path = write(tmp_path / "fortunes", "One.\n%\nTwo.\n%\n")
+    assert texts_of(load(path)) == ["One.\n%\nTwo.\n%\n"]
+    assert texts_of(load(path, document_separator="%")) == ["One.\n", "Two.\n"]
+    load(path, document_separator="---")
+    assert "no line is '---', so the whole file is one document" in caplog.text
+
+
+def test_the_account_says_how_much_is_from_each_file(tmp_path, load):
+    write(tmp_path / "texts" / "a.txt", "four")
+    write(tmp_path / "texts" / "b.jsonl", '{"text": "x", "id": 1}\n{"text": ""}\n{"text": "yz", "url": ""}\n')
+    account = load(tmp_path / "texts").account
+    assert account["sources"] == [
+        {"name": str(tmp_path / "texts" / "a.txt"), "documents": 1, "bytes": 4},
+        {"name": str(tmp_path / "texts" / "b.jsonl"), "documents": 2, "bytes": 3},
+    ]
+    assert account["unused_columns"] == ["id", "url"]
+
+
+def test_a_run_below_the_folder_of_its_text_reads_the_same_text_again(tmp_path, load):
+    write(tmp_path / "texts" / "a.txt", "text")
+    first = load(tmp_path / "texts", exclude=[tmp_path / "texts" / "run"])
+    write(tmp_path / "texts" / "run" / "samples.txt", "written by the run")
+    assert load(tmp_path / "texts", exclude=[tmp_path / "texts" / "run"]).fingerprint == first.fingerprint
+    assert load(tmp_path / "texts").fingerprint != first.fingerprint

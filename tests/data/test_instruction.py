@@ -202,6 +202,18 @@ def test_training_on_the_prompt_learns_all_but_the_first_token(tokenizer):
         assert row.is_learned.tolist() == [False] + [True] * (len(row.input_ids) - 1)
 
 
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+def test_a_response_of_weight_0_is_read_and_not_learned(train_on_prompt, tokenizer):
+    messages = [*pair("First?", "Wrong."), *pair("Second?", "Right.")]
+    options = {"max_length": 200, "train_on_prompt": train_on_prompt}
+    [whole] = encode_conversations([Conversation(messages, "here")], tokenizer, **options).rows
+    messages = [messages[0], {**messages[1], "weight": 0}, *messages[2:]]
+    [row] = encode_conversations([Conversation(messages, "here")], tokenizer, **options).rows
+    assert row.input_ids.tolist() == whole.input_ids.tolist()
+    learned = tokenizer.decode(row.input_ids[row.is_learned].tolist())
+    assert "Right.<|im_end|>" in learned and "Wrong" not in learned and ("First?" in learned) == train_on_prompt
+
+
 def test_what_is_learned_can_be_read(tokenizer):
     marked = mark_learned(encode(tokenizer).rows[3], tokenizer)
     assert marked == (

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hfllm.data import sources
 from hfllm.data.labelled_texts import (
     STDLIB_PACKAGES,
     LabelledTexts,
@@ -69,9 +70,9 @@ def test_the_spam_collection_on_the_hub_is_read_by_its_label_names(monkeypatch):
     features = datasets.Features({"sms": datasets.Value("string"), "label": datasets.ClassLabel(names=["ham", "spam"])})
     table = datasets.Dataset.from_dict({"sms": ["Sorry", "WINNER"], "label": [0, 1]}, features=features)
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or table)
+    monkeypatch.setattr(sources, "hub_table", lambda *args: asked.append(args) or table)
     data = load_labelled_texts("ucirvine/sms_spam", text_column="sms")
-    assert asked == [(("ucirvine/sms_spam", None), {"split": "train"})]
+    assert asked == [("ucirvine/sms_spam", None, "train")]
     assert (data.texts, data.labels) == (["Sorry", "WINNER"], ["ham", "spam"])
 
 
@@ -95,19 +96,24 @@ def test_the_standard_library_asks_which_package_a_docstring_comes_from():
 @pytest.mark.parametrize(
     "name, content, options, message",
     [
-        ("a.csv", "txt,label\na,b\n", {}, r"no column 'text' but \['txt', 'label'\]; did you mean --text_column txt"),
+        ("a.csv", "txt,label\na,b\n", {}, r"no column 'text' but \['txt', 'label'\]; did you mean text_column='txt'"),
         ("a.csv", "text,kind\na,b\n", {}, r"no column 'label' but \['text', 'kind'\]"),
-        ("a.csv", "text,label\na,b,c\n", {}, "line 2: 3 fields where the header has 2"),
+        ("a.csv", "text,label\na,b,c\n", {}, "line 2: 3 cells where the header has 2"),
         ("a.csv", "text,label\na,\n", {}, "line 2: its 'label' is '', not a word or a whole number"),
         ("a.jsonl", '{"text": "a", "label": 0.5}\n', {}, "line 1: its 'label' is 0.5"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": 3, "label": 1}\n', {}, "line 2: its 'text' is 3, not a text"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1}\n{"text": 3, "label": 1}\n',
+            {},
+            "line 2: its 'text' is a number, not a string",
+        ),
         ("a.jsonl", "{oops\n", {}, "line 1: not valid JSON"),
-        ("a.json", '["a"]', {}, "item 1: 'a' is not an object"),
+        ("a.json", '["a"]', {}, "line 1: a string, not an object"),
         ("a.tsv", "kind\tsms\nham\tx\nspam\ty\nham\tz\n", {}, "line 1: no other line begins with 'kind'"),
         ("a.tsv", "ham\tx\nham\ty\nbroken\nspam\tz", {}, "line 3: 'broken' has no tab"),
         ("a.txt", "just a text", {}, "its first line has no tab"),
         ("a.parquet", "no parquet", {}, "not a readable Parquet file"),
-        ("a.csv", "", {}, "is empty"),
+        ("a.csv", "", {}, "nothing is in it"),
         ("a.csv", "text,label\n  ,x\n", {}, "no labelled text: 1 records have an empty text"),
         ("a.csv", "text,label\na,x\n", {"split": "test"}, "only datasets on the Hub have these"),
     ],
@@ -120,9 +126,9 @@ def test_what_is_wrong_is_said_with_its_place(name, content, options, message, t
 
 def test_bytes_that_are_not_utf8_and_files_that_are_not_there_are_said(tmp_path):
     (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,x\n".encode("latin1"))
-    with pytest.raises(ValueError, match=r"not UTF-8 \(at byte 14\)"):
+    with pytest.raises(ValueError, match=r"line 2: its 'text' holds bytes that are not UTF-8 \(at character 3\)"):
         load_labelled_texts(str(tmp_path / "latin.csv"))
-    with pytest.raises(FileNotFoundError, match=r"Nearest: latin.csv"):
+    with pytest.raises(FileNotFoundError, match=r"Nearest: .*latin.csv"):
         load_labelled_texts(str(tmp_path / "latim.csv"))
 
 

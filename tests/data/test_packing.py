@@ -47,6 +47,17 @@ def rows_of(tmp_path):
     return rows_of
 
 
+def test_joined_rows_are_those_of_each_text_in_turn(rows_of):
+    parts = {"a": rows_of("abcdefgh", "ij"), "b": rows_of("klmnop")}
+    joined = packing.JoinedRows(parts)
+    assert len(joined) == len(parts["a"]) + len(parts["b"]) and joined.num_bytes == 16
+    order = np.array([len(joined) - 1, 0, 1])
+    batch = joined.batch(order, count_once=True)
+    alone = [parts["b"].batch(np.array([len(parts["b"]) - 1])), parts["a"].batch(np.array([0, 1]))]
+    for name, tensor in batch.items():
+        assert tensor.tolist() == torch.cat([each[name] for each in alone]).tolist()
+
+
 def tokens_of(text: str | list[str]) -> list[int]:
     return list("".join(text).encode())
 

@@ -1,3 +1,4 @@
+import gzip
 import itertools
 import json
 import os
@@ -62,7 +63,7 @@ def test_a_bad_line_of_a_piece_is_named_by_its_byte(tmp_path, monkeypatch):
     path.write_text('{"text": "the first"}\n{"text": "the second"}\n{"text": 3}\n')
     problems = [record for shard in find_shards(str(path)).shards for record in shard.records() if record.problem]
     assert [(record.place, record.problem) for record in problems] == [
-        (f"{path}, the line at byte 45", "its 'text' is number, not a string")
+        (f"{path}, the line at byte 45", "its 'text' is a number, not a string")
     ]
     assert path.read_bytes()[45:].startswith(b'{"text": 3}')
 
@@ -93,6 +94,16 @@ def test_other_files_are_a_shard_each_and_empty_ones_none(tmp_path, monkeypatch)
         path.write_text("")
     with pytest.raises(ValueError, match="has no text: 4 files, all of them empty"):
         find_shards(str(tmp_path / "texts"))
+
+
+def test_files_that_cannot_be_cut_are_a_shard_and_a_separator_cuts_within_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MOST_PIECE_BYTES", 4)
+    (tmp_path / "a.jsonl").write_bytes('{"text": "first"}\n{"text": "second"}'.encode("utf-16"))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "third"}\n{"text": "fourth"}\n'))
+    (tmp_path / "c.txt").write_text("fifth\n%\nsixth")
+    found = find_shards(str(tmp_path), document_separator="%")
+    assert texts_of(found) == [["first", "second"], ["third", "fourth"], ["fifth\n", "sixth"]]
+    assert found.reading == {"document_separator": "%"} and find_shards(str(tmp_path)).reading == {}
 
 
 def test_the_standard_library_is_streamed_as_it_is_loaded(tmp_path):
@@ -221,7 +232,7 @@ def test_bad_records_among_the_held_out_stop_or_are_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": 1}\n' + '{"text": "good"}\n' * 20)
     found = find_shards(str(path))
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: its 'text' is number.*on_bad_record='skip'"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: its 'text' is a number.*on_bad_record='skip'"):
         hold_out(found, fraction=0.1, cache_dir=tmp_path)
     held_out = hold_out(found, fraction=0.1, on_bad_record="skip", cache_dir=tmp_path)
     assert held_out.account["bad_records"] == 1 and held_out.documents["text"][0] == "good"

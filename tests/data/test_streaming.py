@@ -287,7 +287,7 @@ def test_the_state_of_another_stream_is_refused_with_the_difference_shown(tmp_pa
             stream_of(tmp_path / "texts", **change).load_state_dict(state)
     held_out = datasets.Dataset.from_dict({"text": ["x"], "document": [0]})
     with pytest.raises(ValueError, match=r"stream.held_out: "):
-        stream_of(tmp_path / "texts", held_out=held_out).load_state_dict(state)
+        stream_of(tmp_path / "texts", held_out=[held_out]).load_state_dict(state)
     stream_of(tmp_path / "texts", on_bad_record="skip").load_state_dict(state)  # may change
 
     write_lines(tmp_path / "texts" / "01.jsonl", ["changed"])
@@ -316,7 +316,7 @@ def test_held_out_documents_never_come_and_neither_do_their_copies(tmp_path, str
     held_out = hold_out(find_shards(str(tmp_path / "texts")), fraction=0.1, cache_dir=tmp_path)
     held_out_texts = held_out.documents["text"][:]
     assert 5 < len(held_out_texts) < 30
-    stream = stream_of(tmp_path / "texts", num_lanes=1, held_out=held_out.documents)
+    stream = stream_of(tmp_path / "texts", num_lanes=1, held_out=[held_out.documents])
     [batches] = rows_of_epochs(stream, 1)
     kept = [text for text in texts if text not in held_out_texts]
     assert sorted(pair for batch in batches for pair in targets_of(batch)) == sorted(2 * pairs_of(kept))
@@ -330,7 +330,7 @@ def test_a_held_out_document_of_many_parts_is_known_by_its_first(tmp_path, strea
     texts = write_shards(tmp_path / "texts", 1, lengths=range(20, 21))
     held_out = hold_out(find_shards(str(tmp_path / "texts")), fraction=0.3, cache_dir=tmp_path)
     assert held_out.account["parts"] > 2 * held_out.account["documents"] > 0
-    stream = stream_of(tmp_path / "texts", held_out=held_out.documents)
+    stream = stream_of(tmp_path / "texts", held_out=[held_out.documents])
     assert len(stream.options.held_out) == held_out.account["documents"]
     [batches] = rows_of_epochs(stream, 1)
     kept = texts[held_out.account["documents"] :]
@@ -345,7 +345,7 @@ def test_a_bad_record_stops_the_stream_with_its_place_and_skipping_goes_on_from_
         file.write("".join(json.dumps({"text": text}) + "\n" for text in good[20:]).encode())
     options = {"chunk_bytes": 40, "block_size": 2}
     stream = stream_of(tmp_path / "texts", **options)
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 21: its 'text' is number.*on_bad_record='skip'"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 21: its 'text' is a number.*on_bad_record='skip'"):
         while True:
             state = stream.state_dict()
             stream.take(1)
@@ -385,7 +385,7 @@ def test_a_stream_without_any_text_says_why(tmp_path, stream_of, prefetch):
     texts = write_shards(tmp_path / "other", 1)
     held_out = datasets.Dataset.from_dict({"text": texts, "document": range(12)})
     with pytest.raises(ValueError, match="0 documents are empty, 12 are held back"):
-        stream_of(tmp_path / "other", held_out=held_out, prefetch=prefetch).take(1)
+        stream_of(tmp_path / "other", held_out=[held_out], prefetch=prefetch).take(1)
 
 
 def test_a_file_that_is_gone_stops_the_stream_and_the_step_can_be_taken_once_it_is_back(tmp_path, stream_of):

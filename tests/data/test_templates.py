@@ -144,6 +144,15 @@ def test_chatml_for_a_tokenizer_of_others_by_hand(llama_like):
     assert tokenizer.apply_chat_template(messages, tokenize=False) == text
 
 
+def test_a_byte_order_mark_is_no_part_of_a_template(bare, tmp_path):
+    (tmp_path / "mine.jinja").write_bytes(b"\xef\xbb\xbf{{ messages }}")
+    choose_template(bare, str(tmp_path / "mine.jinja"))
+    assert bare.chat_template == "{{ messages }}"
+    (tmp_path / "latin.jinja").write_bytes(b"{{ messages }} caf\xe9")
+    with pytest.raises(ValueError, match=r"latin.jinja': line 1 holds bytes that are not UTF-8"):
+        choose_template(bare, str(tmp_path / "latin.jinja"))
+
+
 def test_a_file_holds_a_template(bare, tmp_path):
     path = tmp_path / "mine.jinja"
     template = (

@@ -42,6 +42,27 @@ def test_a_hub_that_fails_ends_no_run_and_the_push_can_be_repeated(hub, run_pret
     assert hub.files("me/my-gpt")["model.safetensors"] == (pushed["output_dir"] / "model.safetensors").read_bytes()
 
 
+@pytest.mark.fault(22, 23)
+def test_the_same_command_makes_up_for_a_push_that_failed_and_for_nothing_else(
+    hub,
+    run_pretrain,  # noqa: F811
+    pushed,
+    capsys,
+):
+    hub.fail("POST", "/commit/", status=503, times=999)
+    with pytest.warns(UserWarning, match="End of training was not pushed"):
+        run_pretrain(**pushed)
+    hub.faults.clear()
+    weights = (pushed["output_dir"] / "model.safetensors").stat().st_mtime_ns
+    run_pretrain(**pushed)
+    assert "model.safetensors" in hub.files("me/my-gpt")
+    assert (pushed["output_dir"] / "model.safetensors").stat().st_mtime_ns == weights
+    num_commits = hub.num_commits("me/my-gpt")
+    capsys.readouterr()
+    run_pretrain(**pushed)
+    assert "nothing to do" in capsys.readouterr().out and hub.num_commits("me/my-gpt") == num_commits
+
+
 @pytest.mark.fault(22)
 def test_a_hub_that_is_down_at_the_start_is_a_warning(hub, run_pretrain, pushed):  # noqa: F811
     hub.fail("POST", "/api/repos/create", status=503)

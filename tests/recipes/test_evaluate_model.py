@@ -148,7 +148,7 @@ def test_an_adapter_changes_the_numbers_and_one_for_another_base_is_refused(eval
     other = save_model(build(hidden_size=64), "other")
     with pytest.raises(ValueError, match="belongs to another base"):
         evaluate("--model", other, "--adapter", tmp_path / "adapter", "--dataset", text)
-    with pytest.raises(ValueError, match="is an adapter"):
+    with pytest.raises(ValueError, match="adapter that does not name its base"):
         evaluate("--model", tmp_path / "adapter", "--dataset", text)
 
 

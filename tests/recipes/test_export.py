@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hfllm
 from hfllm.cli.arguments import parse_arguments
 from hfllm.conversion import to_native
+from hfllm.runs.lock import run_lock
 from tests.conftest import make_tiny_config
 from tests.conversion.test_native import with_random_weights
 from tests.recipes.conftest import load_recipe
@@ -46,15 +47,17 @@ CONFIGS = {
 def make_model(tokenizer_folder, tmp_path):
     """A folder as a run of pretraining leaves it, with random weights."""
 
-    def make(native_type: str = "qwen3", dtype: torch.dtype = torch.float32, **overrides) -> Path:
+    def make(
+        native_type: str = "qwen3", dtype: torch.dtype = torch.float32, folder: str = "model", **overrides
+    ) -> Path:
         preset, fields = CONFIGS[native_type]
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
         config = make_tiny_config(preset, **{"vocab_size": len(tokenizer), **fields, **overrides})
         model = with_random_weights(hfllm.GPTForCausalLM(config)).to(dtype)
         model.generation_config.eos_token_id = [1, 4]  # as after instruction tuning
-        model.save_pretrained(tmp_path / "model")
-        tokenizer.save_pretrained(tmp_path / "model")
-        return tmp_path / "model"
+        model.save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+        return tmp_path / folder
 
     return make
 
@@ -87,7 +90,7 @@ def test_the_native_folder_opens_by_itself_with_the_same_logits_and_tokenizer(
     assert hard_ids(tokenizers[0]) == hard_ids(tokenizers[1])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "run.json"),
     }
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
 
@@ -213,12 +216,56 @@ def test_a_config_without_a_twin_says_which_field_and_what_to_do(export, make_mo
 
 
 def test_an_earlier_export_is_replaced_only_when_asked(export, make_model, tmp_path):
-    source = make_model()
-    export(model=source, to="qwen3", output_dir=tmp_path / "out")
-    with pytest.raises(ValueError, match="is not empty"):
-        export(model=source, to="qwen3", output_dir=tmp_path / "out")
-    export(model=source, to="qwen3", dtype="bfloat16", output_dir=tmp_path / "out", overwrite_output_dir=True)
-    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    source, out = make_model(), tmp_path / "out"
+    assert "Done" in export(model=source, to="qwen3", output_dir=out)
+    with pytest.raises(ValueError, match=r"belongs to another run:\n    dtype was 'float32' and is 'bfloat16'"):
+        export(model=source, to="qwen3", dtype="bfloat16", output_dir=out)
+    (out / "thesis.docx").write_text("years of work")
+    export(model=source, to="qwen3", dtype="bfloat16", output_dir=out, overwrite_output_dir=True)
+    assert AutoConfig.from_pretrained(out).dtype == torch.bfloat16
+    assert (out / "thesis.docx").exists()
+
+
+@pytest.mark.fault(20)
+def test_the_same_export_again_has_nothing_to_do_unless_its_model_or_itself_changed(export, make_model, tmp_path):
+    source, out = make_model(), tmp_path / "out"
+    export(model=source, to="qwen3", output_dir=out)
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    assert "nothing to do" in export(model=source, to="qwen3", output_dir=out)
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+    (out / "model.safetensors").unlink()
+    assert "nothing to do" not in export(model=source, to="qwen3", output_dir=out)
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model_sha256 was"):
+        export(model=source, to="qwen3", output_dir=out)
+
+
+@pytest.mark.fault(24, 32)
+def test_an_export_that_fails_leaves_the_earlier_one(export, make_model, tmp_path, monkeypatch):
+    source, out = make_model(), tmp_path / "out"
+    export(model=source, to="qwen3", output_dir=out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(recipe, "check_same_model", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(model=source, to="qwen3", dtype="bfloat16", output_dir=out, overwrite_output_dir=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.fault(32)
+def test_somebody_elses_model_is_never_replaced(export, make_model, tmp_path):
+    source, theirs = make_model(), make_model(folder="theirs")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="a model that no run of this recipe made"):
+            export(model=source, to="qwen3", output_dir=theirs, overwrite_output_dir=overwrite)
+
+
+@pytest.mark.fault(33)
+def test_two_exports_into_one_folder_at_once_are_refused(export, make_model, tmp_path):
+    source, out = make_model(), tmp_path / "out"
+    with run_lock(out), pytest.raises(RuntimeError, match="Another run is using"):
+        export(model=source, to="qwen3", output_dir=out)
 
 
 def test_the_model_itself_is_never_overwritten(export, make_model, tmp_path):
@@ -242,15 +289,27 @@ def test_options_that_do_not_go_together_are_refused(export, make_model, tmp_pat
         export(model=tmp_path / "native", to="llama", output_dir=tmp_path / "out")
 
 
+def test_an_adapter_is_merged_into_the_base_that_it_names(export, make_model, tmp_path):
+    source = make_model()
+    adapted = get_peft_model(
+        hfllm.GPTForCausalLM.from_pretrained(source), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    export(model=tmp_path / "adapter", tokenizer=source, to="qwen3", output_dir=tmp_path / "out")
+    exported, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.arange(30)[None]
+    torch.testing.assert_close(exported(ids).logits, adapted.eval()(ids).logits, atol=1e-4, rtol=0)
+
+
 def test_what_is_no_model_is_refused_in_words(export, make_model, tmp_path):
     source = make_model()
     model = hfllm.GPTForCausalLM.from_pretrained(source)
+    model.name_or_path = ""
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     classifier = hfllm.GPTForSequenceClassification(make_tiny_config("modern"))
     classifier.save_pretrained(tmp_path / "classifier")
     (tmp_path / "empty").mkdir()
     for name, words in (
-        ("adapter", "is a LoRA adapter"),
+        ("adapter", "a LoRA adapter that does not name its base"),
         ("classifier", "is a GPTForSequenceClassification; only causal language models"),
         ("empty", "a folder without a config.json"),
         ("missing", "is not a folder"),

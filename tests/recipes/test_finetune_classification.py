@@ -290,7 +290,7 @@ def test_the_other_methods_train_only_what_they_name(method, finished, classify,
             "--pooling mean: .* is a gpt2, whose classifier in transformers reads",
         ),
         ({"test_fraction": 0.95}, "leave nothing to train on"),
-        ({"text_column": "massage", "dataset": "CSV"}, "did you mean --text_column message"),
+        ({"text_column": "massage", "dataset": "CSV"}, "did you mean text_column='message'"),
         ({"test_split": "test", "test_dataset": "x.csv"}, "both say what to use for test"),
         ({"validation_dataset": "CSV", "text_column": "message"}, "validation texts have labels that no training text"),
         ({"dataset": "ONE", "text_column": "message"}, "All 3 texts have the label 'spam'"),
@@ -385,6 +385,17 @@ def test_given_test_texts_are_not_split_off(recipe, spam, tmp_path):
     train, validation, test = recipe.load_parts(args)
     assert test.texts == ["one fish", "two fish", "a dog"]
     assert len(train) + len(validation) == len(load_labelled_texts(str(spam)))
+
+
+def test_several_test_datasets_are_told_apart(recipe, spam, tmp_path):
+    (tmp_path / "a.tsv").write_text("spam\tone fish\nham\ta dog\n")
+    (tmp_path / "b.tsv").write_text("spam\ttwo fish\nspam\tthree fish\n")
+    args = recipe.ClassificationArguments(dataset=str(spam), test_dataset=f"{tmp_path}/a.tsv,{tmp_path}/b.tsv")
+    test = recipe.load_parts(args)[2]
+    assert test.texts == ["one fish", "a dog", "two fish", "three fish"]
+    logits, ids = {"test": np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])}, {"test": (test.texts, [1, 0, 1, 1])}
+    scores = recipe.score_by_name(logits, {"test": test}, ids)
+    assert scores == {"test_accuracy_a": 0.5, "test_accuracy_b": 1.0}
 
 
 @pytest.mark.parametrize("name", ["classification_stdlib.yaml", "classification_sms.yaml"])

@@ -264,6 +264,28 @@ def test_on_stdlib_questions_are_also_asked_in_other_words_and_as_a_second_turn(
     assert all(len(prompt.messages) == 4 and prompt.messages[2]["content"] in first_words for prompt in second)
 
 
+def test_validation_and_test_of_ones_own_are_measured_and_several_told_apart(options, tmp_path):
+    for name in ("fr", "uk", "end"):
+        rows = [{"instruction": f"{name} {n}", "output": f"{name}!"} for n in range(3)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    given = {"validation_dataset": f"{tmp_path}/fr.json,{tmp_path}/uk.json", "test_dataset": f"{tmp_path}/end.json"}
+    metrics = run(**options, **given)
+    losses = [metrics["eval_loss_fr"], metrics["eval_loss_uk"]]
+    assert min(losses) < metrics["eval_loss"] < max(losses) and "test_loss_end" not in metrics
+    args = parse_arguments(
+        recipe.InstructionArguments, [f"--{name}={value}" for name, value in (options | given).items()]
+    )
+    sides, description = recipe.load_data(args)
+    assert {name: len(side) for name, side in sides.items()} == {
+        "train": 2 * len(NAMES),
+        "eval": 6,
+        "test": 3,
+        "eval_fr": 3,
+        "eval_uk": 3,
+    }
+    assert "begin with a prompt of training" not in description
+
+
 def test_all_weights_can_be_trained(options):
     metrics = run(**options, method="full", packing=False)
     assert metrics["num_trained_parameters"] == metrics["num_parameters"]

@@ -55,7 +55,11 @@ def test_texts_and_messages_are_the_same_preference():
         ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "nothing is preferred"),
         ({"prompt": "Q", "chosen": "", "rejected": "A"}, "chosen: the response in message 2 is empty"),
         ({"prompt": [{"role": "assistant", "content": "Q"}], "chosen": "A", "rejected": "B"}, "out of order"),
-        ({"prompt": "Q", "chosen": 3, "rejected": "B"}, "chosen: "),
+        ({"prompt": "Q", "chosen": 3, "rejected": "B"}, "'chosen' is a number, not a text"),
+        ({"prompt": "Q", "chosen": None, "rejected": "B"}, "line 1: its 'chosen' is null"),
+        ({"prompt": None, "chosen": "A", "rejected": "B"}, "line 1: its 'prompt' is null"),
+        ({"prompt": 5, "chosen": "A", "rejected": "B"}, "'prompt' is a number, not a text"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B", "tools": [{"name": "x"}]}, "it has 'tools'"),
     ],
 )
 def test_a_row_that_is_no_preference_says_why(row, message, tmp_path):
@@ -63,6 +67,36 @@ def test_a_row_that_is_no_preference_says_why(row, message, tmp_path):
     path.write_text(json.dumps([row]))
     with pytest.raises(ValueError, match=message):
         load_preferences(str(path), validation_fraction=0.1, seed=0)
+
+
+def test_bad_preferences_are_counted_under_skip(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = [{"prompt": f"Q{number}", "chosen": "A", "rejected": "B"} for number in range(4)]
+    rows = [*good, {**good[0], "chosen": None}, {**good[0], "prompt": 5}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training, validation, account = load_preferences(str(path), on_bad_record="skip", validation_fraction=0.25, seed=0)
+    assert (len(training), len(validation), account) == (3, 1, {"rows": 4, "bad_records": 2})
+
+
+def test_system_input_and_history_go_into_the_prompt_of_a_preference():
+    row = {"prompt": "Add", "input": "1 and 2", "chosen": "3", "rejected": "4", "system": "Be right"}
+    system, question = {"role": "system", "content": "Be right"}, {"role": "user", "content": "Add\n\n1 and 2"}
+    assert as_preference(row)["prompt"] == [system, question]
+    before = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    assert as_preference({**row, "history": [["Hello", "Hi"]]})["prompt"] == [system, *before, question]
+    repeated = [question, {"role": "assistant", "content": "3"}]
+    assert as_preference({**row, "prompt": [question], "chosen": repeated})["chosen"] == repeated[1:]
+
+
+def test_preferences_of_ones_own_validate(tmp_path, caplog):
+    rows = [{"prompt": f"Q{number}", "chosen": "A", "rejected": "B"} for number in range(5)]
+    (tmp_path / "train.json").write_text(json.dumps(rows[:4]))
+    (tmp_path / "own.json").write_text(json.dumps(rows[3:]))
+    options = {"validation_dataset": str(tmp_path / "own.json"), "validation_fraction": 0.5, "seed": 0}
+    training, validation, _ = load_preferences(str(tmp_path / "train.json"), **options)
+    assert [row["prompt"][0]["content"] for row in training] == ["Q0", "Q1", "Q2", "Q3"]
+    assert [row["prompt"][0]["content"] for row in validation] == ["Q3", "Q4"]
+    assert "1 of the pairs to validate have a prompt that is trained on" in caplog.text
 
 
 @pytest.fixture

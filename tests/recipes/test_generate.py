@@ -231,7 +231,7 @@ def test_ctrl_c_keeps_what_was_written_and_ends(generate, model, monkeypatch, ca
         ({"do_sample": False, "num_samples": 3}, "--do_sample false writes one text, not --num_samples 3"),
         ({"temperature": 0, "stop": ""}, "--temperature 0.0.* --stop ''"),
         ({"top_k": -1, "top_p": 2}, "--top_p 2.0.* --top_k -1"),
-        ({"prompt_file": "nowhere.txt"}, "--prompt_file nowhere.txt is not a file"),
+        ({"prompt_file": "nowhere.txt"}, "prompt_file='nowhere.txt' is not a file"),
     ],
 )
 def test_an_option_that_cannot_be_stops_at_the_door(generate, options, message):
@@ -242,12 +242,12 @@ def test_an_option_that_cannot_be_stops_at_the_door(generate, options, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"\n \n", "holds no prompts"),
-        ("latin.txt", b"caf\xe9", "must be UTF-8"),
-        ("text.jsonl", b"the cat", "with a 'prompt' each: JSONDecodeError"),
-        ("other.jsonl", b'{"text": "the cat"}', "with a 'prompt' each: KeyError"),
-        ("half.jsonl", rb'{"prompt": "\ud800"}', r"'\\ud800', which has half of a surrogate pair"),
-        ("number.jsonl", b'{"prompt": 3}', "no text"),
+        ("empty.txt", b"\n \n", "holds no prompt"),
+        ("latin.txt", b"caf\xe9", "line 1 holds bytes that are not UTF-8"),
+        ("text.jsonl", b"the cat", "line 1: not valid JSON"),
+        ("other.jsonl", b'{"text": "the cat"}', "line 1: there is no column 'prompt' but"),
+        ("number.jsonl", b'{"prompt": 3}', "line 1: its 'prompt' is a number, not a string"),
+        ("half.jsonl", rb'{"prompt": "\ud800"}', "line 1: its 'prompt' holds half a surrogate pair"),
     ],
 )
 def test_a_file_without_prompts_says_so(generate, tmp_path, name, content, message):

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,26 @@ def test_the_evaluation_before_the_first_step_can_be_left_out(run_pretrain, smal
     run_pretrain(**small, eval_on_start=False)
     log = read_log(small["output_dir"] / "log.jsonl")
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [6, 12]
+
+
+def test_validation_texts_of_ones_own_are_measured_one_by_one(run_pretrain, small, tmp_path):
+    (tmp_path / "fr.txt").write_text("le chat voit le chien. " * 20)
+    (tmp_path / "uk.txt").write_text("the cat sees a dog. " * 20)
+    given = f"{tmp_path}/fr.txt,{tmp_path}/uk.txt"
+    metrics = run_pretrain(**{**small, "max_steps": 2, "eval_steps": 2}, validation_dataset=given)
+    names = [f"eval_{name}_{language}" for name in ("loss", "bits_per_byte") for language in ("fr", "uk")]
+    evaluations = [entry for entry in read_log(small["output_dir"] / "log.jsonl") if "eval_loss" in entry]
+    assert {name: evaluations[-1][name] for name in names} == {name: metrics[name] for name in names}
+    assert metrics["eval_bytes"] == 20 * (23 + 20)
+    bits = [metrics[f"eval_bits_per_byte_{language}"] * 20 * size for language, size in (("fr", 23), ("uk", 20))]
+    assert metrics["eval_bits_per_byte"] == pytest.approx(sum(bits) / metrics["eval_bytes"])
+
+
+def test_a_run_below_the_folder_of_its_text_resumes(run_pretrain, small, tmp_path):
+    shutil.copy(small["dataset"], tmp_path / "animals.jsonl")
+    options = {**small, "dataset": tmp_path, "sample_tokens": 4, "lr_scheduler_type": "constant"}
+    assert run_pretrain(**{**options, "max_steps": 6})["train_steps"] == 6
+    assert run_pretrain(**{**options, "max_steps": 8})["train_steps"] == 8  # in spite of samples.txt, log.jsonl, ...
 
 
 def test_the_configuration_of_least_time_trains_what_is_exactly_a_qwen3(run_pretrain, small):
@@ -248,6 +269,99 @@ def test_a_folder_with_somebody_elses_model_is_not_overwritten(run_pretrain, sma
         run_pretrain(**small)
 
 
+@pytest.mark.fault(32)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"dataset": "nowhere.txt"}, "nowhere"), ({"tokenizer": "nowhere"}, "nowhere"), ({"warmup_steps": 50}, "warmup")],
+)
+def test_a_mistake_elsewhere_in_the_command_leaves_the_run_that_was_to_be_overwritten(
+    run_pretrain, small, wrong, message
+):
+    run_pretrain(**small)
+    before = {path: path.read_bytes() for path in small["output_dir"].rglob("*") if path.is_file()}
+    with pytest.raises((ValueError, OSError), match=message):
+        run_pretrain(**{**small, **wrong, "overwrite_output_dir": True})
+    assert {path: path.read_bytes() for path in small["output_dir"].rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.fault(32)
+@pytest.mark.parametrize("place", ["", "checkpoints/step-00000012"])
+def test_the_folder_of_the_model_is_not_overwritten(run_pretrain, small, place):
+    run_pretrain(**small)
+    weights = (small["output_dir"] / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"is model itself|model .* lies in output_dir"):
+        run_pretrain(**{**small, "model": small["output_dir"] / place, "overwrite_output_dir": True})
+    assert (small["output_dir"] / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.fault(23)
+def test_a_run_whose_end_was_cut_off_is_ended_by_the_same_command(run_pretrain, small, monkeypatch):
+    """Killed between its last checkpoint and its model, or while the finished run of fewer steps was extended."""
+    run_pretrain(**{**small, "max_steps": 6})
+    with monkeypatch.context() as patch:
+        patch.setattr(run_pretrain.recipe, "save_model", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_pretrain(**small)
+    assert json.loads((small["output_dir"] / "metrics.json").read_text())["train_steps"] == 6
+    assert run_pretrain(**small)["train_steps"] == 12
+    checkpoint = load_file(small["output_dir"] / "checkpoints" / "step-00000012" / "model.safetensors")
+    model = load_file(small["output_dir"] / "model.safetensors")
+    assert all(torch.equal(model[name], checkpoint[name]) for name in model)
+
+
+@pytest.mark.fault(20, 23)
+def test_what_is_missing_of_a_finished_run_is_done_by_the_same_command(run_pretrain, small, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_pretrain.recipe, "write_page_and_card", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_pretrain(**small)
+    weights = (small["output_dir"] / "model.safetensors").stat().st_mtime_ns
+    assert not (small["output_dir"] / "report.html").exists()
+    run_pretrain(**small)
+    assert (small["output_dir"] / "report.html").exists() and (small["output_dir"] / "README.md").exists()
+    assert (small["output_dir"] / "model.safetensors").stat().st_mtime_ns == weights
+    (small["output_dir"] / "model.safetensors").write_bytes(b"half of a mod")
+    capsys.readouterr()
+    run_pretrain(**small)
+    assert load_file(small["output_dir"] / "model.safetensors")
+    run_pretrain(**small)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_a_run_starts_another_one(run_pretrain, small, tmp_path):
+    """With another schedule, which the run itself refuses, and says so."""
+    run_pretrain(**small)
+    checkpoint = small["output_dir"] / "checkpoints" / "step-00000006"
+    with pytest.raises(ValueError, match=r"start a new run from them: model=.* and another output_dir"):
+        run_pretrain(**{**small, "learning_rate": 0.001})
+    other = {"model": checkpoint, "tokenizer": checkpoint, "learning_rate": 0.001, "output_dir": tmp_path / "other"}
+    del small["hidden_size"], small["num_hidden_layers"], small["num_attention_heads"]
+    run_pretrain(**{**small, **other})
+    first = json.loads((tmp_path / "other" / "log.jsonl").read_text().splitlines()[0])
+    before = [entry for entry in read_log(tmp_path / "out" / "log.jsonl") if entry["step"] == 6]
+    assert first["eval_loss"] == pytest.approx(before[0]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.fault(26)
+def test_a_run_that_began_from_another_model_is_refused(run_pretrain, small, tmp_path):
+    run_pretrain(**{**small, "output_dir": tmp_path / "base", "max_steps": 6})
+    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    options = {name: value for name, value in small.items() if name not in shape} | {"model": tmp_path / "base"}
+    run_pretrain(**options)
+    run_pretrain(**{**small, "output_dir": tmp_path / "base"})  # trained further
+    with pytest.raises(ValueError, match="base_sha256 was "):
+        run_pretrain(**{**options, "max_steps": 20})
+
+
+def test_more_steps_in_mid_run_tell_what_they_do_to_the_learning_rate(run_pretrain, small, capsys):
+    run_pretrain(**small, lr_scheduler_type="linear", min_lr_ratio=0)
+    run_pretrain(**{**small, "max_steps": 22, "save_steps": 5}, lr_scheduler_type="linear", min_lr_ratio=0)
+    told = capsys.readouterr().out
+    # 0.02 falls to 0 over the steps after the two of warm-up: at 12 of 22, ten of twenty are left.
+    assert "at step 12 it is 0.01 instead of 0" in told
+    assert "save_steps was 6 and is 5 from here on." in told
+
+
 def test_windows_of_one_long_text_train_and_are_scored_once(run_pretrain, small, tmp_path):
     text = tmp_path / "long.txt"
     text.write_text("the cat sees a dog. my bird likes one fish. " * 60)
@@ -293,12 +407,15 @@ BAD_INPUT = {
     "a vocabulary too small": ({"config_overrides": ["vocab_size=100"]}, "300 ids.*vocab_size is 100"),
     "a block longer than the positions": (
         {"config_overrides": ["max_position_embeddings=16"]},
-        "--block_size 32 is longer than the model.s context of 16 tokens",
+        "block_size=32 is longer than the model.s context of 16 tokens",
     ),
     "no rows": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size 0"),
     "more warm-up than steps": ({"warmup_steps": 100}, "warmup_steps=100"),
     "no steps": ({"max_steps": 0}, "max_steps 0"),
-    "rows of a stream again": ({"streaming": True, "eval_train_rows": 4}, "--eval_train_rows.*a stream is read once"),
+    "rows of a stream again": (
+        {"streaming": True, "eval_train_rows": 4},
+        "--eval_train_rows reads rows again, and --streaming reads them once",
+    ),
     "a rate for another optimizer": (
         {"optimizer": "adamw", "adam_learning_rate": 0.1},
         "--adam_learning_rate belongs to --optimizer muon",
@@ -323,15 +440,15 @@ def test_bad_input_stops_before_the_work_starts(run_pretrain, small, tmp_path, w
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 64}, "model.hidden_size: 32 in the checkpoint, 64 now"),
-        ({"learning_rate": 0.5}, "learning_rate: 0.02 in the checkpoint, 0.5 now"),
-        ({"per_device_train_batch_size": 8}, "rows_per_step: 4 in the checkpoint, 8 now"),
-        ({"validation_fraction": 0.3}, "rows: "),
+        ({"hidden_size": 64}, "model.hidden_size was 32 and is 64"),
+        ({"learning_rate": 0.5}, "learning_rate was 0.02 and is 0.5"),
+        ({"per_device_train_batch_size": 8}, "rows_per_step was 4 and is 8"),
+        ({"validation_fraction": 0.3}, "rows was "),
     ],
 )
 def test_a_run_that_exists_with_another_shape_is_refused(run_pretrain, small, change, message):
     run_pretrain(**small)
-    with pytest.raises(ValueError, match="--overwrite_output_dir") as error:
+    with pytest.raises(ValueError, match="overwrite_output_dir") as error:
         run_pretrain(**{**small, **change, "max_steps": 20})
     assert message in str(error.value)
 

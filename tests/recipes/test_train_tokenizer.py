@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hfllm.cli.arguments import parse_arguments
 from hfllm.cli.options import TextColumn, TrainingDataset, values_of
+from hfllm.runs.lock import run_lock
 from hfllm.tokenization import tokenizer_fingerprint
 
 
@@ -76,11 +77,18 @@ def test_the_same_tokenizer_is_not_trained_again(arguments, capsys, monkeypatch)
     assert report["others"][arguments.output_dir]["tokens"] == report["tokens"]  # what was asked for is still done
 
 
+def test_a_tokenizer_below_the_folder_of_its_text_is_no_text(arguments, tmp_path, capsys):
+    arguments.dataset = str(tmp_path)
+    recipe.main(arguments)
+    recipe.main(arguments)
+    assert "holds this tokenizer already" in capsys.readouterr().out
+
+
 def test_another_tokenizer_is_replaced_only_when_told_to(arguments):
     arguments.vocab_size = 280
     recipe.main(arguments)
     arguments.vocab_size = 270
-    with pytest.raises(ValueError, match=r"vocab_size 280 -> 270\. .*--overwrite_output_dir"):
+    with pytest.raises(ValueError, match=r"vocab_size was 280 and is 270\n.*overwrite_output_dir"):
         recipe.main(arguments)
     assert len(AutoTokenizer.from_pretrained(arguments.output_dir)) == 280
 
@@ -94,7 +102,7 @@ def test_other_text_makes_another_tokenizer(arguments):
     recipe.main(arguments)
     with Path(arguments.dataset).open("a") as file:
         file.write('\n{"text": "one document more"}')
-    with pytest.raises(ValueError, match="holds another tokenizer: corpus_sha256"):
+    with pytest.raises(ValueError, match="belongs to another run:\n    corpus_sha256 was "):
         recipe.main(arguments)
 
 
@@ -102,7 +110,7 @@ def test_a_tokenizer_that_was_changed_by_hand_is_not_taken_for_ours(arguments):
     recipe.main(arguments)
     file = Path(arguments.output_dir) / "tokenizer.json"
     file.write_text(file.read_text().replace('"single_word": false', '"single_word": true', 1))
-    with pytest.raises(ValueError, match=r"its tokenizer.json is not the one that its report describes"):
+    with pytest.raises(ValueError, match=r"tokenizer.json has changed since it was written"):
         recipe.main(arguments)
 
 
@@ -123,23 +131,52 @@ def test_an_interrupted_run_leaves_no_tokenizer_behind(arguments, monkeypatch):
     assert beside == {"words.jsonl", "cache", "tokenizer"}
 
 
-def test_a_folder_with_other_things_in_it_is_never_replaced(arguments):
+@pytest.mark.fault(32)
+def test_a_folder_with_other_things_in_it_keeps_them(arguments):
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir()
     (output_dir / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds files that no run made, .*thesis.txt"):
+        recipe.main(arguments)
     arguments.overwrite_output_dir = True
-    with pytest.raises(ValueError, match=r"holds other files than a tokenizer's \(thesis.txt\)"):
+    for _ in range(2):
         recipe.main(arguments)
     assert (output_dir / "thesis.txt").read_text() == "years of work"
+    (output_dir / "run.json").unlink()  # as if somebody else had made the tokenizer
+    (output_dir / "arguments.yaml").unlink()
+    before = (output_dir / "tokenizer.json").read_bytes()
+    arguments.vocab_size -= 1
+    with pytest.raises(ValueError, match=r"holds files that no run made, .*tokenizer.json"):
+        recipe.main(arguments)
+    assert (output_dir / "tokenizer.json").read_bytes() == before
+
+
+def test_a_tokenizer_of_a_version_that_kept_no_record_is_still_this_one(arguments, capsys):
+    recipe.main(arguments)
+    record = Path(arguments.output_dir) / "run.json"
+    record.unlink()
+    capsys.readouterr()
+    recipe.main(arguments)
+    assert "holds this tokenizer already" in capsys.readouterr().out
+    record.unlink()
+    arguments.max_bytes -= 1
+    with pytest.raises(ValueError, match="max_bytes was 1073741824 and is 1073741823"):
+        recipe.main(arguments)
+
+
+@pytest.mark.fault(33)
+def test_two_tokenizers_into_one_folder_at_once_are_refused(arguments):
+    with run_lock(arguments.output_dir), pytest.raises(RuntimeError, match="Another run is using"):
+        recipe.main(arguments)
 
 
 def test_an_output_dir_that_is_a_file_is_refused_before_the_work(arguments, monkeypatch):
     monkeypatch.setattr(recipe, "load_corpus", lambda *_, **__: pytest.fail("began to work"))
     arguments.output_dir = arguments.dataset
-    with pytest.raises(ValueError, match="is a file; name a folder"):
+    with pytest.raises(ValueError, match="is a file"):
         recipe.main(arguments)
     arguments.output_dir = f"{arguments.dataset}/tokenizer"
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(OSError, match="cannot be used"):
         recipe.main(arguments)
 
 

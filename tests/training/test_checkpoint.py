@@ -17,9 +17,11 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import hfllm
 from hfllm.runs.identity import check_same_run
+from hfllm.tokenization import train_bpe
 from hfllm.training import checkpoint as checkpoint_module
 from hfllm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from hfllm.training.optimization import build_adamw
@@ -147,8 +149,9 @@ def test_the_folder_holds_safetensors_and_json_alone_and_a_tied_weight_once(tiny
         tmp_path / "checkpoints", model=model, optimizer=optimizer, state={"step": 1}, accelerator=accelerator
     )
     assert path == tmp_path / "checkpoints" / "step-00000001"
-    files = sorted(file.name for file in path.iterdir())
-    assert files == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    files = {file.name for file in path.iterdir()}
+    own = {"manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"}
+    assert own <= files and {Path(name).suffix for name in files - own} == {".json", ".py"}
     assert load_file(path / "model.safetensors").keys() == model.state_dict().keys() - {"lm_head.weight"}
     with safe_open(path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}  # so that transformers opens it
@@ -156,13 +159,63 @@ def test_the_folder_holds_safetensors_and_json_alone_and_a_tied_weight_once(tiny
     assert torch.equal(averages["model.embed_tokens.weight.exp_avg"], optimizer.state[model.lm_head.weight]["exp_avg"])
 
 
-def test_transformers_opens_the_weights_of_a_checkpoint(tiny_config, tmp_path, accelerator):
+def test_a_checkpoint_opens_as_the_model_of_its_step_with_its_tokenizer(tiny_config, tmp_path, accelerator):
     model, optimizer = build(tiny_config)
-    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, state={"step": 0}, accelerator=accelerator)
-    tiny_config.save_pretrained(path)
-    opened = hfllm.GPTForCausalLM.from_pretrained(path)
+    model.generation_config.eos_token_id = [1, 3]
+    tokenizer = train_bpe(["a text"], 300)
+    parts = {"model": model, "optimizer": optimizer, "tokenizer": tokenizer, "accelerator": accelerator}
+    path = save_checkpoint(tmp_path, state={"step": 0}, **parts)
+    opened = AutoModelForCausalLM.from_pretrained(path)
+    assert type(opened) is hfllm.GPTForCausalLM
+    assert opened.generation_config.eos_token_id == [1, 3]
+    assert AutoTokenizer.from_pretrained(path)("a text").input_ids == tokenizer("a text").input_ids
     assert_identical(model.state_dict(), opened.state_dict())
     assert opened.lm_head.weight.data_ptr() == opened.model.embed_tokens.weight.data_ptr()
+
+
+def test_a_checkpoint_of_somebody_elses_model_opens_too(tmp_path, accelerator):
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads))
+    optimizer = torch.optim.AdamW(model.parameters())
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, state={"step": 0}, accelerator=accelerator)
+    assert_identical(model.state_dict(), Qwen3ForCausalLM.from_pretrained(path).state_dict())
+
+
+@pytest.mark.fault(3, 4)
+def test_a_damaged_config_or_tokenizer_breaks_a_checkpoint_and_an_older_one_without_them_loads(
+    tiny_config, tmp_path, accelerator, caplog
+):
+    model, optimizer = build(tiny_config)
+    parts = {"model": model, "optimizer": optimizer, "accelerator": accelerator}
+    old = save_checkpoint(tmp_path, state={"step": 1}, **parts)
+    manifest = json.loads((old / "manifest.json").read_text())
+    for name in set(manifest["files"]) - set(checkpoint_module.FILES):
+        (old / name).unlink()
+        del manifest["files"][name]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    new = save_checkpoint(tmp_path, state={"step": 2}, **parts)
+    flip_a_byte(new / "config.json")
+    assert latest_checkpoint(tmp_path) == old
+    assert "config.json has changed since it was written" in caplog.text
+    assert load_checkpoint(old, model=model, optimizer=optimizer, accelerator=accelerator)["step"] == 1
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("where", ["weight", "average", "number"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_written(tmp_path, accelerator, where, value):
+    model, optimizer = small(1)
+    state = {"step": 1, "evaluation": {"loss": value if where == "number" else 2.0}}
+    with torch.no_grad():
+        if where == "weight":
+            model.weight[3, 5] = value
+        elif where == "average":
+            optimizer.state[model.bias]["exp_avg_sq"][2] = value
+    named = {"weight": "weight", "average": "bias.exp_avg_sq", "number": "state.evaluation.loss"}[where]
+    with pytest.raises(FloatingPointError, match=rf"step-00000001 was not written: {named} "):
+        save_checkpoint(tmp_path, model=model, optimizer=optimizer, state=state, accelerator=accelerator)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("what", ["model", "layers"])
@@ -287,12 +340,9 @@ def test_a_run_with_other_arguments_is_refused_and_told_each_difference():
     saved = {"seed": 1, "learning_rate": 1e-3, "dataset": "stdlib"}
     check_same_run(saved, dict(saved), "step-00000001")
     with pytest.raises(ValueError, match="step-00000001 belongs to another run") as error:
-        check_same_run(saved, {"seed": 2, "learning_rate": 1e-3, "schedule": "linear"}, "step-00000001")
-    assert str(error.value).splitlines()[1:4] == [
-        "    seed: 1 in the checkpoint, 2 now",
-        "    dataset: 'stdlib' in the checkpoint, None now",
-        "    schedule: None in the checkpoint, 'linear' now",
-    ]
+        check_same_run(saved, {"seed": 2, "learning_rate": 1e-3, "new_option": "linear"}, "step-00000001")
+    assert str(error.value).splitlines()[1:3] == ["    seed was 1 and is 2", "    dataset was 'stdlib' and is None"]
+    assert "new_option" not in str(error.value)  # which the version that saved it did not have
 
 
 # Broken checkpoints
@@ -405,7 +455,7 @@ def test_a_disk_that_fills_up_meanwhile_loses_the_new_checkpoint_only(tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     save_small(tmp_path, 1, accelerator, keep=1)
-    for name in ("_flush", "_write_json"):
+    for name in ("flush", "_write_json"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint_module, name, fill_up)
             with pytest.raises(

@@ -1,0 +1,87 @@
+"""Files that are whole or absent: written beside their place, flushed to the disk, and renamed."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in one stroke: whoever reads it finds the old text or the new one, never a part."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: Any, *, indent: int | None = 2) -> None:
+    """Write a JSON file in one stroke; other programs can read it, for it holds no NaN.
+
+    Raises:
+        FloatingPointError: a number in it is not finite; names the first one.
+    """
+    if name := find_non_finite(content):
+        raise FloatingPointError(
+            f"{Path(path).name} was not written: {name} is not a finite number. Training has diverged; try a lower "
+            "learning_rate."
+        )
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write a file to; it takes the place of `path` when the block ends without an error."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # two hosts may have processes of one number
+    try:
+        yield beside
+        flush(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what `replacing` had begun to write in a folder when its process was killed; nobody writes there now."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to the disk before we go on."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: str | Path) -> str:
+    """The sha256 of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_non_finite(content: Any, name: str = "") -> str:
+    """The place of the first number in JSON content that is NaN or infinite, e.g. `test.loss`; empty if there is none.
+
+    `name` is the place of `content` itself.
+    """
+    if isinstance(content, float) and not math.isfinite(content):
+        return name or "the number"
+    if isinstance(content, dict):
+        parts = ((f"{name}.{key}" if name else str(key), value) for key, value in content.items())
+    elif isinstance(content, list | tuple):
+        parts = ((f"{name}[{index}]", value) for index, value in enumerate(content))
+    else:
+        return ""
+    return next((found for place, value in parts if (found := find_non_finite(value, place))), "")
