@@ -108,7 +108,7 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
             render=False,
         )
         # Not in a class of our own, for which Gradio would write a file beside this one.
-        message_box.preprocess = replace_surrogates  # type: ignore[method-assign]
+        message_box.preprocess = replace_surrogates  # type: ignore[method-assign, assignment]
         with chat_column:
             chat = gradio.ChatInterface(
                 respond,

@@ -231,7 +231,7 @@ def test_the_adapter_on_its_base_gives_the_merged_models_logits(finished, base):
 def test_a_finished_run_has_nothing_to_do_and_another_one_is_refused(finished, classify):
     options, _ = finished
     assert "is finished: nothing to do" in classify(**options)
-    with pytest.raises(ValueError, match=r"holds another run: learning_rate was 0.02 and is 0.1"):
+    with pytest.raises(ValueError, match=r"belongs to another run:\n    learning_rate was 0.02 and is 0.1\n"):
         classify(**{**options, "learning_rate": 0.1})
 
 

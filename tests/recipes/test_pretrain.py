@@ -422,7 +422,7 @@ BAD_INPUT = {
     ),
     "a momentum of all": ({"muon_momentum": 1.0}, "--muon_momentum 1.0"),
     "nothing held back": ({"validation_fraction": 0.0}, "nothing to evaluate on"),
-    "a file in the way": (lambda folder: {"output_dir": make(folder, "file", b"")}, "cannot be used"),
+    "a file in the way": (lambda folder: {"output_dir": make(folder, "file", b"")}, "is a file. Give the path"),
 }
 
 
@@ -551,7 +551,7 @@ def test_a_dry_run_leaves_a_run_that_stands_there_alone(run_pretrain, small, tmp
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     run_pretrain(**{**small, "output_dir": tmp_path / "run", "dry_run": True, "overwrite_output_dir": True})
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
-    assert "would go on from step-" in capsys.readouterr().out
+    assert "would resume from step-" in capsys.readouterr().out
 
 
 def test_a_streamed_run_that_is_cut_goes_on_to_the_same_weights(run_pretrain, small, tmp_path):
