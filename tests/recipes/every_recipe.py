@@ -61,7 +61,9 @@ def make_commands(folder: Path) -> dict[str, Command]:
     hfllm.GPTForCausalLM(make_tiny_config("modern", **sizes, **ids)).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
 
-    chats = [{"instruction": f"Go {word} and greet", "output": f"Good {hour}, we go {word}."} for word, hour in moments]
+    chats = [
+        {"instruction": f"Go {word} this {hour}", "output": f"Good {hour}, we go {word}."} for word, hour in moments
+    ]
     pairs = [
         {"prompt": f"Should I go {word} at {hour}?", "chosen": f"Yes, go {word}.", "rejected": "No, that is forbidden."}
         for word, hour in moments

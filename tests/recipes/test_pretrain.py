@@ -422,7 +422,7 @@ BAD_INPUT = {
     ),
     "a momentum of all": ({"muon_momentum": 1.0}, "--muon_momentum 1.0"),
     "nothing held back": ({"validation_fraction": 0.0}, "nothing to evaluate on"),
-    "a file in the way": (lambda folder: {"output_dir": make(folder, "file", b"")}, "cannot be used"),
+    "a file in the way": (lambda folder: {"output_dir": make(folder, "file", b"")}, "is a file"),
 }
 
 
