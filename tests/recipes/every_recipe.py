@@ -19,7 +19,8 @@ HOURS = ["day", "night", "morning", "evening"]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    """The weights, which stay what they were when their file, from which they are mapped, is damaged."""
+    return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 def tokenizer_of(folder: Path) -> dict[str, torch.Tensor]:
