@@ -57,7 +57,7 @@ from hfllm.report import plot_curves, save_environment
 from hfllm.runs.files import write_json
 from hfllm.runs.finite import check_converged
 from hfllm.runs.folder import RunFolder, claim_folder
-from hfllm.runs.identity import identify
+from hfllm.runs.identity import hash_model, identify
 from hfllm.runs.log import read_log
 from hfllm.runs.processes import on_main_process
 from hfllm.runs.progress import RunLog
@@ -413,6 +413,8 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolde
     # 6. The newest checkpoint of this run, or the beginning. Another run in the folder is refused; with
     # --overwrite_output_dir it gives way only here, where all that this run reads has been found right.
     own = identity_of(args, by_content=True)
+    if args.model is not None:
+        own["base_sha256"] = hash_model(args.model, revision=getattr(config, "_commit_hash", None))
     identity = identify(config, **text.identity, rows_per_step=rows_per_step, **own)
     folder.check_same(identity)
     folder.make_way()

@@ -1,7 +1,7 @@
 """Measure one group of numbers of the documentation, and write it with its conditions to docs/measurements/NAME.json.
 
     python docs/measurements/measure.py demo --other_dataset another-language.jsonl
-    python docs/measurements/measure.py time_to_quality --dataset literature.txt --other_dataset novel.txt
+    python docs/measurements/measure.py time_to_quality --other_dataset novel.txt --dataset literature.txt
     python docs/measurements/measure.py training_step
     python docs/measurements/measure.py decoding
     python docs/measurements/measure.py sms --dataset SMSSpamCollection
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="openai-community/gpt2", help="for book")
     parser.add_argument("--model", default="out/demo", help="for sms, docstrings and instruction_throughput")
     options = parser.parse_args()
-    needed = {"time_to_quality": ("dataset", "other_dataset"), "sms": ("dataset",), "book": ("dataset",)}
+    needed = {"time_to_quality": ("other_dataset",), "sms": ("dataset",), "book": ("dataset",)}
     if missing := [f"--{name}" for name in needed.get(options.name, ()) if getattr(options, name) is None]:
         parser.error(f"{options.name} needs {' and '.join(missing)}.")
     started = time.time()
@@ -122,9 +122,11 @@ def stream_demo() -> tuple[list[str], dict[str, float]]:
 
 
 def measure_time_to_quality(options: argparse.Namespace) -> dict[str, Any]:
-    """Whole commands beside nanoGPT's configuration: on the text that settings were chosen on, and on another one."""
+    """Whole commands beside nanoGPT's configuration, on a text that no setting was chosen on, and on that one."""
     results = {}
-    for name, dataset in (("chosen_on", options.dataset), ("other", options.other_dataset)):
+    for name, dataset in (("other", options.other_dataset), ("chosen_on", options.dataset)):
+        if dataset is None:
+            continue
         measured = benchmark("time_to_quality", "--dataset", dataset)["time_to_quality"]
         results[name] = {
             "bytes": Path(dataset).stat().st_size,

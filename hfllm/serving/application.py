@@ -149,10 +149,14 @@ async def read_json(request: Request) -> Any:
             raise RequestError(f"The body is larger than {LARGEST_BODY:,} bytes; shorten the messages.", status=413)
     try:
         return json.loads(body.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        place = f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "its text"
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
-        raise RequestError(f"The body is not valid JSON in UTF-8: {reason}, {place}.") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"The body is not UTF-8: byte {error.start + 1:,} is wrong.") from error
+    except json.JSONDecodeError as error:
+        raise RequestError(
+            f"The body is not valid JSON: {error.msg}, line {error.lineno}, column {error.colno}."
+        ) from error
+    except (RecursionError, ValueError) as error:
+        raise RequestError("The body is nested too deeply, or has a number with too many digits.") from error
 
 
 class Exchange:

@@ -29,13 +29,9 @@ footer {display: none !important}
 """
 
 
-class MessageBox(gradio.Textbox):
-    """A text box whose text Gradio can send back: half of a surrogate pair becomes a replacement character."""
-
-    is_template = True  # in the browser it is a Textbox
-
-    def preprocess(self, payload: str | None) -> str | None:
-        return None if payload is None else LONE_SURROGATE.sub(REPLACEMENT, payload)
+def replace_surrogates(text: str | None) -> str | None:
+    """A message that Gradio can send back: half of a surrogate pair becomes a replacement character."""
+    return None if text is None else LONE_SURROGATE.sub(REPLACEMENT, text)
 
 
 def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: str | None = None) -> gradio.Blocks:
@@ -74,12 +70,12 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
         finally:  # also when the page's stop button, or its end, closes this iterator
             events.cancel()
 
-    with gradio.Blocks(title=name, analytics_enabled=False, fill_height=True) as page:
+    with gradio.Blocks(title=name, analytics_enabled=False, fill_height=True, fill_width=True) as page:
         # Written with a key that does not change, or the browser's history would not outlive this process.
         kept = gradio.BrowserState([], storage_key=f"chat with {name}", secret="chat")
         with gradio.Row(equal_height=False):
             chat_column = gradio.Column(scale=4, min_width=320)
-            settings_column = gradio.Column(scale=1, min_width=240)
+            settings_column = gradio.Column(scale=1, min_width=280)
         with settings_column:
             temperature = gradio.Slider(
                 0,
@@ -87,7 +83,7 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
                 value=defaults.temperature,
                 step=0.05,
                 label="Temperature",
-                info="0 takes the likeliest token, so that a retry gives the same reply.",
+                info="0: no drawing, so a retry gives the same reply.",
                 elem_id="temperature",
             )
             max_new_tokens = gradio.Slider(
@@ -95,26 +91,30 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
                 longest,
                 value=min(defaults.max_new_tokens, longest),
                 step=1,
-                label="Longest reply, in tokens",
+                label="Longest reply",
+                info="In tokens.",
                 elem_id="length",
             )
             system_message = gradio.Textbox(
                 value=system or "", lines=2, max_lines=8, label="System message", placeholder="None", elem_id="system"
             )
+        message_box = gradio.Textbox(
+            placeholder="Type a message",
+            max_lines=8,
+            submit_btn=True,
+            stop_btn=True,
+            autofocus=True,
+            elem_id="message",
+            render=False,
+        )
+        # Not in a class of our own, for which Gradio would write a file beside this one.
+        message_box.preprocess = replace_surrogates  # type: ignore[method-assign, assignment]
         with chat_column:
             chat = gradio.ChatInterface(
                 respond,
                 # Without Gradio's button that posts the conversation to the Hub.
-                chatbot=gradio.Chatbot(buttons=["copy", "copy_all"], label=name, height="70vh", render=False),
-                textbox=MessageBox(
-                    placeholder="Type a message",
-                    max_lines=8,
-                    submit_btn=True,
-                    stop_btn=True,
-                    autofocus=True,
-                    elem_id="message",
-                    render=False,
-                ),
+                chatbot=gradio.Chatbot(buttons=["copy", "copy_all"], show_label=False, height="70vh", render=False),
+                textbox=message_box,
                 additional_inputs=[temperature, max_new_tokens, system_message],
                 title=name,
                 concurrency_limit=None,  # the writer has a queue of its own

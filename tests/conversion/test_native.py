@@ -329,7 +329,7 @@ def test_following_the_advice_gives_a_model_that_converts(preset, native_type):
     overrides = {"final_logit_softcapping": 30.0, "use_qk_norm": native_type != "qwen3"}
     config = make_tiny_config(preset, **overrides)
     advice = [
-        re.search(r"--config_overrides (\S+?=\w+)", text).group(1) for text in native_obstacles(config, native_type)
+        re.search(r"config_overrides: (\S+?=\w+)", text).group(1) for text in native_obstacles(config, native_type)
     ]
     assert advice
     overrides |= parse_overrides(advice, config.to_dict())
@@ -340,9 +340,9 @@ def test_following_the_advice_gives_a_model_that_converts(preset, native_type):
 
 def test_the_advice_for_heads_is_to_leave_their_options_out():
     [heads] = native_obstacles(make_tiny_config("book", num_key_value_heads=2), "gpt2")
-    assert "without --num_key_value_heads" in heads
+    assert "without num_key_value_heads" in heads
     [width] = native_obstacles(make_tiny_config("book", head_dim=4), "gpt2")
-    assert "--config_overrides head_dim=null" in width
+    assert "config_overrides: head_dim=null" in width
     assert native_obstacles(make_tiny_config("book", head_dim=None, num_key_value_heads=None), "gpt2") == []
 
 

@@ -19,7 +19,8 @@ HOURS = ["day", "night", "morning", "evening"]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    """The weights, which stay what they were when their file, from which they are mapped, is damaged."""
+    return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 def tokenizer_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -61,7 +62,9 @@ def make_commands(folder: Path) -> dict[str, Command]:
     hfllm.GPTForCausalLM(make_tiny_config("modern", **sizes, **ids)).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
 
-    chats = [{"instruction": f"Go {word} and greet", "output": f"Good {hour}, we go {word}."} for word, hour in moments]
+    chats = [
+        {"instruction": f"Go {word} this {hour}", "output": f"Good {hour}, we go {word}."} for word, hour in moments
+    ]
     pairs = [
         {"prompt": f"Should I go {word} at {hour}?", "chosen": f"Yes, go {word}.", "rejected": "No, that is forbidden."}
         for word, hour in moments

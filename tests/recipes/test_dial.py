@@ -63,7 +63,7 @@ def test_a_run_that_goes_on_keeps_the_sizes_it_began_with(run_pretrain, unsized,
     metrics = run_pretrain(**options)
     assert metrics["train_steps"] == 7
     assert sized(options) == began
-    assert "Going on from step 1" in (told := capsys.readouterr().out)
+    assert "Resuming from step 1" in (told := capsys.readouterr().out)
     assert "as the run in" in told
     with pytest.raises(ValueError, match=r"holds a run of another size \(max_train_minutes: 0.2 there, 0.3 here\)"):
         run_pretrain(**{**options, "max_train_minutes": 0.3})

@@ -35,7 +35,7 @@ def test_the_defaults_of_a_recipe_are_in_range_and_no_number_of_it_may_be_nan(na
     [
         ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0: give at least 1"),
         ({"save_total_limit": 0}, "--save_total_limit 0: give at least 1"),
-        ({"learning_rate": -1.0}, "--learning_rate -1.0: give at least 0"),
+        ({"learning_rate": -1.0}, "--learning_rate -1.0: give a number from 0 to 10"),
         ({"num_train_epochs": 0.0}, "--num_train_epochs 0.0: give more than 0"),
         ({"adam_beta1": 1.0}, "--adam_beta1 1.0: give at least 0 and less than 1"),
         ({"seed": 2**32}, "--seed 4294967296: give a number from 0 to 4,294,967,295"),

@@ -231,7 +231,7 @@ def test_the_adapter_on_its_base_gives_the_merged_models_logits(finished, base):
 def test_a_finished_run_has_nothing_to_do_and_another_one_is_refused(finished, classify):
     options, _ = finished
     assert "is finished: nothing to do" in classify(**options)
-    with pytest.raises(ValueError, match=r"holds another run: learning_rate was 0.02 and is 0.1"):
+    with pytest.raises(ValueError, match=r"belongs to another run:\n    learning_rate was 0.02 and is 0.1\n"):
         classify(**{**options, "learning_rate": 0.1})
 
 
@@ -290,7 +290,7 @@ def test_the_other_methods_train_only_what_they_name(method, finished, classify,
             "--pooling mean: .* is a gpt2, whose classifier in transformers reads",
         ),
         ({"test_fraction": 0.95}, "leave nothing to train on"),
-        ({"text_column": "massage", "dataset": "CSV"}, "did you mean --text_column message"),
+        ({"text_column": "massage", "dataset": "CSV"}, "did you mean text_column='message'"),
         ({"test_split": "test", "test_dataset": "x.csv"}, "both say what to use for test"),
         ({"validation_dataset": "CSV", "text_column": "message"}, "validation texts have labels that no training text"),
         ({"dataset": "ONE", "text_column": "message"}, "All 3 texts have the label 'spam'"),

@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(options, tmp_
     capsys.readouterr()
     run(**interrupted)
     assert "is finished: nothing to do" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"holds another run: beta was 0.1 and is 0.2"):
+    with pytest.raises(ValueError, match=r"belongs to another run:\n    beta was 0.1 and is 0.2\n"):
         run(**interrupted, beta=0.2)
 
 

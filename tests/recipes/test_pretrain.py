@@ -457,6 +457,17 @@ def test_a_checkpoint_of_a_run_starts_another_one(run_pretrain, small, tmp_path)
     assert first["eval_loss"] == pytest.approx(before[0]["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.fault(26)
+def test_a_run_that_began_from_another_model_is_refused(run_pretrain, small, tmp_path):
+    run_pretrain(**{**small, "output_dir": tmp_path / "base", "max_steps": 6})
+    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    options = {name: value for name, value in small.items() if name not in shape} | {"model": tmp_path / "base"}
+    run_pretrain(**options)
+    run_pretrain(**{**small, "output_dir": tmp_path / "base"})  # trained further
+    with pytest.raises(ValueError, match="base_sha256 was "):
+        run_pretrain(**{**options, "max_steps": 20})
+
+
 def test_more_steps_in_mid_run_tell_what_they_do_to_the_learning_rate(run_pretrain, small, capsys):
     run_pretrain(**small, lr_scheduler_type="linear", min_lr_ratio=0)
     run_pretrain(**{**small, "max_steps": 22, "save_steps": 5}, lr_scheduler_type="linear", min_lr_ratio=0)
@@ -511,19 +522,22 @@ BAD_INPUT = {
     "a vocabulary too small": ({"config_overrides": ["vocab_size=100"]}, "300 ids.*vocab_size is 100"),
     "a block longer than the positions": (
         {"config_overrides": ["max_position_embeddings=16"]},
-        "--block_size 32 is longer than the model.s context of 16 tokens",
+        "block_size=32 is longer than the model.s context of 16 tokens",
     ),
     "no rows": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size 0"),
     "more warm-up than steps": ({"warmup_steps": 100}, "warmup_steps=100"),
     "no steps": ({"max_steps": 0}, "max_steps 0"),
-    "rows of a stream again": ({"streaming": True, "eval_train_rows": 4}, "--eval_train_rows.*a stream is read once"),
+    "rows of a stream again": (
+        {"streaming": True, "eval_train_rows": 4},
+        "--eval_train_rows reads rows again, and --streaming reads them once",
+    ),
     "a rate for another optimizer": (
         {"optimizer": "adamw", "adam_learning_rate": 0.1},
         "--adam_learning_rate belongs to --optimizer muon",
     ),
     "a momentum of all": ({"muon_momentum": 1.0}, "--muon_momentum 1.0"),
     "nothing held back": ({"validation_fraction": 0.0}, "nothing to evaluate on"),
-    "a file in the way": (lambda folder: {"output_dir": make(folder, "file", b"")}, "cannot be used"),
+    "a file in the way": (lambda folder: {"output_dir": make(folder, "file", b"")}, "is a file. Give the path"),
 }
 
 
@@ -652,7 +666,7 @@ def test_a_dry_run_leaves_a_run_that_stands_there_alone(run_pretrain, small, tmp
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     run_pretrain(**{**small, "output_dir": tmp_path / "run", "dry_run": True, "overwrite_output_dir": True})
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
-    assert "would go on from step-" in capsys.readouterr().out
+    assert "would resume from step-" in capsys.readouterr().out
 
 
 def test_a_streamed_run_that_is_cut_goes_on_to_the_same_weights(run_pretrain, small, tmp_path):

@@ -58,8 +58,9 @@ def finished(start, tmp_path_factory) -> Callable[[str], Path]:
 
     def find(name: str) -> Path:
         if name not in folders:
-            folders[name] = tmp_path_factory.mktemp("finished") / "out"
-            start(name, folders[name])
+            folder = tmp_path_factory.mktemp("finished") / "out"
+            start(name, folder)
+            folders[name] = folder
         return folders[name]
 
     return find

@@ -155,7 +155,9 @@ def test_a_run_on_another_host_that_lives_is_seen_by_its_heartbeat(tmp_path, on_
 
 
 @pytest.mark.fault(30)
-@pytest.mark.parametrize("text", [json.dumps({**HOLDER, "host": "another-host"}), "", "{"])
+@pytest.mark.parametrize(
+    "text", [json.dumps({**HOLDER, "host": "another-host"}), "", "{"], ids=["another host", "empty", "torn"]
+)
 @pytest.mark.parametrize("clock", [0, 4_000_000_000], ids=["long ago", "in the future"])
 def test_one_that_is_silent_is_taken_over_whatever_the_clocks_say(tmp_path, on_a_network, caplog, text, clock):
     (tmp_path / ".lock.json").write_text(text)
