@@ -364,7 +364,7 @@ def test_a_missing_package_is_named_with_what_brings_it(export, make_model, to, 
 def test_ours_becomes_a_gguf_file(export, make_model, native_type, tmp_path):
     pytest.importorskip("gguf")
     printed = export(model=make_model(native_type), to="gguf", dtype="float16", output_dir=tmp_path / "out")
-    [file] = (tmp_path / "out").iterdir()
+    [file] = (tmp_path / "out").glob("*.gguf")
     assert file.name == "model-f16.gguf"
     assert f"llama-cli -m {file}" in printed
     assert "model-f16.gguf: f16" in printed and "every tensor read back" in printed
