@@ -148,13 +148,15 @@ class Reply:
     def _generation_config(self, pad_token_id: int) -> Any:
         """The model's own, with this reply's choices."""
         config = copy.deepcopy(self.model.generation_config)
+        is_drawn = self.sampling.temperature > 0
         config.update(
             eos_token_id=self._stop_ids,
             pad_token_id=pad_token_id,
-            do_sample=self.sampling.temperature > 0,
-            temperature=float(self.sampling.temperature) or None,  # transformers takes no whole number
-            top_p=float(self.sampling.top_p),
-            top_k=0,
+            do_sample=is_drawn,
+            temperature=float(self.sampling.temperature) if is_drawn else None,  # no whole number, for transformers
+            top_p=float(self.sampling.top_p) if is_drawn else None,
+            top_k=0 if is_drawn else None,
+            return_dict_in_generate=True,
             # What cannot be done a few tokens at a time, or is this class's to do:
             num_beams=1,
             num_return_sequences=1,
@@ -168,16 +170,15 @@ class Reply:
     def advance(self, max_tokens: int | None = None) -> None:
         """Write up to this many tokens, by default all that are left."""
         left = self.sampling.max_new_tokens - self.num_tokens
+        self._config.max_new_tokens = left if max_tokens is None else min(left, max_tokens)
         self._enter_random_state()
         output = self.model.generate(
             self._ids,
             attention_mask=torch.ones_like(self._ids),
             generation_config=self._config,
             past_key_values=self._cache,
-            max_new_tokens=left if max_tokens is None else min(left, max_tokens),
             logits_processor=[self._bias],
             stopping_criteria=[_Follow(self)],
-            return_dict_in_generate=True,
         )
         self._leave_random_state()
         self._ids, self._cache = output.sequences, output.past_key_values
