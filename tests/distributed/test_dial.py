@@ -34,5 +34,5 @@ def test_processes_that_share_a_model_out_agree_on_the_measured_speed(unsized):
     options = {**unsized, "max_train_minutes": 1, "dry_run": True}
     finished = run([*command("fsdp2.yaml", 2), *recipe(options)])
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "Sized by --max_train_minutes 1.0" in finished.stdout
+    assert "Sized by max_train_minutes 1.0" in finished.stdout
     assert "there is time for" in finished.stdout, "a minute at the measured speed is more than the text is good for"
