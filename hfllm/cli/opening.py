@@ -61,7 +61,7 @@ def open_causal_lm(name: str, *, trust_remote_code: bool = False, **options: Any
         if _read_adapter_config(name).get("task_type") == "SEQ_CLS":
             raise ValueError(f"model={name} is the adapter of a classifier. Give the model that it was made from.")
         model = open_causal_lm(base, trust_remote_code=trust_remote_code, **options)
-        return merge_adapter(load_adapter(model, name))
+        return merge_adapter(load_adapter(model, name)).requires_grad_(True)  # PEFT froze the base's weights
     config = open_config(name, trust_remote_code=trust_remote_code)
     if other := [kind for kind in config.architectures or [] if kind.endswith("Classification")]:
         raise ValueError(

@@ -241,6 +241,8 @@ def test_training_that_diverges_stops_by_itself(start, tmp_path, name, learning_
     rates = {"learning_rate": learning_rate}
     if name == "classification":
         rates["head_learning_rate"] = learning_rate
+    if name.startswith("instruction"):
+        rates["load_best_model_at_end"] = False  # else the model from before the divergence is kept, which is fine
     with pytest.raises((FloatingPointError, ValueError), match="learning_rate"):
         start(name, tmp_path / "out", **rates)
     assert not (tmp_path / "out" / "model.safetensors").exists()
