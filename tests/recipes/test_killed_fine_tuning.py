@@ -119,8 +119,8 @@ def test_a_run_killed_in_its_second_epoch_and_told_to_stop_in_its_third_ends_wit
         process.kill()
         process.wait()
 
-    # A checkpoint that was written and not yet renamed would be the newest: here it is lost. The newest of the others loses
-    # a byte, as a disk may lose it.
+    # A checkpoint that was written and not yet renamed would be the newest: here it is lost. The newest of the others
+    # loses a byte, as a disk may lose it.
     shutil.rmtree(broken / "checkpoints" / WRITING, ignore_errors=True)
     checkpoints = sorted((broken / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     path = next(iter(checkpoints[-1].glob("optimizer.safetensors")))
