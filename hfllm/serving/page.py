@@ -121,7 +121,7 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
                 analytics_enabled=False,
                 api_visibility="private",
             )
-        chat.chatbot.change(None, [chat.chatbot], [kept], js="(history) => history")  # in the browser alone
+        chat.chatbot.change(None, [chat.chatbot], [kept], js="(history) => [history]")  # in the browser alone
         page.load(lambda history: (history, history), [kept], [chat.chatbot, chat.chatbot_state], queue=False)
     return page
 

@@ -23,6 +23,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from ..data.conversations import Messages
 from ..data.instruction import encode_prompt, fit_messages, padding_token_id
+from ..model.generation_gpt import CACHE_NAME
 from ..tokenization import TURN_END_TOKEN
 from .text import LONE_SURROGATE, TextStream
 
@@ -176,12 +177,12 @@ class Reply:
             self._ids,
             attention_mask=torch.ones_like(self._ids),
             generation_config=self._config,
-            past_key_values=self._cache,
+            **{CACHE_NAME: self._cache},
             logits_processor=[self._bias],
             stopping_criteria=[_Follow(self)],
         )
         self._leave_random_state()
-        self._ids, self._cache = output.sequences, output.past_key_values
+        self._ids, self._cache = output.sequences, getattr(output, CACHE_NAME)
         if self.finish_reason is not None:
             self.end()
 

@@ -32,6 +32,7 @@ from hfllm.cli.arguments import parse_arguments
 from hfllm.data import instruction
 from hfllm.data.conversations import Conversation, pair
 from hfllm.data.instruction import ConversationRows, encode_conversations, encode_prompt
+from hfllm.model.generation_gpt import CACHE_NAME
 from hfllm.serving.replies import ReplyWriter
 from tests.conftest import make_tiny_config
 from tests.recipes.conftest import RECIPES, load_recipe
@@ -141,7 +142,7 @@ def say(tokenizer, text: str, input_ids: torch.Tensor, stopping_criteria) -> Sim
         input_ids = torch.cat([input_ids, torch.tensor([[token_id]])], dim=1)
         if all(criterion(input_ids, None) for criterion in stopping_criteria):
             break
-    return SimpleNamespace(sequences=input_ids, past_key_values=None)
+    return SimpleNamespace(sequences=input_ids, **{CACHE_NAME: None})
 
 
 @pytest.fixture
