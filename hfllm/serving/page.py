@@ -55,9 +55,11 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
             sampling = replace(defaults, temperature=temperature, max_new_tokens=length, seed=seeds.getrandbits(32))
             events = JobEvents(writer, prompt_ids, [sampling])
         except ValueError as error:
-            raise gradio.Error(str(error), duration=None, print_exception=False) from error
-        except (QueueIsFull, ServerIsClosing) as error:
-            raise gradio.Error("Too many people are waiting. Try again later.", print_exception=False) from error
+            show_error(str(error))
+            return
+        except (QueueIsFull, ServerIsClosing):
+            show_error("Too many people are waiting. Try again later.")
+            return
         if len(kept_messages) < len(messages):
             gradio.Info(f"The context is full: the oldest {len(messages) - len(kept_messages)} messages were left out.")
         text = ""
@@ -65,8 +67,8 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
             while isinstance(piece := (await events.get())[1], str):
                 text += piece
                 yield text
-        except Exception as error:
-            raise gradio.Error("The reply could not be written.", print_exception=False) from error
+        except Exception:  # the writer has logged it
+            show_error("The reply could not be written.")
         finally:  # also when the page's stop button, or its end, closes this iterator
             events.cancel()
 
@@ -124,6 +126,11 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
         chat.chatbot.change(None, [chat.chatbot], [kept], js="(history) => [history]")  # in the browser alone
         page.load(lambda history: (history, history), [kept], [chat.chatbot, chat.chatbot_state], queue=False)
     return page
+
+
+def show_error(message: str) -> None:
+    """Show an error until it is closed. A gradio.Error would end the event, and leave the page without a send button."""
+    gradio.Warning(message, duration=None, title="Error")
 
 
 def as_messages(message: str, history: list[dict[str, Any]], system: str) -> Messages:
