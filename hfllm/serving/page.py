@@ -129,7 +129,7 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
 
 
 def show_error(message: str) -> None:
-    """Show an error until it is closed. A gradio.Error would end the event, and leave the page without a send button."""
+    """Show an error until it is closed. A gradio.Error would end the event and leave the page without a send button."""
     gradio.Warning(message, duration=None, title="Error")
 
 
