@@ -2,22 +2,23 @@
 
 import os
 import random
+import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 from ..data.conversations import Messages
 from .replies import JobEvents, QueueIsFull, ReplyWriter, Sampling, ServerIsClosing, context_length, encode_newest
-from .text import LONE_SURROGATE
+from .requests import RequestError
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: nothing leaves this machine
 
 import gradio
 from fastapi import FastAPI
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .application import OwnPagesOnly
+from .application import LARGEST_BODY, OwnPagesOnly, error_response
 
 
 REPLACEMENT = "\ufffd"
@@ -27,11 +28,6 @@ STYLE = """
 footer {display: none !important}
 .gradio-container {max-width: 1200px !important; margin: 0 auto !important}
 """
-
-
-def replace_surrogates(text: str | None) -> str | None:
-    """A message that Gradio can send back: half of a surrogate pair becomes a replacement character."""
-    return None if text is None else LONE_SURROGATE.sub(REPLACEMENT, text)
 
 
 def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: str | None = None) -> gradio.Blocks:
@@ -109,8 +105,6 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
             elem_id="message",
             render=False,
         )
-        # Not in a class of our own, for which Gradio would write a file beside this one.
-        message_box.preprocess = replace_surrogates  # type: ignore[method-assign, assignment]
         with chat_column:
             chat = gradio.ChatInterface(
                 respond,
@@ -170,4 +164,47 @@ def build_page_application(
         mcp_server=False,
         run_history=False,
     )
-    return OwnPagesOnly(app, host)
+    return OwnPagesOnly(WholeCharacters(app), host)
+
+
+class WholeCharacters:
+    """An application that gets a replacement character for half of a surrogate pair, in any JSON sent to it.
+
+    Gradio fails on such a text wherever it sends it back, and leaves the page without an answer.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"]) if scope["type"] == "http" else {}
+        if not headers.get(b"content-type", b"").lower().startswith(b"application/json"):
+            await self.app(scope, receive, send)
+            return
+        body, is_more = bytearray(), True
+        while is_more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return  # the client has left
+            body += message.get("body", b"")
+            is_more = message.get("more_body", False)
+            if len(body) > LARGEST_BODY:
+                error = RequestError(f"The body is larger than {LARGEST_BODY:,} bytes.", status=413)
+                await error_response(error)(scope, receive, send)
+                return
+        messages = [{"type": "http.request", "body": replace_lone_surrogates(bytes(body)), "more_body": False}]
+
+        async def receive_again() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self.app(scope, receive_again, send)
+
+
+# A whole pair, a half of one, or any other escape of JSON: so that the two of an escaped backslash are read as one.
+ESCAPES = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.DOTALL
+)
+
+
+def replace_lone_surrogates(json_text: bytes) -> bytes:
+    return ESCAPES.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], json_text)

@@ -477,6 +477,9 @@ class Page:
         """Wait until there are this many replies, and the last one is as it should be."""
         self.wait.until(lambda _: len(replies := self.replies()) == number and is_there(replies[-1]))
 
+    def wait_for_error(self, text: str) -> None:
+        self.wait.until(lambda _: any(text in shown for shown in self.texts(".toast-body")))
+
     def wait_for_the_end(self) -> None:
         self.wait.until(lambda _: self.texts("#message .submit-button") and not self.texts("#message .stop-button"))
 
@@ -522,7 +525,9 @@ def test_people_talk_to_it_in_a_real_browser_that_asks_nobody_else(way, port, br
         wait_for(f"http://127.0.0.1:{port}/", process)
         page = Page(browser, port)
         assert page.ask("Say one") == "One."
-        page.ask("Bye")
+        page.send("Bye")
+        page.wait.until(lambda _: page.texts(".user.message")[-1:] == ["Bye"])
+        page.wait_for_the_end()
         browser.save_screenshot(os.environ.get("HFLLM_SCREENSHOT", str(tmp_path / "chat.png")))
         overflow = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
         assert overflow <= 0, "nothing stands out of the window"
@@ -574,12 +579,15 @@ def test_retry_draws_again(untrained, port, browser):
 @needs_gradio
 def test_an_error_is_shown_and_the_next_message_is_answered(talker, port, browser):
     with served_page(talker, port):
-        page = Page(browser, port)
         for wrong, message in (("word " * 300, "Shorten it"), ("half a pair: {half}", "not valid Unicode")):
-            page.send(wrong)
-            page.wait.until(lambda _, text=message: any(text in shown for shown in page.texts(".toast-body")))
-            page.wait_for_the_end()
+            page = Page(browser, port)
+            for _ in range(2):  # the page makes its text box anew with each message
+                page.send(wrong)
+                page.wait_for_error(message)
+                page.wait_for_the_end()
+                page.click(".toast-close")
             assert page.ask("Say one") == "One."
+            browser.execute_script("localStorage.clear()")
 
 
 @pytest.mark.slow
