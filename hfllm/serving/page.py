@@ -26,7 +26,7 @@ REPLACEMENT = "\ufffd"
 # Settings stand beside the chat, and below it where there is no room. The chat takes the height of the window.
 STYLE = """
 footer {display: none !important}
-.gradio-container {max-width: 1200px !important; margin: 0 auto !important}
+.gradio-container {width: 100% !important; max-width: 1200px !important; margin: 0 auto !important}
 """
 
 

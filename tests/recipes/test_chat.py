@@ -531,6 +531,10 @@ def test_people_talk_to_it_in_a_real_browser_that_asks_nobody_else(way, port, br
         browser.save_screenshot(os.environ.get("HFLLM_SCREENSHOT", str(tmp_path / "chat.png")))
         overflow = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
         assert overflow <= 0, "nothing stands out of the window"
+        box = "return document.querySelector(arguments[0]).getBoundingClientRect()"
+        chat, settings = (browser.execute_script(box, name) for name in ("#message", "#temperature"))
+        is_beside, is_below = settings["left"] > chat["right"], settings["top"] > chat["bottom"]
+        assert (is_beside, is_below) == ((True, False) if width > 1000 else (False, True))
 
         messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
         asked = [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
