@@ -203,7 +203,8 @@ def save_adapter(
 ) -> None:
     """Write one adapter as PEFT does, straight into the folder, and beside it what its base is known by.
 
-    What a classifier's head was trained for stands there too: its labels, and the base's `classifier_pooling`.
+    What a classifier's head was trained for stands there too: its labels, whether one or several of them hold, and the
+    base's `classifier_pooling`.
     `base_model_name_or_path` is what other programs open the base by: `base_model_id` if given, else the name that the
     base was opened by. A base that came from the Hub's cache is written by its id; a folder's path holds on this
     machine only, which is logged.
@@ -227,7 +228,7 @@ def save_adapter(
             file.replace(folder / file.name)
     known_by = {"base_model_name_or_path": name or None, "weights_sha256": base_fingerprint(model)}
     if config.task_type == "SEQ_CLS":
-        known_by["id2label"] = base.config.id2label
+        known_by |= {"id2label": base.config.id2label, "problem_type": base.config.problem_type}
         if hasattr(base.config, "classifier_pooling"):
             known_by["classifier_pooling"] = base.config.classifier_pooling
     (folder / BASE_FILE).write_text(json.dumps(known_by, indent=2) + "\n", encoding="utf-8")
@@ -393,6 +394,9 @@ def _why_another_base(model: PreTrainedModel, config: PeftConfig, adapter: str) 
             labels, here = weight.shape[0], _features(modules[head])[1]
             if here not in (None, labels):
                 return f"its head has {labels} labels, this model's {here}; open the base with num_labels={labels}."
+        head = key.removeprefix("base_model.model.").removesuffix(".bias")
+        if head in HEADS and head in modules and getattr(modules[head], "bias", None) is None:
+            return "its head has a bias; open the base with problem_type='regression'."
     return ""
 
 

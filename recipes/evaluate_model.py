@@ -9,6 +9,7 @@
     python recipes/evaluate_model.py --model out/chat out/assistant --dataset held-out.json \\
         --conversations --check_answers
     python recipes/evaluate_model.py --model out/spam out/spam-lora --dataset test.csv --label_column label
+    python recipes/evaluate_model.py --model out/topics --dataset test.csv --label_column topics --label_separator ';'
 
 Every token of every document is predicted once, the first from the tokenizer's start token (lm-eval's rolling
 log-likelihood does so too), in windows of `--block_size` tokens; a smaller `--stride` gives each token more context.
@@ -30,7 +31,7 @@ from hfllm.data.conversations import Conversation, load_conversations
 from hfllm.data.labelled_texts import LabelledTexts, load_labelled_texts
 from hfllm.data.sources import local_paths
 from hfllm.evaluation.classification import score_labelled_texts
-from hfllm.evaluation.kinds import Kind, check_labels, find_kind
+from hfllm.evaluation.kinds import Kind, check_labels, find_kind, problem_type_of
 from hfllm.evaluation.replies import score_conversations
 from hfllm.evaluation.tasks import find_tasks, run_tasks
 from hfllm.evaluation.windows import score_documents
@@ -60,7 +61,7 @@ class EvaluateArguments(
     groups.ColumnMap,
     groups.ValidationFraction,
     groups.BlockSize,
-    groups.Stride,
+    groups.LongTexts,
     groups.Cache,
     groups.Model,
     groups.Adapter,
@@ -81,7 +82,10 @@ class EvaluateArguments(
         0.0, help="Score only what pretrain.py holds out with this fraction; 0: all documents."
     )
     block_size = differs(help="Tokens per window or row.", default_is="the model's context, at most 1,024")
-    stride = differs(help="New tokens per further window.", default_is="block_size")
+    stride = differs(
+        help="New tokens per further window.", default_is="that of training for classifiers, or block_size"
+    )
+    long_texts = differs(None, help="For classifiers: cut long texts, or average windows.", default_is="as in training")
     tasks: list[str] | None = option(None, section="lm-eval", help="Tasks of lm-eval (pip install -e '.[interop]').")
     include_path: str | None = option(
         None, section="lm-eval", help="Folder of your own tasks, YAML files.", location=Location.READ
@@ -165,10 +169,10 @@ def main(args: EvaluateArguments) -> None:
     task_manager = find_tasks(args.tasks, include_path=args.include_path) if args.tasks else None
 
     # 1. The data: the same for every model
-    data = load_data(args, kind, accelerator)
+    data = load_data(args, kind, accelerator, configs)
     if isinstance(data, LabelledTexts):
         for name, config in configs.items():
-            check_labels(name, config, data.labels)
+            check_labels(name, config, data)
 
     results: dict[str, dict[str, Any]] = {}
     for name in args.model:
@@ -195,15 +199,13 @@ def main(args: EvaluateArguments) -> None:
 def check_options_of(kind: Kind, args: EvaluateArguments) -> None:
     """Refuse the options that are for models of the other kind."""
     if kind == "causal":
-        if args.label_column != "label":
-            raise ValueError(
-                f"--label_column {args.label_column} is for classifiers; {args.model[0]} is a causal model."
-            )
+        for name in ("label_column", "label_separator", "long_texts"):
+            if (value := getattr(args, name)) not in (None, "label"):
+                raise ValueError(f"--{name} {value} is for classifiers; {args.model[0]} is a causal model.")
         return
     given = [
         (bool(args.tasks), "--tasks"),
         (args.conversations, "--conversations"),
-        (args.stride is not None, "--stride"),
         (args.validation_fraction != 0, "--validation_fraction"),
     ]
     if wrong := [option for is_given, option in given if is_given]:
@@ -216,7 +218,7 @@ def check_options_of(kind: Kind, args: EvaluateArguments) -> None:
 
 
 def load_data(
-    args: EvaluateArguments, kind: Kind, accelerator: Accelerator
+    args: EvaluateArguments, kind: Kind, accelerator: Accelerator, configs: dict[str, PretrainedConfig]
 ) -> datasets.Dataset | list[Conversation] | LabelledTexts | None:
     """Documents (parts in the columns `text` and `document`), conversations, or labelled texts."""
     if args.dataset is None:
@@ -231,8 +233,9 @@ def load_data(
     options["delimiter"] = args.delimiter
     with accelerator.main_process_first():
         if kind == "classifier":
-            columns = {"text_column": args.text_column, "label_column": args.label_column}
-            return load_labelled_texts(args.dataset, **options, **columns)
+            columns = groups.values_of(args, groups.TextColumn, groups.LabelColumn)
+            problem_type = problem_type_of(configs[args.model[0]])
+            return load_labelled_texts(args.dataset, problem_type=problem_type, **options, **columns)
         if args.conversations:
             pairs = [each.partition("=") for each in args.column_map or []]
             if wrong := ["".join(pair) for pair in pairs if not all(pair)]:
@@ -284,7 +287,10 @@ def score(
     if isinstance(data, LabelledTexts):
         # As many tokens of a text as in training, which the saved tokenizer knows
         block_size = choose_block_size(model, args, at_most=tokenizer.model_max_length)
-        numbers = score_labelled_texts(model, tokenizer, data, block_size=block_size, **options)
+        options |= {"block_size": block_size, "stride": choose_window_stride(tokenizer, args, block_size)}
+        numbers = score_labelled_texts(model, tokenizer, data, **options)
+        if options["stride"] is not None:
+            numbers["test_stride"] = options["stride"]
     elif isinstance(data, list):
         block_size = choose_block_size(model, args, at_most=1024)
         max_new_tokens = args.max_new_tokens if args.check_answers else None
@@ -314,6 +320,20 @@ def choose_block_size(model: PreTrainedModel, args: EvaluateArguments, *, at_mos
     if context is not None and block_size > context:
         raise ValueError(f"--block_size {block_size} is more than the model's context of {context}.")
     return block_size
+
+
+def choose_window_stride(tokenizer: PreTrainedTokenizerBase, args: EvaluateArguments, block_size: int) -> int | None:
+    """Tokens between the starts of a long text's windows, as in training unless it is given; None: it loses its end."""
+    trained = tokenizer.init_kwargs.get("window_stride")
+    long_texts = args.long_texts or ("cut" if trained is None else "window")
+    if long_texts == "cut":
+        if args.stride is not None:
+            raise ValueError(f"--stride {args.stride} is for windows: give --long_texts window as well.")
+        return None
+    stride = args.stride or min(trained or block_size, block_size)
+    if stride > block_size:
+        raise ValueError(f"--stride {stride} is larger than the block_size {block_size}: tokens would be left out.")
+    return stride
 
 
 def save_numbers(name: str, numbers: dict[str, Any], args: EvaluateArguments) -> None:

@@ -12,6 +12,16 @@ The book's spam messages, or a table of your own (.csv, .tsv, .jsonl, .json, .pa
     python recipes/finetune_classification.py --model out/demo --dataset mine.csv --text_column message \\
         --label_column topic --output_dir out/topics
 
+Several labels at once (lists, or cells such as `spam;long`), a number instead of a label, and documents longer than the
+model's context:
+
+    python recipes/finetune_classification.py --model out/demo --dataset mine.csv --label_column topics \\
+        --label_separator ';' --output_dir out/topics
+    python recipes/finetune_classification.py --model out/demo --dataset mine.csv --label_column stars \\
+        --problem_type regression --output_dir out/stars
+    python recipes/finetune_classification.py --model out/demo --dataset articles.jsonl --long_texts window \\
+        --output_dir out/articles
+
 On the GPUs of one machine:
 
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 recipes/finetune_classification.py \\
@@ -31,22 +41,36 @@ from hfllm.cli.arguments import check_recipe, run
 from hfllm.cli.opening import check_fit, open_config
 from hfllm.cli.options import arguments, check_numbers, differs, option
 from hfllm.data.labelled_texts import (
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
     LabelledTexts,
+    ProblemType,
     balance_labels,
+    check_label_options,
     check_labels_known,
     describe_labelled_texts,
     join_labelled_texts,
-    label_names,
+    label_targets,
     load_labelled_texts,
+    output_names,
     split_by_text,
 )
 from hfllm.data.sources import named_datasets
-from hfllm.evaluation.classification import describe_scores, predict_logits, score_beside_baselines, score_predictions
-from hfllm.fine_tuning.classification import ClassifierTrainer, freeze_all_but
+from hfllm.evaluation.classification import (
+    EVALUATED,
+    describe_scores,
+    encode_windows,
+    pool_windows,
+    predict_logits,
+    score_answers,
+    score_beside_baselines,
+)
+from hfllm.fine_tuning.classification import ClassifierTrainer, freeze_all_but, start_at_mean
 from hfllm.fine_tuning.run import open_run, training_arguments
 from hfllm.model import GPTConfig
-from hfllm.report.confusion import plot_confusion
-from hfllm.runs.finite import check_converged
+from hfllm.report.confusion import plot_confusion, plot_labels, plot_numbers
+from hfllm.runs.finite import check_converged, check_fit_of_numbers
 from hfllm.tokenization import load_classifier_tokenizer
 from hfllm.training.devices import check_precision
 
@@ -56,7 +80,6 @@ from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -73,9 +96,18 @@ BY_METHOD, HEAD_BY_METHOD = (
     ", ".join(f"{method} {small:g} / {large:g}" for method, (small, large) in rates.items())
     for rates in (LEARNING_RATES, HEAD_LEARNING_RATES)
 )
-EVALUATION = (
-    "epoch {epoch:.1f}, validation loss {eval_loss:.4f}, accuracy {eval_accuracy:.2%}, macro-F1 {eval_f1_macro:.3f}"
-)
+EVALUATION = {
+    SINGLE_LABEL: "epoch {epoch:.1f}, validation loss {eval_loss:.4f}, accuracy {eval_accuracy:.2%}, macro-F1 "
+    "{eval_f1_macro:.3f}",
+    MULTI_LABEL: "epoch {epoch:.1f}, validation loss {eval_loss:.4f}, micro-F1 {eval_f1_micro:.3f}, macro-F1 "
+    "{eval_f1_macro:.3f}, all labels right {eval_subset_accuracy:.2%}",
+    REGRESSION: "epoch {epoch:.1f}, validation: mean squared error {eval_mse:.6g}, mean absolute error {eval_mae:.6g}",
+}
+PICTURES = {
+    SINGLE_LABEL: ("confusion.png", "which labels it confuses, and how far its confidence can be trusted"),
+    MULTI_LABEL: ("labels.png", "how well it finds each label"),
+    REGRESSION: ("predictions.png", "the numbers that it says beside the true ones"),
+}
 
 
 @arguments
@@ -88,6 +120,7 @@ class ClassificationArguments(
     groups.TextColumn,
     groups.LabelColumn,
     groups.BlockSize,
+    groups.LongTexts,
     groups.Model,
     groups.Method,
     groups.LoRA,
@@ -112,14 +145,21 @@ class ClassificationArguments(
         None, section="text", help="Split of the Hub dataset to test on.", default_is="see test_fraction"
     )
     test_dataset = differs(help="Labelled texts to test on: files or a Hub id.")
-    label_column = differs(help="Column or JSON key of the label, a word or a whole number.")
+    label_column = differs(help="Column or JSON key of the label: a word, a whole number, a list of these, a number.")
+    problem_type: ProblemType | None = option(
+        None,
+        section="text",
+        help="Learn one label, several at once, or a number, in transformers' words.",
+        default_is="several for lists or with label_separator, else one",
+    )
     balance: bool = option(
         False, section="text", help="Use as many texts of each label as the rarest label has, as the book does."
     )
     split_seed: int = option(
         0, section="text", help="Random seed of the split and of balance.", at_least=0, at_most=2**32 - 1
     )
-    block_size = differs(help="Tokens of a text that are read; a longer one loses its end.", at_least=2)
+    block_size = differs(help="Tokens of a text that are read at once.", at_least=2)
+    stride = differs(default_is="block_size")
 
     # Model
     model = differs(help="Folder or Hub id of the pretrained model, with its tokenizer.")
@@ -171,6 +211,11 @@ class ClassificationArguments(
         for name in ("validation", "test"):
             if getattr(self, f"{name}_split") is not None and getattr(self, f"{name}_dataset") is not None:
                 raise ValueError(f"--{name}_split and --{name}_dataset both say what to use for {name}. Leave one out.")
+        check_label_options(self.problem_type, self.label_separator)
+        if self.problem_type is not None:
+            self.check_problem_type()
+        if self.stride is not None and self.long_texts != "window":
+            raise ValueError("--stride is for --long_texts window, which reads long texts in windows.")
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("--validation_fraction and --test_fraction leave nothing to train on.")
         defaults = ClassificationArguments()
@@ -186,6 +231,24 @@ class ClassificationArguments(
                 "Use accelerate_configs/ddp.yaml or multi_cpu.yaml; LoRA needs little memory."
             )
 
+    def check_problem_type(self) -> None:
+        """Refuse the options that are for one label a text, once it is known what the labels are."""
+        only_for_one = {"balance": self.balance, "label_smoothing_factor": self.label_smoothing_factor}
+        if self.problem_type != SINGLE_LABEL and (
+            given := [f"--{name}" for name, is_on in only_for_one.items() if is_on]
+        ):
+            raise ValueError(
+                f"{', '.join(given)}: only where a text has one label, and here problem_type is {self.problem_type}. "
+                "Leave it out."
+            )
+
+    def choose_stride(self, block_size: int) -> int | None:
+        """Tokens between the starts of the windows of a long text; None if its end is cut off."""
+        stride = (self.stride or block_size) if self.long_texts == "window" else None
+        if stride is not None and stride > block_size:
+            raise ValueError(f"--stride {stride} is larger than the block_size {block_size}: tokens would be left out.")
+        return stride
+
 
 def main(args: ClassificationArguments) -> None:
     args.check()
@@ -193,25 +256,29 @@ def main(args: ClassificationArguments) -> None:
     with open_run(args, recipe="finetune_classification") as this_run:
         # 1. The texts: read, checked and split before anything is trained
         train, validation, test = load_parts(args)
-        names = label_names(train.labels)
+        parts = {"train": train, "eval": validation, "test": test}
+        names = output_names(train, label_column=args.label_column)
         check_labels_known(names, validation=validation, test=test)
+        targets = {name: label_targets(part, names) for name, part in parts.items()}
 
-        # 2. The model, with a new head that has one output for each label. The head reads the last token of a text,
-        #    the only one that has seen all of it, or a mean over all tokens; the attention mask says which are text.
+        # 2. The model, with a new head that has one output for each label, or one for the number. The head reads the
+        #    last token of a text, the only one that has seen all of it, or a mean over all tokens; the attention mask
+        #    says which are text.
         tokenizer = load_classifier_tokenizer(args.model)
         model = open_model(args, tokenizer, names)
+        target_scale = start_at_mean(model, targets["train"]) if args.problem_type == REGRESSION else 1.0
         block_size = args.block_size or model.config.max_position_embeddings
         tokenizer.model_max_length = block_size
-        rows = {
-            name: encode(part, tokenizer, names, block_size)
-            for name, part in (("train", train), ("eval", validation), ("test", test))
-        }
+        stride = args.choose_stride(block_size)
+        if stride is not None:
+            tokenizer.init_kwargs["window_stride"] = stride  # saved with it, for evaluate_model.py
+        rows = {name: encode(part, tokenizer, names, block_size, stride) for name, part in parts.items()}
         learned = {name: [names, *zip(side["input_ids"], side["labels"], strict=True)] for name, side in rows.items()}
         if this_run.is_finished(model, tokenizer, learned):
             return
         if this_run.is_main:
             print(describe_labelled_texts(train, validation, test, names))
-            print(describe_lengths(list(rows.values()), block_size))
+            print(describe_lengths(list(rows.values()), block_size, stride))
 
         # 3. What is trained: LoRA's matrices and the head, or the part of the model that the method names
         if args.method == "lora":
@@ -231,15 +298,17 @@ def main(args: ClassificationArguments) -> None:
 
         # 4. Training. Texts of similar lengths share a batch, padded to the longest of them. After each epoch the
         #    validation loss is measured, and at the end the best epoch is loaded.
-        trainer = make_trainer(args, model, tokenizer, rows, names)
-        this_run.begin(trainer, EVALUATION.format_map)
+        trainer = make_trainer(args, model, tokenizer, rows, names, target_scale)
+        this_run.begin(trainer, EVALUATION[args.problem_type].format_map)
         seconds = this_run.train(trainer)
 
-        # 5. The model with LoRA merged into it is saved, and tested as it was saved.
+        # 5. The model with LoRA merged into it is saved, and tested as it was saved. Of a text in windows, their mean
+        #    counts.
         with this_run.writing() as folder:
             model = this_run.save_model(trainer, tokenizer, folder)
-            logits = {
-                name: predict_logits(
+            logits = {}
+            for name in ("eval", "test"):
+                of_rows = predict_logits(
                     model,
                     list(rows[name]["input_ids"]),
                     num_labels=len(names),
@@ -247,21 +316,18 @@ def main(args: ClassificationArguments) -> None:
                     pad_token_id=tokenizer.pad_token_id,
                     accelerator=trainer.accelerator,
                 )
-                for name in ("eval", "test")
-            }
+                logits[name] = pool_windows(of_rows, rows[name]["text_number"])
 
-            # 6. The numbers, beside those of a logistic regression
-            metrics = describe_training(args, trainer, seconds)
+            # 6. The numbers, beside those of a regression on words
+            metrics = describe_training(args, trainer, seconds) | {"train_texts": len(train)}
             metrics |= {"num_trained_parameters": num_trained, "num_parameters": count_parameters(model)[1]}
             if this_run.is_main:
-                parts = {"train": train, "eval": validation, "test": test}
-                ids = {
-                    name: (part.texts, [names.index(label) for label in part.labels]) for name, part in parts.items()
-                }
-                metrics |= score_beside_baselines(logits, ids, names)
-                metrics |= score_by_name(logits, {name: parts[name] for name in logits}, ids)
-                check_converged(metrics["eval_loss"], num_choices=len(names))
-                draw_confusion(metrics, names, folder, run_name=this_run.output_dir.resolve().name)
+                texts = {name: (part.texts, targets[name]) for name, part in parts.items()}
+                metrics |= score_beside_baselines(logits, texts, names, problem_type=args.problem_type)
+                metrics |= score_by_name(logits, {name: parts[name] for name in logits}, targets, names)
+                check_learned(args, metrics, targets, num_labels=len(names))
+                title = f"{this_run.output_dir.resolve().name}: {metrics['test_texts']:,} test texts"
+                draw(args, metrics, names, folder, answers=(targets["test"], logits["test"]), title=title)
             this_run.save_metrics(metrics, folder)
         this_run.finish(trainer)
         if this_run.is_main:
@@ -269,14 +335,16 @@ def main(args: ClassificationArguments) -> None:
 
 
 def score_by_name(
-    logits: dict[str, np.ndarray], parts: dict[str, LabelledTexts], ids: dict[str, tuple[list[str], list[int]]]
+    logits: dict[str, np.ndarray], parts: dict[str, LabelledTexts], targets: dict[str, np.ndarray], names: list[str]
 ) -> dict[str, float]:
-    """The accuracy on each of several validation or test datasets."""
+    """The accuracy, the micro-averaged F1 or the mean absolute error on each of several validation or test datasets."""
     scores = {}
+    main = {SINGLE_LABEL: "accuracy", MULTI_LABEL: "f1_micro", REGRESSION: "mae"}
     for side, part in parts.items():
-        is_right = logits[side].argmax(-1) == np.array(ids[side][1])
         for name, rows in part.named_rows.items():
-            scores[f"{side}_accuracy_{name}"] = float(is_right[rows.start : rows.stop].mean())
+            here = slice(rows.start, rows.stop)
+            found = score_answers(logits[side][here], targets[side][here], names, problem_type=part.problem_type)
+            scores[f"{side}_{main[part.problem_type]}_{name}"] = found[main[part.problem_type]]
     return scores
 
 
@@ -305,11 +373,17 @@ def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
 
 
 def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTexts, LabelledTexts]:
-    """The texts to train on, to validate on and to test on: given files or splits, or parts of the dataset."""
-    options = {name: getattr(args, name) for name in ("text_column", "label_column", "on_bad_record", "delimiter")}
+    """The texts to train on, to validate on and to test on: given files or splits, or parts of the dataset.
+
+    `args.problem_type` becomes what the labels are, if it was not given.
+    """
+    options: dict[str, Any] = groups.values_of(args, groups.TextColumn, groups.LabelColumn)
+    options |= {"on_bad_record": args.on_bad_record, "delimiter": args.delimiter, "problem_type": args.problem_type}
     options["exclude"] = [args.output_dir]
     data = load_labelled_texts(args.dataset, dataset_config=args.dataset_config, split=args.split, **options)
-    label_names(data.labels)
+    options["problem_type"] = args.problem_type = data.problem_type
+    args.check_problem_type()
+    output_names(data, label_column=args.label_column)
     given: dict[str, LabelledTexts | None] = {}
     for name in ("validation", "test"):
         dataset, split = getattr(args, f"{name}_dataset"), getattr(args, f"{name}_split")
@@ -345,7 +419,7 @@ def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase
         num_labels=len(names),
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
-        problem_type="single_label_classification",
+        problem_type=args.problem_type,
         dtype=torch.float32,
         **({"classifier_pooling": args.pooling} if isinstance(config, GPTConfig) else {}),
     )
@@ -353,28 +427,48 @@ def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase
     return model
 
 
-def encode(data: LabelledTexts, tokenizer: PreTrainedTokenizerBase, names: list[str], block_size: int) -> Dataset:
-    """Token ids as `pipeline` makes them. A text longer than block_size loses its end, and no token is added to it."""
-    ids = tokenizer(data.texts, truncation=False, verbose=False)["input_ids"]
+def encode(
+    data: LabelledTexts,
+    tokenizer: PreTrainedTokenizerBase,
+    names: list[str],
+    block_size: int,
+    stride: int | None = None,
+) -> Dataset:
+    """Rows of token ids as `pipeline` makes them, each with its text's label; see `encode_windows`."""
+    ids, text_numbers, lengths = encode_windows(data.texts, tokenizer, block_size=block_size, stride=stride)
+    targets = label_targets(data, names).tolist()
     return Dataset.from_dict(
         {
-            "input_ids": [row[:block_size] for row in ids],
-            "length": [min(len(row), block_size) for row in ids],
-            "num_cut": [max(0, len(row) - block_size) for row in ids],
-            "labels": [names.index(label) for label in data.labels],
+            "input_ids": ids,
+            "length": [len(row) for row in ids],
+            "labels": [targets[number] for number in text_numbers],
+            "text_number": text_numbers,
+            "text_length": [lengths[number] for number in text_numbers],
         }
     )
 
 
-def describe_lengths(parts: list[Dataset], block_size: int) -> str:
-    lengths = np.concatenate([part["length"] for part in parts])
-    cut = np.concatenate([part["num_cut"] for part in parts])
-    text = f"Lengths in tokens: median {np.median(lengths):.0f}, 95 % at most {np.quantile(lengths, 0.95):.0f}"
-    if not cut.any():
-        return f"{text}, longest {lengths.max():,}; no text is cut (block_size {block_size:,})."
+def describe_lengths(parts: list[Dataset], block_size: int, stride: int | None = None) -> str:
+    """How long the texts are, and what becomes of those that are longer than block_size."""
+    is_first = [np.diff(part["text_number"], prepend=-1) > 0 for part in parts]
+    lengths = np.concatenate([np.array(part["text_length"])[first] for part, first in zip(parts, is_first)])
+    text = (
+        f"Lengths in tokens: median {np.median(lengths):.0f}, 95 % at most {np.quantile(lengths, 0.95):.0f}, longest "
+        f"{lengths.max():,}"
+    )
+    num_long = np.count_nonzero(lengths > block_size)
+    if not num_long:
+        return f"{text}; no text is longer than block_size {block_size:,}."
+    if stride is not None:
+        return (
+            f"{text}. {num_long:,} of {len(lengths):,} texts are longer than block_size {block_size:,}, and are read "
+            f"in windows that begin {stride:,} tokens apart: all texts are {sum(map(len, parts)):,} rows, the "
+            f"{is_first[0].sum():,} training texts {len(parts[0]):,}."
+        )
+    cut = np.maximum(lengths - block_size, 0).sum()
     return (
-        f"{text}. {np.count_nonzero(cut):,} texts are longer than block_size {block_size:,} and lose their end, "
-        f"{cut.sum():,} of {lengths.sum() + cut.sum():,} tokens."
+        f"{text}. {num_long:,} texts are longer than block_size {block_size:,} and lose their end, {cut:,} of "
+        f"{lengths.sum():,} tokens (--long_texts window reads them whole)."
     )
 
 
@@ -384,6 +478,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     rows: dict[str, Dataset],
     names: list[str],
+    target_scale: float = 1.0,
 ) -> ClassifierTrainer:
     pad = DataCollatorWithPadding(tokenizer)
     return ClassifierTrainer(
@@ -400,14 +495,19 @@ def make_trainer(
         train_dataset=rows["train"],
         eval_dataset=rows["eval"],
         data_collator=lambda batch: pad([{name: row[name] for name in ("input_ids", "labels")} for row in batch]),
-        compute_metrics=lambda prediction: score_for_trainer(prediction, names),
+        score=lambda logits, targets: score_for_trainer(logits, targets, names, args.problem_type),
         head_learning_rate=args.head_learning_rate,
+        target_scale=target_scale,
     )
 
 
-def score_for_trainer(prediction: EvalPrediction, names: list[str]) -> dict[str, float]:
-    scores = score_predictions(prediction.predictions, prediction.label_ids, names)
-    return {name: scores[name] for name in ("accuracy", "f1_macro")}
+def score_for_trainer(
+    logits: np.ndarray, targets: np.ndarray, names: list[str], problem_type: ProblemType
+) -> dict[str, float]:
+    """The numbers of an evaluation during training; of a regression, the loss is the mean squared error."""
+    scores = score_answers(logits, targets, names, problem_type=problem_type)
+    chosen = {name: scores[name] for name in EVALUATED[problem_type] if scores[name] is not None}
+    return {"loss": scores["mse"], **chosen} if problem_type == REGRESSION else chosen
 
 
 def describe_training(args: ClassificationArguments, trainer: ClassifierTrainer, seconds: float) -> dict[str, Any]:
@@ -416,7 +516,7 @@ def describe_training(args: ClassificationArguments, trainer: ClassifierTrainer,
     evaluating = sum(entry.get("eval_runtime", 0) for entry in trainer.state.log_history)
     return {
         "method": args.method,
-        "train_texts": len(trainer.train_dataset),
+        "train_rows": len(trainer.train_dataset),
         "train_tokens": num_tokens,
         "padding_waste": 1 - num_tokens / num_places if num_tokens else None,
         "train_seconds": round(seconds, 1),
@@ -427,14 +527,40 @@ def describe_training(args: ClassificationArguments, trainer: ClassifierTrainer,
     }
 
 
-def draw_confusion(metrics: dict[str, Any], names: list[str], folder: Path, *, run_name: str) -> None:
-    title = f"{run_name}: {metrics['test_texts']:,} test texts"
+def check_learned(
+    args: ClassificationArguments, metrics: dict[str, Any], targets: dict[str, np.ndarray], *, num_labels: int
+) -> None:
+    """Raise a FloatingPointError if the validation loss is far worse than that of a guess."""
+    if args.problem_type == REGRESSION:
+        variance = max(np.var(targets["train"]), np.square(targets["eval"] - np.mean(targets["train"])).mean())
+        check_fit_of_numbers(metrics["eval_mse"], variance=float(variance))
+    else:
+        check_converged(metrics["eval_loss"], num_choices=2 if args.problem_type == MULTI_LABEL else num_labels)
+
+
+def draw(
+    args: ClassificationArguments,
+    metrics: dict[str, Any],
+    names: list[str],
+    folder: Path,
+    *,
+    answers: tuple[np.ndarray, np.ndarray],
+    title: str,
+) -> None:
+    """The picture of the test; `answers` are its targets and logits."""
+    path = folder / PICTURES[args.problem_type][0]
     test = {name.removeprefix("test_"): value for name, value in metrics.items() if name.startswith("test_")}
-    plot_confusion(test, names, folder / "confusion.png", title=title)
+    if args.problem_type == SINGLE_LABEL:
+        plot_confusion(test, names, path, title=title)
+    elif args.problem_type == MULTI_LABEL:
+        plot_labels(test, path, title=title)
+    else:
+        targets, logits = answers
+        plot_numbers(targets, logits[:, 0], path, name=args.label_column, title=title)
 
 
 def report(args: ClassificationArguments, metrics: dict[str, Any], output_dir: Path, *, example: str) -> None:
-    print(f"\n{describe_scores(metrics)}")
+    print(f"\n{describe_scores(metrics, problem_type=args.problem_type)}")
     speed = ""
     if metrics["train_tokens"]:
         speed = (
@@ -444,17 +570,19 @@ def report(args: ClassificationArguments, metrics: dict[str, Any], output_dir: P
         f"\n{output_dir}/adapter          LoRA's matrices alone, to load on the base" if args.method == "lora" else ""
     )
     text = example.split("\n")[0][:60]
+    picture, shows = PICTURES[args.problem_type]
+    every = ", top_k=None" if args.problem_type == MULTI_LABEL else ""
     print(f"""
 {metrics["train_tokens"]:,} tokens in {metrics["train_seconds"]:,.0f} seconds{speed}.
 
 {output_dir}                  the model, with everything it learned merged in, and its tokenizer{adapter}
-{output_dir}/confusion.png    which labels it confuses, and how far its confidence can be trusted
+{f"{output_dir}/{picture}":{len(str(output_dir)) + 17}} {shows}
 {output_dir}/report.html      the run's page, to open in a browser
 {output_dir}/metrics.json     all numbers; log.jsonl has the losses of each step
 
 Next, in Python:
     import hfllm; from transformers import pipeline
-    pipeline("text-classification", {str(output_dir)!r})({text!r}, truncation=True)""")
+    pipeline("text-classification", {str(output_dir)!r})({text!r}, truncation=True{every})""")
 
 
 if __name__ == "__main__":

@@ -320,6 +320,9 @@ class LabelColumn:
     """text"""
 
     label_column: str = option("label", help="Column or JSON key of the label.")
+    label_separator: str | None = option(
+        None, help="What stands between several labels in a cell, e.g. ';'.", default_is="a cell holds one label"
+    )
 
 
 class ColumnMap:
@@ -350,6 +353,15 @@ class Stride:
     """text"""
 
     stride: int | None = option(None, help="Tokens from the start of one window to the next.", at_least=1)
+
+
+class LongTexts(Stride):
+    """text"""
+
+    long_texts: Literal["cut", "window"] | None = option(
+        "cut",
+        help="Texts longer than block_size lose their end, or are read in windows whose logits are averaged.",
+    )
 
 
 class Cache:

@@ -1,4 +1,4 @@
-"""Parquet and Arrow -> records; numbers of a `ClassLabel` become its names."""
+"""Parquet and Arrow -> records; numbers of a `ClassLabel`, alone or in lists, become its names."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -79,13 +79,19 @@ def class_names(schema: pa.Schema) -> dict[str, list[str]]:
     try:
         metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = metadata["info"]["features"]
-        return {
-            name: list(map(str, feature["names"]))
-            for name, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-        }
+        found = {name: _class_of(feature) for name, feature in features.items()}
+        return {name: list(map(str, feature["names"])) for name, feature in found.items() if feature}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def _class_of(feature: Any) -> dict[str, Any] | None:
+    """The `ClassLabel` that a feature is, or that its lists hold, as `datasets` writes them."""
+    while isinstance(feature, dict) and feature.get("_type") in ("List", "LargeList", "Sequence"):
+        feature = feature["feature"]
+    if isinstance(feature, list) and len(feature) == 1:  # how lists were written before
+        feature = feature[0]
+    return feature if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
 
 
 def batch_records(
@@ -111,11 +117,20 @@ def batch_records(
         problem = None
         for name, names in class_names.items():
             value = row.get(name)
-            if isinstance(value, int) and value >= len(names):
-                problem = f"its {name!r} is {value:,}, and there are {len(names):,} classes"
-            elif isinstance(value, int):
-                row[name] = names[value] if value >= 0 else None  # -1: a test set whose labels are kept secret
+            numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
+            if wrong := [number for number in numbers if number >= len(names)]:
+                problem = f"its {name!r} is {wrong[0]:,}, and there are {len(names):,} classes"
+            elif isinstance(value, list):
+                row[name] = [_class_name(each, names) for each in value]
+            else:
+                row[name] = _class_name(value, names)
         yield Record(f"{place}, row {number:,}", columns=None if problem else row, problem=problem, unread=unread)
+
+
+def _class_name(value: Any, names: list[str]) -> Any:
+    if not isinstance(value, int):
+        return value
+    return names[value] if value >= 0 else None  # -1: a test set whose labels are kept secret
 
 
 def _row_alone(row: pa.RecordBatch | pa.Table) -> dict[str, Any] | str:

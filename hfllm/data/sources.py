@@ -324,10 +324,14 @@ def revision_of(builder: datasets.DatasetBuilder) -> str:
 
 
 def hub_class_names(features: datasets.Features | None) -> dict[str, list[str]]:
-    """The names of each column's classes, by which its numbers are read."""
-    return {
-        name: feature.names for name, feature in (features or {}).items() if isinstance(feature, datasets.ClassLabel)
-    }
+    """The names of each column's classes, alone or in lists, by which its numbers are read."""
+    names = {}
+    for name, feature in (features or {}).items():
+        while isinstance(feature, datasets.List | datasets.LargeList):
+            feature = feature.feature
+        if isinstance(feature, datasets.ClassLabel):
+            names[name] = feature.names
+    return names
 
 
 @contextlib.contextmanager

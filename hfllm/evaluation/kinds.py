@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
+from ..data.labelled_texts import LabelledTexts, ProblemType, words_of
+
 
 Kind = Literal["causal", "classifier"]
 
@@ -23,7 +25,7 @@ def find_kind(configs: Mapping[str, PretrainedConfig], *, adapter: str | None = 
     if adapter is not None and adapter_config(adapter).task_type == "SEQ_CLS":
         for name, config in configs.items():
             if kinds[name] == "causal":
-                config.id2label = adapter_labels(adapter)
+                config.id2label, config.problem_type = adapter_labels(adapter)
                 config.label2id = {label: index for index, label in config.id2label.items()}
             kinds[name] = "classifier"
     if len(set(kinds.values())) > 1:
@@ -33,13 +35,24 @@ def find_kind(configs: Mapping[str, PretrainedConfig], *, adapter: str | None = 
         )
     kind = next(iter(kinds.values()))
     if kind == "classifier":
+        learned = {name: problem_type_of(config) for name, config in configs.items()}
         for name, config in configs.items():
-            if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+            if learned[name] == "regression" and config.num_labels > 1:
                 raise ValueError(
-                    f"model {name} has {config.num_labels} outputs for {config.problem_type or 'regression'}. Only "
-                    "classifiers that choose one of several labels can be measured."
+                    f"model {name} says {config.num_labels} numbers of each text. Only models that say one number, or "
+                    "labels, can be measured."
                 )
+        if len(set(learned.values())) > 1:
+            listing = ", ".join(f"{name} has {problem_type}" for name, problem_type in learned.items())
+            raise ValueError(f"Only models of one problem_type can be compared, and {listing}. Measure each apart.")
     return kind
+
+
+def problem_type_of(config: PretrainedConfig) -> ProblemType:
+    """What a classifier says of a text; a config that does not tell is read as transformers' loss and pipeline do."""
+    if config.problem_type is not None:
+        return config.problem_type
+    return "regression" if config.num_labels == 1 else "single_label_classification"
 
 
 def _kind_of(name: str, config: PretrainedConfig) -> Kind:
@@ -66,22 +79,25 @@ def adapter_config(adapter: str) -> Any:
         raise ValueError(f"adapter {adapter!r} is no PEFT adapter: {str(error).splitlines()[0]}") from error
 
 
-def adapter_labels(adapter: str) -> dict[int, str]:
-    """A classifier's labels: from its adapter, or from the config.json beside it or one folder above."""
+def adapter_labels(adapter: str) -> tuple[dict[int, str], ProblemType | None]:
+    """A classifier's labels and problem_type: from its adapter, or from the config.json beside it or a folder above."""
     folder = Path(adapter).expanduser()
     for path in (folder / "base_model.json", folder / "config.json", folder.absolute().parent / "config.json"):
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if "id2label" in config:
-            return {int(index): label for index, label in config["id2label"].items()}
+            return {int(index): label for index, label in config["id2label"].items()}, config.get("problem_type")
     raise ValueError(
         f"adapter {adapter} is a classifier's, but nothing says its labels: there is no config.json with id2label in "
         "its folder or the one above. Put the run's config.json there, or give the merged model as model."
     )
 
 
-def check_labels(name: str, config: PretrainedConfig, labels: list[str]) -> None:
+def check_labels(name: str, config: PretrainedConfig, data: LabelledTexts) -> None:
     """Raise a ValueError if the classifier `name` does not know one of the labels."""
-    if unknown := sorted(set(labels) - set(config.label2id)):
+    if data.problem_type == "regression":
+        return
+    labels = {word for label in data.labels for word in words_of(label)}
+    if unknown := sorted(labels - set(config.label2id)):
         raise ValueError(
             f"The texts have the labels {unknown[:5]}, which model {name} does not know; it knows "
             f"{list(config.label2id)[:20]}. Check label_column, or rename the labels."

@@ -1,11 +1,14 @@
-"""Classifier training: frozen parameters, the order of rows, and the Trainer."""
+"""Classifier training: frozen parameters, the head of a regression, the order of rows, and the Trainer."""
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..evaluation.classification import pool_windows
 from .checkpoints import CheckpointedTrainer
 from .order import RowOrder
 
@@ -35,19 +38,49 @@ def freeze_all_but(model: PreTrainedModel, method: str) -> None:
             parameter.requires_grad_(True)
 
 
+@torch.no_grad()
+def start_at_mean(model: PreTrainedModel, numbers: np.ndarray) -> float:
+    """Let a new head say about the mean of these numbers, in their own unit; returns the scale of what it has to learn.
+
+    The scale is the numbers' root-mean-square distance from what the head says at first: its bias, or zero for the
+    heads of transformers, which have none. Its weights, drawn for numbers about as large as one, are multiplied by it.
+    """
+    head = next(module for name, module in model.named_modules() if name in HEADS)
+    start = 0.0 if head.bias is None else float(numbers.mean())
+    scale = float(np.sqrt(np.square(numbers - start).mean()))
+    head.weight.mul_(scale)
+    if head.bias is not None:
+        head.bias.fill_(start)
+    return scale
+
+
 class ClassifierTrainer(CheckpointedTrainer):
     """Trainer with the same steps and numbers on any number of processes, which counts text and padding.
 
-    Rows come in `RowOrder`, in batches of one optimizer step on all processes together. `eval_loss` is the mean over
-    the texts, each counted once. The new head and, if they are trained, the token embeddings learn with
-    `head_learning_rate`.
+    Rows come in `RowOrder`, in batches of one optimizer step on all processes together. The new head and, if they are
+    trained, the token embeddings learn with `head_learning_rate`.
+
+    `score` takes the logits (N, labels) and labels of N texts and returns the numbers of an evaluation, among them
+    `loss`. Each text counts once: the logits of its windows, rows with the same `text_number`, are pooled.
+
+    `target_scale` is that of `start_at_mean`. With it, training takes the very steps that it would take towards numbers
+    divided by the scale, and yet the weights are those of the numbers as they are, in each checkpoint too.
     """
 
     num_tokens = num_places = 0  # of this process
 
-    def __init__(self, *args: Any, head_learning_rate: float, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        head_learning_rate: float,
+        score: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+        target_scale: float = 1.0,
+        **kwargs: Any,
+    ):
         self.head_learning_rate = head_learning_rate
-        super().__init__(*args, **kwargs)
+        self.score = score
+        self.target_scale = target_scale
+        super().__init__(*args, compute_metrics=lambda prediction: {}, **kwargs)  # with it, Trainer keeps the logits
         self.model_accepts_loss_kwargs = False  # a classifier's loss is the mean over rows even if it takes **kwargs
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
@@ -62,27 +95,49 @@ class ClassifierTrainer(CheckpointedTrainer):
         # A word that decides occurs in few texts: its row of the embedding is updated rarely, and needs large steps.
         optimizer = super().create_optimizer(model)
         heads = [module for name, module in self.model.named_modules() if name.rpartition(".")[2] in HEADS]
-        tables = {
-            id(weight) for module in [self.model.get_input_embeddings(), *heads] for weight in module.parameters()
-        }
+        scales = {id(weight): 1.0 for weight in self.model.get_input_embeddings().parameters()}
+        scales |= {id(weight): self.target_scale for module in heads for weight in module.parameters()}
         for group in list(optimizer.param_groups):
-            chosen = [weight for weight in group["params"] if id(weight) in tables]
-            group["params"] = [weight for weight in group["params"] if id(weight) not in tables]
-            if chosen:
-                optimizer.add_param_group({**group, "params": chosen, "lr": self.head_learning_rate})
+            for scale in sorted(set(scales.values())):
+                chosen = [weight for weight in group["params"] if scales.get(id(weight)) == scale]
+                if chosen:
+                    # Of a weight that is `scale` times another one's, the gradient is smaller by `scale`, and a step
+                    # and what decay leaves of the weight are to be larger by it.
+                    own = {"lr": self.head_learning_rate * scale, "weight_decay": group["weight_decay"] / scale}
+                    optimizer.add_param_group({**group, "params": chosen, **own})
+                    if scale != 1:
+                        for weight in chosen:
+                            weight.register_hook(lambda gradient, scale=scale: gradient * scale)
+            group["params"] = [weight for weight in group["params"] if id(weight) not in scales]
         return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        loss, *outputs = result if return_outputs else (result,)
+        loss = loss / self.target_scale**2
+        return (loss, *outputs) if return_outputs else loss
+
+    def log(self, logs, *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs["loss"] *= self.target_scale**2  # in the unit of eval_loss
+        super().log(logs, *args, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> list[int]:
+        """Longest rows first, so that those of a batch have about the same length."""
+        return np.argsort(-np.array(eval_dataset["length"]), kind="stable").tolist()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.num_tokens += inputs["attention_mask"].sum()
         self.num_places += inputs["attention_mask"].numel()
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if f"{metric_key_prefix}_loss" in output.metrics and output.label_ids is not None:
-            logits = torch.from_numpy(output.predictions).double()
-            loss = nn.functional.cross_entropy(logits, torch.from_numpy(output.label_ids))
-            output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        rows = dataloader.dataset
+        text_numbers = np.array(rows["text_number"])[self._get_eval_sampler(rows)]
+        _, first_rows = np.unique(text_numbers, return_index=True)
+        scores = self.score(pool_windows(output.predictions, text_numbers), output.label_ids[first_rows])
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
 
     def count_tokens(self) -> tuple[int, int]:

@@ -17,7 +17,16 @@ from ..report import write_page
 from ..report.escaping import markdown_block, markdown_code, markdown_text
 from ..report.page import PAGE_FILE
 from ..report.run import Run, is_hub_id, is_place, read_run, without_places
-from ..report.words import dataset_in_words, format_value, is_chat, kind_of, label_of, plain_value, sentence_about
+from ..report.words import (
+    dataset_in_words,
+    format_value,
+    is_chat,
+    is_classifier,
+    label_of,
+    plain_value,
+    problem_type_of,
+    sentence_about,
+)
 
 
 CARD_FILE = "README.md"
@@ -32,10 +41,22 @@ METRICS = {  # of metrics.json -> type and name of the Hub's metric
     "accuracy": ("accuracy", "accuracy"),
     "f1_macro": ("f1", "F1, mean over classes"),
     "f1": ("f1", "F1"),
+    "f1_micro": ("f1", "F1, over all labels"),
+    "subset_accuracy": ("accuracy", "texts with all labels right"),
+    "mse": ("mse", "mean squared error"),
+    "mae": ("mae", "mean absolute error"),
+    "r2": ("r_squared", "R2"),
+    "pearson": ("pearsonr", "Pearson correlation"),
+    "spearman": ("spearmanr", "Spearman correlation"),
     "exact_match": ("exact_match", "exact match"),
 }
 SPLITS = {"eval": "validation", "test": "test"}
-PICTURES = {"curves.png": "Curves of the training", "confusion.png": "What it confuses"}
+PICTURES = {
+    "curves.png": "Curves of the training",
+    "confusion.png": "What it confuses",
+    "labels.png": "How well it finds each label",
+    "predictions.png": "Numbers that it says, beside the true ones",
+}
 MAX_SAMPLE_CHARACTERS = 1200
 
 
@@ -132,8 +153,7 @@ def _cut_at_marks(text: str) -> tuple[str, str, str]:
 
 def _metadata(run: Run, *, repo_id: str | None, base_model: str | None) -> ModelCardData:
     dataset = _dataset(run)  # trained on
-    is_classifier = kind_of(run) == "text classifier" or run.adapter.get("task_type") == "SEQ_CLS"
-    task = "text-classification" if is_classifier else "text-generation"
+    task = "text-classification" if is_classifier(run) else "text-generation"
     results = [
         EvalResult(
             task_type=task,
@@ -168,22 +188,15 @@ def _metadata(run: Run, *, repo_id: str | None, base_model: str | None) -> Model
 
 def _usage(run: Run, name: str, base: str | None) -> str:
     """Commands that run as they stand, in a process without hfllm."""
-    is_classifier = kind_of(run) == "text classifier" or run.adapter.get("task_type") == "SEQ_CLS"
     trust = ", trust_remote_code=True" if run.config.get("model_type", "hfllm_gpt") == "hfllm_gpt" else ""
     prompt = run.arguments.get("sample_prompt") or ("import " if run.arguments.get("dataset") == "stdlib" else "The ")
     quoted = json.dumps(name)
     if run.adapter:
-        return _adapter_usage(run, quoted, base, is_classifier)
+        return _adapter_usage(run, quoted, base)
     if is_chat(run):
         return _chat_usage(run, name, trust)
-    if is_classifier:
-        return f"""```python
-from transformers import pipeline
-
-classify = pipeline("text-classification", {quoted}{trust})
-print(classify("A text to sort."))
-```
-"""
+    if is_classifier(run):
+        return _classifier_usage(run, quoted, trust)
     text = f"""```python
 from transformers import pipeline
 
@@ -199,6 +212,28 @@ From its checkout:
 ```
 python recipes/generate.py --model {shlex.quote(name)} --prompt {shlex.quote(prompt)}
 ```
+"""
+    return text
+
+
+def _classifier_usage(run: Run, quoted: str, trust: str) -> str:
+    problem_type = problem_type_of(run)
+    call = 'classify("A text to sort.")'
+    if problem_type == "multi_label_classification":
+        call = '[each for each in classify("A text to sort.", top_k=None) if each["score"] > 0.5]'
+    elif problem_type == "regression":
+        call = 'classify("A text to judge.")[0]["score"]'
+    text = f"""```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", {quoted}{trust})
+print({call})
+```
+"""
+    if run.arguments.get("long_texts") == "window":
+        text += """
+It was trained, and measured, on long texts in windows whose logits are averaged. A pipeline reads the first window only
+(`truncation=True`); `predict_texts` of `hfllm.evaluation.classification` reads all.
 """
     return text
 
@@ -219,11 +254,11 @@ checkout, in the terminal, as a web page (`--web`) or as an OpenAI-compatible se
 {markdown_block(f"python recipes/chat.py --model {shlex.quote(name)}", "")}"""
 
 
-def _adapter_usage(run: Run, quoted: str, base: str | None, is_classifier: bool) -> str:
+def _adapter_usage(run: Run, quoted: str, base: str | None) -> str:
     where = json.dumps(base) if base else "..."
     notes = [] if base and is_hub_id(base) else ["Its base is not on the Hub: put the base's folder in place of `...`."]
     auto, options, example = "AutoModelForCausalLM", "", ""
-    if is_classifier:
+    if is_classifier(run):
         auto = "AutoModelForSequenceClassification"
         labels = run.adapter_base.get("id2label") or run.config.get("id2label")
         names = ", ".join(
@@ -235,9 +270,17 @@ def _adapter_usage(run: Run, quoted: str, base: str | None, is_classifier: bool)
         pooling = run.adapter_base.get("classifier_pooling") or run.arguments.get("pooling") or "last"
         if pooling != "last":
             options += f", classifier_pooling={json.dumps(pooling)}"
-        example = """
+        problem_type = problem_type_of(run)
+        shown = "model.config.id2label[logits.argmax().item()]"
+        if problem_type == "multi_label_classification":
+            shown = "[model.config.id2label[index] for index in (logits[0] > 0).nonzero()[:, 0].tolist()]"
+        elif problem_type == "regression":
+            shown = "logits.item()"
+        if problem_type not in (None, "single_label_classification"):
+            options += f", problem_type={json.dumps(problem_type)}"
+        example = f"""
 logits = model(**tokenizer("A text to sort.", return_tensors="pt")).logits
-print(model.config.id2label[logits.argmax().item()])
+print({shown})
 """
     return f"""```python
 from peft import PeftModel
@@ -352,11 +395,16 @@ def _limits(run: Run) -> str:
     window = f" It reads {context:,} tokens at most." if context else ""
     parameters = run.metrics.get("num_parameters") or 0
     small = " It is a small model, made to learn from: what it says is often wrong." if parameters < 1e9 else ""
-    if kind_of(run) == "text classifier":
-        return (
-            "It knows the labels and the kind of text it was trained on, and gives every text one of them, however "
-            f"little it fits.{window} The numbers above hold for texts like those of its data set."
-        )
+    if is_classifier(run):
+        gives = {
+            "regression": "It knows the kind of text it was trained on, and says a number of every text, however "
+            "little it fits.",
+            "multi_label_classification": "It knows the labels and the kind of text it was trained on, and looks for "
+            "nothing else.",
+        }
+        one = "It knows the labels and the kind of text it was trained on, and gives every text one of them, however "
+        says = gives.get(problem_type_of(run) or "", f"{one}little it fits.")
+        return f"{says}{window} The numbers above hold for texts like those of its data set."
     if is_chat(run):
         return (
             f"It answers questions of the kind it was fine-tuned on. It answers other questions too, but wrongly."

@@ -15,7 +15,7 @@ from .errors import PushError
 # What tells of the run, for the card and the page of its other form.
 RUN_FILES = (
     *("arguments.yaml", "metrics.json", "log.jsonl", "samples.txt", "environment.json", "curves.png"),
-    "confusion.png",
+    *("confusion.png", "labels.png", "predictions.png"),
     *("tokenizer_report.json", "README.md"),
 )
 
@@ -36,6 +36,7 @@ def save_merged(folder: str | Path, target: str | Path) -> None:
         if "id2label" in config:
             labels = {"id2label": {int(key): label for key, label in config["id2label"].items()}}
             labels["label2id"] = {label: key for key, label in labels["id2label"].items()}
+            labels["problem_type"] = config.get("problem_type")
     try:
         model: PreTrainedModel = auto_class.from_pretrained(base, dtype="float32", **labels)
         dtype = getattr(model.config, "dtype", None) or model.dtype

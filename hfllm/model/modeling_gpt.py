@@ -524,12 +524,15 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
     # The loss is the mean over rows. Without this, Trainer concludes from the keywords of `forward` that the loss is
     # divided by num_items_in_batch, and multiplies gradients by the accumulation and by the number of processes.
     accepts_loss_kwargs = False
+    # A model that was given its problem_type by its first loss was built, and is saved, without the bias: it is zero.
+    _keys_to_ignore_on_load_missing = [r"score\.bias"]
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = GPTModel(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        # The mean of the numbers to be learned may be far from zero. transformers' own heads have no bias.
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=config.problem_type == "regression")
 
         self.post_init()
 

@@ -1,7 +1,8 @@
-"""A picture of what a classifier confuses, and of how far its confidence can be believed."""
+"""Pictures of a classifier's test: what it confuses, how well it finds each label, and numbers beside the true ones."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,10 +61,68 @@ def plot_confusion(scores: dict, names: Sequence[str], path: str | Path, *, titl
     right.set_title(f"expected calibration error {scores['ece']:.3f}", color=TEXT, fontsize=10)
     right.legend(frameon=False, loc="upper left", fontsize=8)
     for axes in (left, right):
-        axes.tick_params(colors=TEXT, labelsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(EDGE)
+        _finish(axes)
     if title:
         figure.suptitle(drawable(title, 80), color=TEXT)
     figure.savefig(path, dpi=120)
     return Path(path)
+
+
+@plain_labels()
+def plot_labels(scores: dict, path: str | Path, *, title: str | None = None) -> Path:
+    """Draw each label's F1 as a bar, with its precision and recall on it, into a PNG; returns its path.
+
+    `scores` is `score_label_sets`'s result. Labels are in the order of their number of texts, which stands beside them.
+    """
+    from matplotlib.figure import Figure
+
+    rows = sorted(scores["per_label"].items(), key=lambda item: item[1]["texts"])[-40:]  # more of them do not fit
+    figure = Figure(figsize=(8, 1.8 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    axes.barh(places, [row["f1"] for _, row in rows], color=TRAINING, alpha=0.6, label="F1")
+    axes.plot([row["precision"] for _, row in rows], places, "o", color=TEXT, markersize=5, label="precision")
+    axes.plot([row["recall"] for _, row in rows], places, "s", color=VALIDATION, markersize=5, label="recall")
+    axes.set_yticks(places, [f"{drawable(name)}, {row['texts']:,}" for name, row in rows])
+    axes.set(xlim=(0, 1.02))
+    axes.set_title(
+        f"micro-F1 {scores['f1_micro']:.3f}, macro-F1 {scores['f1_macro']:.3f}, all labels right "
+        f"{scores['subset_accuracy']:.1%}",
+        color=TEXT,
+        fontsize=10,
+    )
+    figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=9)
+    _finish(axes)
+    if title:
+        figure.suptitle(drawable(title, 80), color=TEXT)
+    figure.savefig(path, dpi=120)
+    return Path(path)
+
+
+@plain_labels()
+def plot_numbers(
+    true: np.ndarray, predicted: np.ndarray, path: str | Path, *, name: str, title: str | None = None
+) -> Path:
+    """Draw predicted numbers over the true ones into a PNG; returns its path. On the diagonal a prediction is right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
+    ends = [min(true.min(), predicted.min()), max(true.max(), predicted.max())]
+    axes.plot(ends, ends, color=EDGE, linestyle="--", linewidth=1)
+    axes.axhline(true.mean(), color=VALIDATION, linewidth=1, label="mean of the true numbers")
+    axes.plot(true, predicted, "o", color=TRAINING, markersize=4, alpha=max(0.15, min(0.8, 100 / len(true))))
+    axes.set_xlabel(f"{drawable(name)}, true", color=TEXT)
+    axes.set_ylabel(f"{drawable(name)}, predicted", color=TEXT)
+    axes.legend(frameon=False, loc="upper left", fontsize=8)
+    _finish(axes)
+    if title:
+        figure.suptitle(drawable(title, 80), color=TEXT)
+    figure.savefig(path, dpi=120)
+    return Path(path)
+
+
+def _finish(axes: Any) -> None:
+    axes.tick_params(colors=TEXT, labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(EDGE)

@@ -19,9 +19,10 @@ from .words import (
     LOWER_IS_BETTER,
     format_seconds,
     format_value,
-    kind_of,
+    is_classifier,
     label_of,
     plain_value,
+    problem_type_of,
     sentence_about,
     short_number,
 )
@@ -33,13 +34,16 @@ SHOWN_SAMPLES = 6
 PANELS = (
     ("eval_bits_per_byte", "Bits per byte", "validation"),
     ("eval_accuracy", "Accuracy", "validation"),
+    ("eval_f1_micro", "F1", "validation, over all labels"),
     ("eval_f1_macro", "F1", "validation, mean over classes"),
+    ("eval_mae", "Mean absolute error", "validation"),
     ("learning_rate", "Learning rate", ""),
     ("grad_norm", "Gradient norm", ""),
     ("tokens_per_second", "Throughput", "tokens per second"),
 )
 TILES = (
-    *("test_accuracy", "eval_accuracy", "test_f1_macro", "eval_f1_macro", "eval_bits_per_byte", "test_loss"),
+    *("test_accuracy", "eval_accuracy", "test_f1_micro", "eval_f1_micro", "test_f1_macro", "eval_f1_macro"),
+    *("test_mae", "eval_mae", "test_r2", "eval_r2", "eval_bits_per_byte", "test_loss"),
     *("eval_loss", "eval_perplexity", "num_parameters", "train_tokens", "train_seconds", "tokens_per_second"),
 )
 MAX_TILES = 8
@@ -163,7 +167,10 @@ def _curves(run: Run) -> str:
 
 
 def _unit_of_loss(run: Run) -> str:
-    return "nats per text" if kind_of(run) == "text classifier" else "nats per token"
+    if not is_classifier(run):
+        return "nats per token"
+    units = {"regression": "mean squared error", "multi_label_classification": "nats per label"}
+    return units.get(problem_type_of(run) or "", "nats per text")
 
 
 def _panel(key: str, title: str, unit: str, runs: Sequence[Run], names: Sequence[str]) -> str:

@@ -12,6 +12,13 @@ LABELS = {
     "bits_per_byte": "bits per byte",
     "accuracy": "accuracy",
     "f1_macro": "F1, mean over classes",
+    "f1_micro": "F1, over all labels",
+    "subset_accuracy": "texts with all labels right",
+    "mse": "mean squared error",
+    "mae": "mean absolute error",
+    "r2": "R2",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
     "tokens": "tokens scored",
     "bytes": "bytes scored",
     "train_steps": "optimizer steps",
@@ -31,8 +38,11 @@ LABELS = {
     "tokenizer_sha256": "tokenizer, sha256",
 }
 PARTS = {"eval_": "validation", "test_": "test"}
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "train_seconds", "calibration_error", "brier")
-HIGHER_IS_BETTER = ("accuracy", "f1", "exact_match", "tokens_per_second", "mfu", "precision", "recall")
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "train_seconds", "calibration_error", "brier", "mse", "mae")
+HIGHER_IS_BETTER = (
+    *("accuracy", "f1", "exact_match", "tokens_per_second", "mfu", "precision", "recall"),
+    *("subset_accuracy", "r2", "pearson", "spearman"),
+)
 
 
 def label_of(name: str) -> str:
@@ -104,8 +114,18 @@ def kind_of(run: Run) -> str:
         return "chat model"
     architectures = run.config.get("architectures") or [""]
     if "SequenceClassification" in architectures[0]:
-        return "text classifier"
+        return "text regression model" if run.config.get("problem_type") == "regression" else "text classifier"
     return "language model"
+
+
+def is_classifier(run: Run) -> bool:
+    """Whether it labels texts, or says a number of each."""
+    return kind_of(run) in ("text classifier", "text regression model") or run.adapter.get("task_type") == "SEQ_CLS"
+
+
+def problem_type_of(run: Run) -> str | None:
+    """What a classifier learned, in transformers' words."""
+    return run.config.get("problem_type") or run.adapter_base.get("problem_type")
 
 
 def is_chat(run: Run) -> bool:

@@ -43,3 +43,17 @@ def check_converged(loss: float, *, num_choices: int, before: float | None = Non
         f"Training has diverged: the loss is {loss:.4g} nats, and a uniform guess has {guess:.4g}.{was} The model was "
         "not saved. Start again with a lower learning_rate."
     )
+
+
+def check_fit_of_numbers(mse: float, *, variance: float) -> None:
+    """Raise if the mean squared error of a trained model is ten times the variance of the numbers, or not finite.
+
+    Raises:
+        FloatingPointError: always saying the mean would be far better.
+    """
+    if math.isfinite(mse) and mse <= 10 * variance:
+        return
+    raise FloatingPointError(
+        f"Training has diverged: the mean squared error is {mse:.4g}, and the numbers' variance is {variance:.4g}. The "
+        "model was not saved. Start again with a lower learning_rate."
+    )

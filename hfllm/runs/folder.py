@@ -53,7 +53,8 @@ EXPORTED_FILES = ("*.gguf", "*.onnx", "*.onnx.data")
 # somebody else's may have such a name in a folder where a run begins.
 RUN_FILES = (
     *(ARGUMENTS, "environment.json", "log.jsonl", "samples.txt", "metrics.json", "report.html"),
-    *("curves.png", "confusion.png", "config.json", "generation_config.json", "*_gpt.py", *WEIGHTS, *TOKENIZER_FILES),
+    *("curves.png", "confusion.png", "labels.png", "predictions.png"),
+    *("config.json", "generation_config.json", "*_gpt.py", *WEIGHTS, *TOKENIZER_FILES),
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/base_model.json"),
     *("adapter/README.md", *(f"adapter/{name}" for name in TOKENIZER_FILES)),
 )

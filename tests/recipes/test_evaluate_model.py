@@ -164,7 +164,7 @@ def test_what_cannot_be_measured_says_so(evaluate, save_model, text, tmp_path):
         (["--model", tmp_path / "absent", "--dataset", text], "neither a folder nor a model"),
         (["--model", classifier, "--dataset", text], "no column 'label'"),
         (["--model", classifier, "--dataset", text, "--conversations"], "--conversations: for causal models"),
-        (["--model", classifier, "--dataset", text, "--stride", 4], "--stride: for causal models"),
+        (["--model", classifier, "--dataset", text, "--stride", 4], "is for windows: give --long_texts window"),
         (["--model", classifier, "--dataset", "stdlib"], "trained on most of its docstrings"),
         (["--model", folder, classifier, "--dataset", text], "these are of two.*classifier is a classifier model"),
         (["--model", folder, "--dataset", text, "--label_column", "kind"], "is for classifiers"),

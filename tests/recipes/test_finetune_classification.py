@@ -214,7 +214,7 @@ def test_a_long_text_loses_its_end_and_ends_with_a_token_of_its_own(recipe, base
         == tokenizer(text)["input_ids"][:16]
         == tokenizer(text, truncation=True, max_length=16)["input_ids"]
     )
-    assert row["num_cut"] == len(tokenizer(text)["input_ids"]) - 16
+    assert row["text_length"] == len(tokenizer(text)["input_ids"])
     assert row["input_ids"][-1] not in tokenizer.all_special_ids
 
 
@@ -393,8 +393,8 @@ def test_several_test_datasets_are_told_apart(recipe, spam, tmp_path):
     args = recipe.ClassificationArguments(dataset=str(spam), test_dataset=f"{tmp_path}/a.tsv,{tmp_path}/b.tsv")
     test = recipe.load_parts(args)[2]
     assert test.texts == ["one fish", "a dog", "two fish", "three fish"]
-    logits, ids = {"test": np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])}, {"test": (test.texts, [1, 0, 1, 1])}
-    scores = recipe.score_by_name(logits, {"test": test}, ids)
+    logits, targets = {"test": np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])}, {"test": np.array([1, 0, 1, 1])}
+    scores = recipe.score_by_name(logits, {"test": test}, targets, ["ham", "spam"])
     assert scores == {"test_accuracy_a": 0.5, "test_accuracy_b": 1.0}
 
 
