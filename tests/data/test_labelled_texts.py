@@ -16,8 +16,10 @@ from hfllm.data.labelled_texts import (
     check_labels_known,
     describe_labelled_texts,
     label_names,
+    label_targets,
     load_labelled_texts,
     normalized,
+    output_names,
     split_by_text,
 )
 
@@ -188,3 +190,130 @@ def test_the_description_says_what_is_odd():
         "Left out: 2 empty texts",
     ):
         assert words in text
+
+
+TOPICS = [["spam", "long"], [], ["7"], ["long"]]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.csv", "a.tsv", "lines.txt"])
+def test_several_labels_of_a_text_are_a_list_or_a_cell_with_a_separator(name, tmp_path):
+    path = tmp_path / name
+    is_table = name.endswith((".csv", ".tsv", ".txt"))
+    if name == "lines.txt":
+        path.write_text("".join(f"{'; '.join(words)}\ttext {n}\n" for n, words in enumerate(TOPICS)))
+    else:
+        labels = ["; ".join(words) if is_table else words for words in TOPICS]
+        write(path, [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)])
+    data = load_labelled_texts(str(path), label_separator=";" if is_table else None)
+    assert data.problem_type == "multi_label_classification"
+    assert (data.texts[1], data.labels) == ("text 1", TOPICS)
+    assert label_names(data.labels) == ["7", "long", "spam"]
+    assert label_targets(data, ["7", "long", "spam"]).tolist() == [[0, 1, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0]]
+
+
+def test_lists_of_a_class_label_are_read_by_its_names(monkeypatch, tmp_path):
+    classes = datasets.ClassLabel(names=["joy", "fear", "love"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.List(classes)})
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [[2, 0], []]}, features=features)
+    table.to_parquet(tmp_path / "a.parquet")
+    assert load_labelled_texts(str(tmp_path / "a.parquet")).labels == [["love", "joy"], []]
+    monkeypatch.setattr(sources, "hub_table", lambda *args: table)
+    assert load_labelled_texts("owner/emotions").labels == [["love", "joy"], []]
+
+    # As datasets wrote lists before it had the type List
+    old = {
+        "info": {"features": {"label": {"feature": {"names": ["x", "y"], "_type": "ClassLabel"}, "_type": "Sequence"}}}
+    }
+    plain = pa.table({"text": ["a", "b"], "label": [[1], [0, 9]]}, metadata={"huggingface": json.dumps(old)})
+    pq.write_table(plain, tmp_path / "old.parquet")
+    with pytest.raises(ValueError, match="row 2: its 'label' is 9, and there are 2 classes"):
+        load_labelled_texts(str(tmp_path / "old.parquet"))
+    assert load_labelled_texts(str(tmp_path / "old.parquet"), on_bad_record="skip").labels == [["y"]]
+
+
+def test_numbers_are_learned_as_they_stand(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,3.5\nb,-2e3\nc, 7 \n")
+    write(tmp_path / "a.jsonl", [{"text": "a", "label": 3.5}, {"text": "b", "label": -2000}, {"text": "c", "label": 7}])
+    (tmp_path / "a.txt").write_text("3.5\ta\n-2e3\tb\n7\tc\n1e1\td\n")
+    for name in ("a.csv", "a.jsonl", "a.txt"):
+        data = load_labelled_texts(str(tmp_path / name), problem_type="regression")
+        assert data.labels[:3] == [3.5, -2000.0, 7.0] and data.problem_type == "regression"
+    assert label_targets(data, ["label"]).tolist() == [3.5, -2000.0, 7.0, 10.0]
+    assert output_names(data, label_column="stars") == ["stars"]
+
+
+@pytest.mark.parametrize(
+    "label, options, message",
+    [
+        (["a"], {"problem_type": "single_label_classification"}, "'label' is a list, .* problem_type='multi_label_cl"),
+        (0.5, {}, "is 0.5, not a word or a whole number; numbers are problem_type='regression'"),
+        (
+            "a;b",
+            {"problem_type": "multi_label_classification"},
+            "'a;b', not a list of labels; say with label_separator",
+        ),
+        ("a;;b", {"label_separator": ";"}, r"\['a', '', 'b'\], in which something is not a word"),
+        ([["a"]], {}, r"\[\['a'\]\], in which something is not a word or a whole number"),
+        ([0, 1, 0, 0], {}, r"\[0, 1, 0, 0\], with a label twice; list the labels that the text has"),
+        (None, {"label_separator": ";"}, "null, not a list of labels"),
+        ("good", {"problem_type": "regression"}, "'good', not a number"),
+        ("3,5", {"problem_type": "regression"}, "'3,5', not a number"),
+        ("nan", {"problem_type": "regression"}, "'nan', not a number"),
+        (True, {"problem_type": "regression"}, "a boolean, not a number"),
+        (10**400, {"problem_type": "regression"}, "a number, not a number that float32 can learn"),
+        ("1e39", {"problem_type": "regression"}, "'1e39', not a number that float32 can learn"),
+    ],
+)
+def test_a_label_of_another_kind_is_refused_with_its_place(label, options, message, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "a", "label": label}) + "\n")
+    with pytest.raises(ValueError, match=f"a.jsonl, line 1: its 'label' is .*{message}"):
+        load_labelled_texts(str(path), **options)
+
+
+def test_lists_and_words_in_one_file_are_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": "x"}])
+    with pytest.raises(ValueError, match="line 2: its 'label' is 'x', not a list of labels"):
+        load_labelled_texts(path)
+    for options, message in [
+        ({"problem_type": "regression", "label_separator": ";"}, "label_separator=';' is for several labels"),
+        ({"problem_type": "ranking"}, "problem_type='ranking': choose from single_label_classification"),
+        ({"label_separator": ""}, "give what stands between two labels"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_labelled_texts(path, **options)
+
+
+def test_labels_and_numbers_that_are_all_the_same_are_refused():
+    with pytest.raises(ValueError, match=r"All 3 texts have the labels \['a', 'b'\]"):
+        label_names([["a", "b"], ["b", "a"], ["a", "b"]])
+    with pytest.raises(ValueError, match="All 2 texts have the number 3.5"):
+        output_names(LabelledTexts(["x", "y"], [3.5, 3.5], "regression"), label_column="stars")
+    with pytest.raises(ValueError, match="Numbers are learned with problem_type='regression'"):
+        label_names([str(n) for n in range(20)])
+    assert label_names([["only"], []]) == ["only"]  # a text has it or not
+
+
+def test_a_split_of_several_labels_or_of_numbers_gives_each_part_its_share():
+    labels = [["often"] * (n % 2) + ["rare"] * (n % 20 == 0) for n in range(600)]
+    data = LabelledTexts([f"text {n}" for n in range(600)], labels, "multi_label_classification")
+    numbers = LabelledTexts(data.texts, [float(n) for n in range(600)], "regression")
+    for part, share in zip(split_by_text(data), (0.7, 0.1, 0.2)):
+        assert sum("rare" in words for words in part.labels) == pytest.approx(30 * share, abs=1)
+        assert part.problem_type == "multi_label_classification"
+    for part, share in zip(split_by_text(numbers), (0.7, 0.1, 0.2)):
+        assert sum(number < 60 for number in part.labels) == pytest.approx(60 * share, abs=1)
+    with pytest.raises(ValueError, match=r"validation texts have labels that no training text has: 'new' \(1 texts\)"):
+        check_labels_known(["a"], validation=LabelledTexts(["x"], [["a", "new"]], "multi_label_classification"))
+
+
+def test_the_description_says_how_many_labels_a_text_has_and_what_the_numbers_are():
+    sets = LabelledTexts(["a", "b", "c", "A"], [["x", "y"], ["x"], [], ["y", "x"]], "multi_label_classification")
+    none = sets.select([])
+    text = describe_labelled_texts(sets, none, none, ["x", "y"])
+    assert "Labels: 2, several at once (multi_label_classification); in training x 3, y 2. 1.25 labels a text" in text
+    assert "1 texts have none" in text and "Conflicts" not in text  # the order of labels means nothing
+    numbers = LabelledTexts(["a", "b", "c", "A"], [1.0, 2.0, 3.0, 6.0], "regression")
+    text = describe_labelled_texts(numbers, none, none, ["label"])
+    assert "from 1 to 6, mean 3, standard deviation 1.87083. Always saying the mean is 1.5 off" in text
+    assert "Conflicts: 1 texts occur with another number." in text and "fewer than five" not in text

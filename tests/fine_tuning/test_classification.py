@@ -15,7 +15,7 @@ from hfllm.evaluation.classification import (
     score_beside_baselines,
     score_predictions,
 )
-from hfllm.fine_tuning.classification import ClassifierTrainer, RowOrder, freeze_all_but
+from hfllm.fine_tuning.classification import ClassifierTrainer, RowOrder, freeze_all_but, start_at_mean
 from hfllm.report.confusion import plot_confusion
 from tests.conftest import make_tiny_config
 
@@ -161,11 +161,13 @@ def test_the_order_is_a_function_of_seed_and_epoch_and_leaves_out_other_rows_in_
     assert len(list(RowOrder([3, 1, 2], batch_size=8, by_length=True, seed=0))) == 3
 
 
-def make_trainer(model, tmp_path, **options) -> ClassifierTrainer:
+def make_trainer(model, tmp_path, target_scale=1.0, numbers=None, **options) -> ClassifierTrainer:
     generator = np.random.default_rng(0)
     rows = [generator.integers(3, 64, generator.integers(3, 12)).tolist() for _ in range(35)]
     data = {"input_ids": rows, "length": list(map(len, rows)), "labels": [len(row) % 3 for row in rows]}
     data["text_number"] = list(range(len(rows)))
+    if numbers is not None:
+        data["labels"] = numbers
 
     def collate(batch):
         length = max(len(row["input_ids"]) for row in batch)
@@ -185,8 +187,14 @@ def make_trainer(model, tmp_path, **options) -> ClassifierTrainer:
         **options,
     )
     dataset = Dataset.from_dict(data)
-    score = lambda logits, labels: {"loss": score_predictions(logits, labels, range(3))["loss"]}  # noqa: E731
-    return ClassifierTrainer(model, arguments, collate, dataset, dataset, head_learning_rate=1e-2, score=score)
+
+    def score(logits, labels):
+        if numbers is not None:
+            return {"loss": float(((logits[:, 0] - labels) ** 2).mean())}
+        return {"loss": score_predictions(logits, labels, range(3))["loss"]}
+
+    rates = {"head_learning_rate": 1e-2, "target_scale": target_scale}
+    return ClassifierTrainer(model, arguments, collate, dataset, dataset, score=score, **rates)
 
 
 @pytest.mark.parametrize(
@@ -250,3 +258,55 @@ def test_the_head_and_trained_embeddings_take_steps_of_their_own(tmp_path):
         else:
             assert fast == {"score.weight", "model.embed_tokens.weight"}
         assert {rate for name, rate in by_rate.items() if name not in fast} == {1e-3}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_numbers_in_another_unit_are_learned_by_the_same_steps_and_said_in_that_unit(adapted, tmp_path):
+    numbers = np.random.default_rng(3).normal(2, 1.5, 35)
+    said, losses = [], []
+    for unit, zero in ((1.0, 0.0), (1000.0, -7000.0), (1e-3, 5.0)):
+        torch.manual_seed(0)
+        config = make_tiny_config("modern", num_labels=1, problem_type="regression", classifier_pooling="mean")
+        model = hfllm.GPTForSequenceClassification(config)
+        scale = start_at_mean(model, unit * numbers + zero)
+        assert scale == pytest.approx(unit * numbers.std()) and model.score.bias.item() == pytest.approx(
+            unit * numbers.mean() + zero, rel=1e-5
+        )
+        torch.manual_seed(1)
+        model = add_lora(model, r=2) if adapted else model
+        labels = (unit * numbers + zero).tolist()
+        trainer = make_trainer(model, tmp_path, scale, labels, logging_steps=1, weight_decay=0.1, max_grad_norm=0.5)
+        trainer.train()
+        trainer.model.eval()
+        batch = trainer.data_collator([trainer.eval_dataset[row] for row in range(35)])
+        with torch.no_grad():
+            output = trainer.model(**batch)
+        said.append((output.logits[:, 0].numpy() - zero) / unit)
+        logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        losses.append(np.array([*logged, trainer.evaluate()["eval_loss"]]) / unit**2)
+        assert losses[-1][-1] == pytest.approx(output.loss.item() / unit**2, rel=1e-3)  # of transformers' own formula
+    assert losses[0][-1] < losses[0][0]
+    for other, loss in zip(said[1:], losses[1:]):
+        assert other == pytest.approx(said[0], abs=5e-3) and loss == pytest.approx(losses[0], rel=5e-3)
+
+
+def test_transformers_heads_without_a_bias_start_at_zero_with_the_numbers_size():
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, num_labels=1, problem_type="regression")
+    model = GPT2ForSequenceClassification(config)
+    before = model.score.weight.clone()
+    assert start_at_mean(model, np.array([30.0, 40.0, 50.0])) == pytest.approx(np.sqrt(5000 / 3))
+    torch.testing.assert_close(model.score.weight, before * np.sqrt(5000 / 3))
+
+
+def test_an_evaluation_counts_each_text_once_however_many_windows_it_has(tmp_path):
+    """Texts of 1, 2 and 3 windows; the rows are evaluated in another order than they stand in."""
+    model = hfllm.GPTForSequenceClassification(make_tiny_config("book", num_labels=3)).eval()
+    trainer = make_trainer(model, tmp_path, per_device_eval_batch_size=4)
+    numbers = [0, 1, 1, 2, 2, 2]
+    rows = trainer.eval_dataset.select(range(6)).remove_columns(["text_number", "labels"])
+    rows = rows.add_column("text_number", numbers).add_column("labels", [[2, 0, 1][number] for number in numbers])
+    with torch.no_grad():
+        logits = torch.cat([model(**trainer.data_collator([row])).logits for row in rows])
+    pooled = torch.stack([logits[0], logits[1:3].mean(0), logits[3:].mean(0)])
+    expected = torch.nn.functional.cross_entropy(pooled, torch.tensor([2, 0, 1])).item()
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(expected, rel=1e-5)

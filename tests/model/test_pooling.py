@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForSequenceClassification, DynamicCache, LlamaConfig, LlamaForSequenceClassification
 
 import hfllm
 from tests.conftest import make_tiny_config
@@ -87,3 +87,50 @@ def test_a_filled_cache_has_no_hidden_states_to_take_a_mean_of(classifier):
 def test_another_word_for_the_pooling_is_refused():
     with pytest.raises(ValueError, match="classifier_pooling"):
         make_tiny_config("modern", classifier_pooling="cls")
+
+
+LOSSES = {
+    "single_label_classification": torch.tensor([2, 0, 1]),
+    "multi_label_classification": torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1]]),
+    "regression": torch.tensor([2.5, -1.0, 40.0]),
+}
+
+
+@pytest.mark.parametrize("problem_type", LOSSES)
+def test_the_losses_are_those_of_transformers_own_classifiers(problem_type):
+    labels, num_labels = LOSSES[problem_type], 1 if problem_type == "regression" else 3
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    theirs = LlamaForSequenceClassification(
+        LlamaConfig(**sizes, intermediate_size=64, num_labels=num_labels, pad_token_id=2, problem_type=problem_type)
+    ).eval()
+    config = make_tiny_config("modern", num_labels=num_labels, problem_type=problem_type)
+    ours = hfllm.GPTForSequenceClassification(config).eval()
+    logits = torch.randn(3, num_labels)
+    losses = []
+    for model in (ours, theirs):
+        hidden_size = model.config.hidden_size
+        with torch.no_grad():
+            model.score = torch.nn.Linear(hidden_size, num_labels)
+            model.score.forward = lambda states: logits if states.ndim == 2 else logits[:, None].expand(-1, 5, -1)
+            losses.append(model(torch.arange(5, 20).view(3, 5), labels=labels).loss)
+    torch.testing.assert_close(losses[0], losses[1])
+    by_hand = {
+        "single_label_classification": lambda: -logits.log_softmax(-1)[range(3), labels].mean(),
+        "multi_label_classification": lambda: (
+            -(labels * logits.sigmoid().log() + (1 - labels) * (-logits).sigmoid().log()).mean()
+        ),
+        "regression": lambda: ((logits[:, 0] - labels) ** 2).mean(),
+    }
+    torch.testing.assert_close(losses[0], by_hand[problem_type]())
+
+
+def test_a_head_for_numbers_has_a_bias_and_one_that_was_saved_without_it_says_the_same(tmp_path):
+    config = make_tiny_config("modern", num_labels=1, problem_type="regression")
+    assert hfllm.GPTForSequenceClassification(config).score.bias.tolist() == [0.0]
+
+    model = hfllm.GPTForSequenceClassification(make_tiny_config("modern", num_labels=1)).eval()
+    ids = torch.arange(5, 15)[None]
+    before = model(ids, labels=torch.tensor([3.0])).logits
+    assert model.config.problem_type == "regression"  # as transformers concludes from the first labels
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(AutoModelForSequenceClassification.from_pretrained(tmp_path)(ids).logits, before)

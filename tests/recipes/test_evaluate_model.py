@@ -280,6 +280,47 @@ def test_a_classifiers_adapter_on_its_base_has_the_numbers_of_the_merged_model_a
         evaluate("--model", base, "--adapter", run / "adapter", *same)
 
 
+def finetune(tmp_path, base, rows, **options) -> dict:
+    """Train a classifier on these rows, and test it on them; returns what it wrote into metrics.json."""
+    data, recipe = tmp_path / "rows.jsonl", load_recipe("finetune_classification")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options |= {"model": base, "output_dir": tmp_path / "run", "max_steps": 3, "learning_rate": 0.05, "lora_r": 2}
+    options |= dict.fromkeys(("dataset", "validation_dataset", "test_dataset"), data)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe.main(parse_arguments(recipe.ClassificationArguments, [f"--{k}={v}" for k, v in options.items()]))
+    return metrics_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "labels, options, names",
+    [
+        ([["a"], [], ["a", "b"], ["b"], [], ["a"], ["b"]], {}, ["f1_micro", "f1_macro", "subset_accuracy", "loss"]),
+        ([3.5, 10, -2, 7, 7.5, 0, 1], {"problem_type": "regression"}, ["mse", "mae", "r2", "pearson", "spearman"]),
+        ([*"aabbaba"], {"long_texts": "window", "stride": 3, "block_size": 6}, ["accuracy", "loss", "confusion"]),
+    ],
+    ids=["several labels", "numbers", "windows"],
+)
+def test_a_saved_classifier_has_the_numbers_that_its_recipe_wrote(
+    labels, options, names, evaluate, save_model, tmp_path
+):
+    base = save_model(build(), "base")
+    trained = finetune(tmp_path, base, [{"text": t, "label": y} for t, y in zip(TEXTS, labels)], **options)
+    evaluate("--model", tmp_path / "run", "--dataset", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "merged")
+    same = [f"--{name}={value}" for name, value in options.items() if name != "problem_type"]
+    adapter = ["--model", base, "--adapter", tmp_path / "run" / "adapter"]
+    evaluate(*adapter, "--dataset", tmp_path / "rows.jsonl", *same)
+    for folder in (tmp_path / "merged", tmp_path / "run" / "adapter"):
+        found = metrics_of(folder)
+        for name in names:
+            assert found[f"test_{name}"] == pytest.approx(trained[f"test_{name}"], rel=1e-3), name
+        assert found["test_texts"] == 7
+    if "stride" in options:
+        assert found["test_stride"] == 3
+        cut = ["--long_texts", "cut", "--output_dir", tmp_path / "cut"]
+        evaluate("--model", tmp_path / "run", "--dataset", tmp_path / "rows.jsonl", *cut)
+        assert metrics_of(tmp_path / "cut")["test_loss"] != pytest.approx(trained["test_loss"], rel=1e-3)
+
+
 def test_conversations_have_the_numbers_that_the_instruction_recipe_wrote_for_them(evaluate, save_model, tmp_path):
     recipe = load_recipe("finetune_instruction")
     base, data, run = save_model(build(), "base"), tmp_path / "all.json", tmp_path / "chat"

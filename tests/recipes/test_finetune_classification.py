@@ -24,7 +24,7 @@ from transformers import (
 import hfllm
 from hfllm.adapters import load_adapter
 from hfllm.cli.arguments import parse_arguments
-from hfllm.data.labelled_texts import LabelledTexts, balance_labels, load_labelled_texts, split_by_text
+from hfllm.data.labelled_texts import MULTI_LABEL, LabelledTexts, balance_labels, load_labelled_texts, split_by_text
 from hfllm.fine_tuning import run as fine_tuning_run
 from hfllm.runs.log import read_log
 from hfllm.tokenization import load_tokenizer, train_bpe
@@ -294,6 +294,15 @@ def test_the_other_methods_train_only_what_they_name(method, finished, classify,
         ({"test_split": "test", "test_dataset": "x.csv"}, "both say what to use for test"),
         ({"validation_dataset": "CSV", "text_column": "message"}, "validation texts have labels that no training text"),
         ({"dataset": "ONE", "text_column": "message"}, "All 3 texts have the label 'spam'"),
+        ({"problem_type": "regression"}, "messages.tsv, line 1: its 'label' is '.*am', not a number"),
+        ({"problem_type": "regression", "balance": "true"}, "--balance: only where a text has one label"),
+        (
+            {"label_separator": ",", "label_smoothing_factor": 0.1},
+            "--label_smoothing_factor: only where .* multi_label",
+        ),
+        ({"problem_type": "regression", "label_separator": ";"}, "label_separator=';' is for several labels"),
+        ({"stride": 8}, "--stride is for --long_texts window"),
+        ({"stride": 33, "long_texts": "window", "block_size": 32}, "--stride 33 is larger than the block_size 32"),
     ],
 )
 def test_what_cannot_work_stops_before_training(options, message, classify, base, spam, tmp_path):
@@ -403,3 +412,103 @@ def test_the_configs_are_options_of_the_recipe(name, recipe):
     args = parse_arguments(recipe.ClassificationArguments, ["--config", str(RECIPES / "configs" / name)])
     args.check()
     assert (args.text_column == "sms") == args.balance == ("sms" in name)
+
+
+@pytest.fixture(scope="module")
+def animals(tmp_path_factory) -> Path:
+    """Sentences with the animals in them, and how often the dog is among these, times 100 and 5000 more."""
+    lines = [
+        json.dumps(
+            {
+                "text": text,
+                "animals": [name for name in ("cat", "dog", "bird") if name in text],
+                "dogs": 5000 + 100 * text.count("dog"),
+            }
+        )
+        for text in make_sentences(120, seed=7)
+    ]
+    path = tmp_path_factory.mktemp("animals") / "animals.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+OPTIONS = {
+    "learning_rate": 1e-2,
+    "head_learning_rate": 0.1,
+    "lora_r": 4,
+    "num_train_epochs": 4,
+    "per_device_train_batch_size": 8,
+}
+
+
+def test_several_labels_at_once_are_learned_and_a_pipeline_says_each(base, animals, classify, tmp_path):
+    options = {**OPTIONS, "model": base, "dataset": animals, "label_column": "animals", "output_dir": tmp_path / "out"}
+    text = classify(**options)
+    assert "Labels: 3, several at once (multi_label_classification); in training bird" in text
+    metrics = read_metrics(options)
+    assert metrics["test_f1_micro"] > metrics["test_majority_f1_micro"]
+    assert metrics["best_checkpoint"] and (tmp_path / "out" / "labels.png").exists()
+    assert yaml.safe_load((tmp_path / "out" / "arguments.yaml").read_text())["problem_type"] == MULTI_LABEL
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "top_k=None" in card and "labels.png" in card and "gives every text one of them" not in card
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.problem_type == MULTI_LABEL and list(model.config.label2id) == ["bird", "cat", "dog"]
+    sentence = "the cat sees a dog"
+    said = pipeline("text-classification", str(tmp_path / "out"))(sentence, top_k=None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    probabilities = model(**tokenizer(sentence, return_tensors="pt")).logits.sigmoid()[0].tolist()
+    assert {each["label"]: each["score"] for each in said} == pytest.approx(
+        dict(zip(["bird", "cat", "dog"], probabilities)), abs=1e-5
+    )
+    # The same labels said in another way are the same run; other options are another one.
+    assert "is finished: nothing to do" in classify(**options, problem_type=MULTI_LABEL)
+    with pytest.raises(ValueError, match="long_texts was cut and is window"):
+        classify(**options, long_texts="window")
+
+
+def test_a_number_is_learned_in_its_own_unit_by_every_door(base, animals, classify, tmp_path):
+    out = tmp_path / "out"
+    options = {**OPTIONS, "model": base, "dataset": animals, "label_column": "dogs", "output_dir": out}
+    text = classify(**options, problem_type="regression")
+    assert "Numbers: in training from 5000 to" in text and "always the mean" in text
+    metrics = read_metrics(options)
+    assert metrics["test_mse"] < metrics["test_mean_mse"] and metrics["test_r2"] > 0.3
+    assert (out / "predictions.png").exists() and not (out / "confusion.png").exists()
+    evaluations = [entry for entry in read_log(out / "log.jsonl") if "eval_loss" in entry]
+    assert min(entry["eval_loss"] for entry in evaluations) == pytest.approx(metrics["eval_mse"], rel=1e-3)
+    card = (out / "README.md").read_text()
+    assert "mean squared error" in card and "confus" not in card and "accuracy" not in card and "nats" not in card
+
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert model.config.problem_type == "regression" and model.config.id2label == {0: "dogs"}
+    said = pipeline("text-classification", str(out))("a dog sees a dog")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    number = model(**tokenizer("a dog sees a dog", return_tensors="pt")).logits.item()
+    assert said == [{"label": "dogs", "score": pytest.approx(number, rel=1e-5)}] and 5000 < number < 5600
+    adapted = load_adapter(
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, problem_type="regression"),
+        out / "adapter",
+    )
+    assert adapted(**tokenizer("a dog sees a dog", return_tensors="pt")).logits.item() == pytest.approx(
+        number, rel=1e-5
+    )
+    with pytest.raises(ValueError, match="its head has a bias; open the base with problem_type='regression'"):
+        load_adapter(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), out / "adapter")
+
+
+def test_long_texts_are_read_whole_in_windows_and_split_and_measured_by_text(base, classify, recipe, tmp_path):
+    """The word that decides stands behind the context, where a text that is cut loses it."""
+    texts = [f"{sentence}. " * 4 for sentence in make_sentences(60, seed=9)]
+    path = tmp_path / "long.tsv"
+    path.write_text(
+        "".join(f"{['dog', 'cat'][n % 2]}\t{text}{['dog', 'cat'][n % 2] * 9}\n" for n, text in enumerate(texts))
+    )
+    options = {**OPTIONS, "model": base, "dataset": path, "output_dir": tmp_path / "out", "block_size": 24}
+    text = classify(**options, long_texts="window", stride=16, num_train_epochs=1)
+    assert re.search(r"texts are longer than block_size 24, and are read in windows that begin 16 tokens apart", text)
+    metrics = read_metrics(options)
+    assert metrics["train_texts"] == 42 and metrics["train_rows"] > 100 and metrics["test_texts"] == 12
+    assert f"the 42 training texts {metrics['train_rows']:,}." in text
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A pipeline reads the first window only" in card
