@@ -250,7 +250,7 @@ def test_numbers_are_learned_as_they_stand(tmp_path):
         (
             "a;b",
             {"problem_type": "multi_label_classification"},
-            "'a;b', not a list of labels; say with label_separator",
+            "'a;b', not a list of labels; say with label_sep",
         ),
         ("a;;b", {"label_separator": ";"}, r"\['a', '', 'b'\], in which something is not a word"),
         ([["a"]], {}, r"\[\['a'\]\], in which something is not a word or a whole number"),
@@ -287,7 +287,7 @@ def test_lists_and_words_in_one_file_are_refused(tmp_path):
 def test_labels_and_numbers_that_are_all_the_same_are_refused():
     with pytest.raises(ValueError, match=r"All 3 texts have the labels \['a', 'b'\]"):
         label_names([["a", "b"], ["b", "a"], ["a", "b"]])
-    with pytest.raises(ValueError, match="All 2 texts have the number 3.5"):
+    with pytest.raises(ValueError, match=r"All 2 texts have the number 3\.5"):
         output_names(LabelledTexts(["x", "y"], [3.5, 3.5], "regression"), label_column="stars")
     with pytest.raises(ValueError, match="Numbers are learned with problem_type='regression'"):
         label_names([str(n) for n in range(20)])

@@ -70,7 +70,7 @@ def test_several_labels_stand_beside_the_best_answer_that_is_always_the_same():
     parts = {"train": (train, targets), "eval": (train[:4], targets[:4]), "test": test}
     logits = {"eval": 2 * targets[:4] - 1, "test": np.array([[1.0, -1, -1], [-1, -1, -1]])}
     metrics = score_beside_baselines(logits, parts, ["red", "fish", "none"], problem_type="multi_label_classification")
-    # Always "red" and "fish", 2 of 3 each: of 4 labels said 2 are right, of 2 none is missed. The commonest set is both.
+    # Always "red" and "fish": of 4 labels said 2 are right, and none is missed. The commonest set is both, too.
     assert metrics["test_majority_f1_micro"] == pytest.approx(2 * 2 / (4 + 2))
     assert metrics["test_majority_subset_accuracy"] == 0.5 and metrics["test_subset_accuracy"] == 0.5
     assert metrics["test_f1_micro"] == pytest.approx(2 * 1 / (1 + 2)) and metrics["eval_f1_micro"] == 1.0

@@ -298,7 +298,7 @@ def test_the_other_methods_train_only_what_they_name(method, finished, classify,
         ({"problem_type": "regression", "balance": "true"}, "--balance: only where a text has one label"),
         (
             {"label_separator": ",", "label_smoothing_factor": 0.1},
-            "--label_smoothing_factor: only where .* multi_label",
+            "--label_smoothing_factor: only where .* multi_l",
         ),
         ({"problem_type": "regression", "label_separator": ";"}, "label_separator=';' is for several labels"),
         ({"stride": 8}, "--stride is for --long_texts window"),
