@@ -494,7 +494,7 @@ def _separated(cell: str, separator: str | None) -> list[str]:
     """The labels of a table's cell."""
     if separator is None:
         return [cell]
-    return cell.split(separator) if cell.strip() else []
+    return [word.strip() for word in cell.split(separator)] if cell.strip() else []
 
 
 def _word(value: Any) -> str | None:
