@@ -138,6 +138,10 @@ class EvaluateArguments(
                 "--text_column and --label_column are not for conversations, whose columns --column_map renames.",
             ),
             (
+                self.conversations and (self.label_separator is not None or self.long_texts is not None),
+                "--label_separator and --long_texts are for classifiers, not for conversations.",
+            ),
+            (
                 not self.tasks and (self.limit is not None or self.include_path is not None),
                 "--limit and --include_path are for lm-eval's tasks: give --tasks as well.",
             ),

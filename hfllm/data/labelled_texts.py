@@ -49,7 +49,8 @@ SINGLE_LABEL, MULTI_LABEL, REGRESSION = PROBLEM_TYPES = get_args(ProblemType)
 Label = str | list[str] | float
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-LARGEST_NUMBER = 1e30  # its square is a float32
+# What float32 can learn: a number's square is finite, and the numbers differ by more than their last digits.
+LARGEST_NUMBER, SMALLEST_SPREAD, SMALLEST_SHARE = 1e18, 1e-15, 1e-6
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,12 @@ def output_names(data: LabelledTexts, *, label_column: str) -> list[str]:
         raise ValueError(
             f"All {len(data):,} texts have the number {data.labels[0]:g}: there is nothing to learn. Is it the right "
             "label_column?"
+        )
+    spread, largest = max(data.labels) - min(data.labels), max(map(abs, data.labels))
+    if spread < max(SMALLEST_SPREAD, SMALLEST_SHARE * largest):
+        raise ValueError(
+            f"The numbers are from {min(data.labels)} to {max(data.labels)}, which float32 can hardly tell apart. "
+            "Subtract a constant from them, or give them in another unit."
         )
     return [label_column]
 

@@ -293,6 +293,8 @@ def test_labels_and_numbers_that_are_all_the_same_are_refused():
         label_names([["a", "b"], ["b", "a"], ["a", "b"]])
     with pytest.raises(ValueError, match=r"All 2 texts have the number 3\.5"):
         output_names(LabelledTexts(["x", "y"], [3.5, 3.5], "regression"), label_column="stars")
+    with pytest.raises(ValueError, match=r"from 1e\+17 to 1\.\d+e\+17, which float32 can hardly tell apart"):
+        output_names(LabelledTexts(["x", "y"], [1e17, 1e17 + 1e9], "regression"), label_column="stars")
     with pytest.raises(ValueError, match="Numbers are learned with problem_type='regression'"):
         label_names([str(n) for n in range(20)])
     assert label_names([["only"], []]) == ["only"]  # a text has it or not

@@ -19,6 +19,7 @@ from hfllm.evaluation.classification import (
     score_label_sets,
     score_numbers,
 )
+from hfllm.evaluation.kinds import find_kind, problem_type_of
 from hfllm.report.confusion import plot_labels, plot_numbers
 from hfllm.tokenization import load_classifier_tokenizer
 from tests.conftest import make_tiny_config
@@ -144,3 +145,20 @@ def test_a_texts_logits_are_the_mean_over_its_windows(tmp_path):
     with torch.no_grad():
         expected = model(windows).logits.mean(0)
     assert found[1] == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_a_config_that_does_not_tell_is_read_as_transformers_do_and_unlike_models_are_not_compared():
+    def config(**fields):
+        return make_tiny_config("modern", architectures=["GPTForSequenceClassification"], **fields)
+
+    one, several, number = config(num_labels=3), config(problem_type="multi_label_classification"), config(num_labels=1)
+    assert [problem_type_of(each) for each in (one, several, number)] == [
+        "single_label_classification",
+        "multi_label_classification",
+        "regression",
+    ]
+    assert find_kind({"a": several}) == find_kind({"a": number}) == "classifier"
+    with pytest.raises(ValueError, match="a has single_label_classification, b has regression"):
+        find_kind({"a": one, "b": number})
+    with pytest.raises(ValueError, match="model a says 2 numbers of each text"):
+        find_kind({"a": config(num_labels=2, problem_type="regression")})

@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from hfllm.runs.finite import check_converged, check_finite
+from hfllm.runs.finite import check_converged, check_finite, check_fit_of_numbers
 
 
 @pytest.mark.fault(11)
@@ -29,3 +31,10 @@ def test_a_loss_far_worse_than_a_guess_is_no_result():
             FloatingPointError, match=r"has diverged: .* a uniform guess has 0\.6931.*lower learning_rate"
         ):
             check_converged(loss, num_choices=2, before=before)
+
+
+def test_an_error_of_numbers_ten_times_their_variance_is_a_divergence():
+    check_fit_of_numbers(2.5, variance=1.0)  # overfitted: always the mean has 1
+    for mse in (11.0, math.inf, math.nan):
+        with pytest.raises(FloatingPointError, match="the mean squared error is .*, and the numbers' variance is 1"):
+            check_fit_of_numbers(mse, variance=1.0)
