@@ -36,5 +36,5 @@ def test_a_loss_far_worse_than_a_guess_is_no_result():
 def test_an_error_of_numbers_ten_times_their_variance_is_a_divergence():
     check_fit_of_numbers(2.5, variance=1.0)  # overfitted: always the mean has 1
     for mse in (11.0, math.inf, math.nan):
-        with pytest.raises(FloatingPointError, match="the mean squared error is .*, and the numbers' variance is 1"):
+        with pytest.raises(FloatingPointError, match=r"the mean squared error is .*, and the numbers' variance is 1"):
             check_fit_of_numbers(mse, variance=1.0)
