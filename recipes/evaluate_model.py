@@ -214,6 +214,8 @@ def check_options_of(kind: Kind, args: EvaluateArguments) -> None:
     ]
     if wrong := [option for is_given, option in given if is_given]:
         raise ValueError(f"{', '.join(wrong)}: for causal models. {args.model[0]} labels texts and predicts no tokens.")
+    if args.stride is not None and args.long_texts != "window":
+        raise ValueError(f"--stride {args.stride} is for windows: give --long_texts window as well.")
     if args.dataset == "stdlib":
         raise ValueError(
             "--dataset stdlib: a classifier is trained on most of its docstrings. Give labelled texts that were held "
@@ -331,8 +333,6 @@ def choose_window_stride(tokenizer: PreTrainedTokenizerBase, args: EvaluateArgum
     trained = tokenizer.init_kwargs.get("window_stride")
     long_texts = args.long_texts or ("cut" if trained is None else "window")
     if long_texts == "cut":
-        if args.stride is not None:
-            raise ValueError(f"--stride {args.stride} is for windows: give --long_texts window as well.")
         return None
     stride = args.stride or min(trained or block_size, block_size)
     if stride > block_size:
