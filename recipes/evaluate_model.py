@@ -9,7 +9,7 @@
     python recipes/evaluate_model.py --model out/chat out/assistant --dataset held-out.json \\
         --conversations --check_answers
     python recipes/evaluate_model.py --model out/spam out/spam-lora --dataset test.csv --label_column label
-    python recipes/evaluate_model.py --model out/topics --dataset test.csv --label_column topics --label_separator ';'
+    python recipes/evaluate_model.py --model out/topics --dataset test.csv --label_column topics --label_separator ,
 
 Every token of every document is predicted once, the first from the tokenizer's start token (lm-eval's rolling
 log-likelihood does so too), in windows of `--block_size` tokens; a smaller `--stride` gives each token more context.

@@ -12,11 +12,11 @@ The book's spam messages, or a table of your own (.csv, .tsv, .jsonl, .json, .pa
     python recipes/finetune_classification.py --model out/demo --dataset mine.csv --text_column message \\
         --label_column topic --output_dir out/topics
 
-Several labels at once (lists, or cells such as `spam;long`), a number instead of a label, and documents longer than the
+Several labels at once (lists, or cells such as `a, b`), a number instead of a label, and documents longer than the
 model's context:
 
     python recipes/finetune_classification.py --model out/demo --dataset mine.csv --label_column topics \\
-        --label_separator ';' --output_dir out/topics
+        --label_separator , --output_dir out/topics
     python recipes/finetune_classification.py --model out/demo --dataset mine.csv --label_column stars \\
         --problem_type regression --output_dir out/stars
     python recipes/finetune_classification.py --model out/demo --dataset articles.jsonl --long_texts window \\

@@ -98,17 +98,18 @@ class ClassifierTrainer(CheckpointedTrainer):
         scales = {id(weight): 1.0 for weight in self.model.get_input_embeddings().parameters()}
         scales |= {id(weight): self.target_scale for module in heads for weight in module.parameters()}
         for group in list(optimizer.param_groups):
+            params = group["params"]
+            group["params"] = [weight for weight in params if id(weight) not in scales]
             for scale in sorted(set(scales.values())):
-                chosen = [weight for weight in group["params"] if scales.get(id(weight)) == scale]
+                chosen = [weight for weight in params if scales.get(id(weight)) == scale]
                 if chosen:
-                    # Of a weight that is `scale` times another one's, the gradient is smaller by `scale`, and a step
-                    # and what decay leaves of the weight are to be larger by it.
+                    # Of a weight that is `scale` times as large, the gradient is smaller by `scale`, and a step is to
+                    # be larger by it; the share of the weight that decays in a step stays the same.
                     own = {"lr": self.head_learning_rate * scale, "weight_decay": group["weight_decay"] / scale}
                     optimizer.add_param_group({**group, "params": chosen, **own})
-                    if scale != 1:
-                        for weight in chosen:
-                            weight.register_hook(lambda gradient, scale=scale: gradient * scale)
-            group["params"] = [weight for weight in group["params"] if id(weight) not in scales]
+                if scale != 1:
+                    for weight in chosen:
+                        weight.register_hook(lambda gradient, scale=scale: gradient * scale)
         return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
