@@ -120,8 +120,9 @@ def load_labelled_texts(
         records = _stdlib_records()
     else:
         where: dict[str, Any] = {"dataset_config": dataset_config, "split": split, "exclude": exclude}
-        columns = {"text_column": text_column, "label_column": label_column}
-        read = partial(_read_labelled, **columns, label_separator=label_separator)
+        read = partial(
+            _read_labelled, text_column=text_column, label_column=label_column, label_separator=label_separator
+        )
         source = find_source(dataset, **where, options=options, read=read)
         records, found = source.records, source.account
     texts, labels = [], []
@@ -349,8 +350,8 @@ def describe_labelled_texts(
     if num_repeated := num_texts - len(by_text):
         lines.append(f"Repeated texts: {num_repeated:,} occur elsewhere but for case and white space.")
     if num_conflicts := sum(len(labels) > 1 for labels in by_text.values()):
-        what = {SINGLE_LABEL: "more than one label", MULTI_LABEL: "other labels", REGRESSION: "another number"}
-        lines.append(f"Conflicts: {num_conflicts:,} texts occur with {what[train.problem_type]}.")
+        others = {SINGLE_LABEL: "more than one label", MULTI_LABEL: "other labels", REGRESSION: "another number"}
+        lines.append(f"Conflicts: {num_conflicts:,} texts occur with {others[train.problem_type]}.")
     trained_on = {normalized(text) for text in train.texts}
     for name, part in (("validation", validation), ("test", test)):
         if num_leaks := sum(normalized(text) in trained_on for text in part.texts):

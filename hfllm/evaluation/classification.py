@@ -279,7 +279,7 @@ def logistic_regressions(train: Texts, validation: Texts, test: Sequence[str]) -
     def fit(strength: float, rows: list[Any]) -> list[np.ndarray]:
         logits = [np.empty((row.shape[0], targets.shape[1])) for row in rows]
         for label, column in enumerate(targets.T):
-            is_constant = np.ptp(column) == 0  # all texts have the label, or none has
+            is_constant: bool = np.ptp(column) == 0  # all texts have the label, or none has
             model = None if is_constant else LogisticRegression(C=strength, max_iter=1000).fit(features, column)
             for row, part in zip(rows, logits):
                 part[:, label] = 1e4 * (2 * column[0] - 1) if model is None else model.decision_function(row)

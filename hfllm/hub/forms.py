@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -30,7 +31,7 @@ def save_merged(folder: str | Path, target: str | Path) -> None:
     is_classifier = adapter.get("task_type") == "SEQ_CLS"
     auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     # A classifier's labels are the adapter's, which says them, or else the config beside it.
-    labels = {}
+    labels: dict[str, Any] = {}
     for name in ("config.json", "base_model.json") if is_classifier else ():
         config = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
         if "id2label" in config:
