@@ -296,7 +296,7 @@ def finetune(tmp_path, base, rows, **options) -> dict:
     [
         ([["a"], [], ["a", "b"], ["b"], [], ["a"], ["b"]], {}, ["f1_micro", "f1_macro", "subset_accuracy", "loss"]),
         ([3.5, 10, -2, 7, 7.5, 0, 1], {"problem_type": "regression"}, ["mse", "mae", "r2", "pearson", "spearman"]),
-        ([*"aabbaba"], {"long_texts": "window", "stride": 3, "block_size": 6}, ["accuracy", "loss", "confusion"]),
+        ([*"aabbaba"], {"long_texts": "window", "stride": 3, "block_size": 6}, ["accuracy", "loss", "f1_macro", "ece"]),
     ],
     ids=["several labels", "numbers", "windows"],
 )
