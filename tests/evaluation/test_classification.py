@@ -141,8 +141,9 @@ def test_a_texts_logits_are_the_mean_over_its_windows(tmp_path):
     found = predict_texts(
         model, tokenizer, texts, block_size=8, stride=3, batch_size=2, accelerator=Accelerator(cpu=True)
     )
-    ids = tokenizer(texts[1])["input_ids"]
-    windows = torch.tensor([ids[first : first + 8] for first in [*range(0, len(ids) - 8, 3), len(ids) - 8]])
+    start, *ids = tokenizer(texts[1])["input_ids"]
+    assert start == tokenizer.bos_token_id
+    windows = torch.tensor([[start, *ids[first : first + 7]] for first in [*range(0, len(ids) - 7, 3), len(ids) - 7]])
     with torch.no_grad():
         expected = model(windows).logits.mean(0)
     assert found[1] == pytest.approx(expected.numpy(), abs=1e-5)
