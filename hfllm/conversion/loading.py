@@ -86,7 +86,7 @@ def _read_config(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{name!r} is neither a model's folder nor a model that the Hub gave us: {reason} A private one needs "
+            f"{name!r} is neither a model's folder nor a model that the Hub sent: {reason} A private one needs "
             "`hf auth login`."
         ) from error
     if not config:

@@ -239,7 +239,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(lambda arguments: fail(KeyboardInterrupt()), Arguments)
     assert stopped.value.code == 130
-    assert capsys.readouterr().err.startswith("\nInterrupted. The same command begins again")
+    assert capsys.readouterr().err.startswith("\nInterrupted. The same command starts again")
 
 
 @pytest.mark.slow

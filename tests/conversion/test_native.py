@@ -497,7 +497,7 @@ def test_a_name_that_is_no_model_says_what_would_be(tmp_path):
         (tmp_path, r"a folder without a config.json.*notes\.txt"),
         (tmp_path / "notes.txt", "is not a folder"),
         (tmp_path / "missing", "is not a folder"),
-        ("nobody/nothing", "neither a model's folder nor a model that the Hub gave us"),
+        ("nobody/nothing", "neither a model's folder nor a model that the Hub sent"),
     ):
         with pytest.raises(ValueError, match=words):
             from_native(name)

@@ -154,7 +154,7 @@ BAD = {
     "no content": ({"messages": [{"role": "user"}]}, "not an object with role and content"),
     "a number": ({"prompt": "Q", "response": 3}, "is a number, not a text"),
     "not an object": (["Q", "A"], "list, not an object"),
-    "null prompt": ({"prompt": None, "response": "A"}, r"\('prompt' is null\) are none of the forms"),
+    "null prompt": ({"prompt": None, "response": "A"}, r"\('prompt' is null\) fit no known form"),
     "prompt a number": ({"prompt": 5, "response": "A"}, "'prompt' is a number, not a text"),
     "system a number": ({"prompt": "Q", "response": "A", "system": 5}, "'system' is a number, not a text"),
     "an empty list": ({"messages": []}, "an empty list, not a list of messages"),

@@ -99,7 +99,7 @@ def test_the_standard_library_asks_which_package_a_docstring_comes_from():
         ("a.csv", "txt,label\na,b\n", {}, r"no column 'text' but \['txt', 'label'\]; did you mean text_column='txt'"),
         ("a.csv", "text,kind\na,b\n", {}, r"no column 'label' but \['text', 'kind'\]"),
         ("a.csv", "text,label\na,b,c\n", {}, "line 2: 3 cells where the header has 2"),
-        ("a.csv", "text,label\na,\n", {}, "line 2: its 'label' is '', not a word or a whole number"),
+        ("a.csv", "text,label\na,\n", {}, "line 2: its 'label' is '', not a text or a whole number"),
         ("a.jsonl", '{"text": "a", "label": 0.5}\n', {}, "line 1: its 'label' is 0.5"),
         (
             "a.jsonl",

@@ -282,7 +282,7 @@ def test_the_state_of_another_stream_is_refused_with_the_difference_shown(tmp_pa
     changes = [{"seed": 1}, {"block_size": 9}, {"chunk_bytes": 301}, {"key": "other"}, {"bos_token_id": 3}]
     for change in changes:
         [(name, value)] = change.items()
-        pattern = rf"state of another stream:\n    stream.{name}: .* then, {value!r} now\n.*start anew"
+        pattern = rf"state of another stream:\n    stream.{name}: .* then, {value!r} now\n.*start again"
         with pytest.raises(ValueError, match=pattern):
             stream_of(tmp_path / "texts", **change).load_state_dict(state)
     held_out = datasets.Dataset.from_dict({"text": ["x"], "document": [0]})

@@ -169,7 +169,7 @@ def test_what_cannot_be_measured_says_so(evaluate, save_model, text, tmp_path):
         (["--model", folder, classifier, "--dataset", text], "these are of two.*classifier is a classifier model"),
         (["--model", folder, "--dataset", text, "--label_column", "kind"], "is for classifiers"),
         (["--model", folder, "--dataset", text, "--check_answers"], "give --conversations"),
-        (["--model", folder, "--dataset", text, "--conversations"], "none of the forms known"),
+        (["--model", folder, "--dataset", text, "--conversations"], "fit no known form"),
         (["--model", folder, "--dataset", "stdlib", "--conversations"], "held back from training"),
         (["--model", folder, "--dataset", text, "--conversations", "--stride", 2], "scored whole"),
         (["--model", folder, "--dataset", empty], "has no text"),

@@ -280,5 +280,5 @@ def test_a_folder_without_a_model_says_what_to_do(generate, tmp_path):
     (tmp_path / "log.jsonl").touch()
     with pytest.raises(ValueError, match=r"without a config.json.*log\.jsonl.*to resume it"):
         generate(model=tmp_path)
-    with pytest.raises(ValueError, match="neither a folder nor a model that the Hub gave us"):
+    with pytest.raises(ValueError, match="neither a folder nor a model that the Hub sent"):
         generate(model="nobody/nothing")

@@ -267,7 +267,7 @@ def test_a_choice_that_does_not_exist_is_named(inspect, one_layer, tmp_path, opt
 
 
 def test_what_is_no_model_says_what_to_do(inspect, tmp_path, tokenizer_folder):
-    with pytest.raises(ValueError, match="neither a folder nor a model that the Hub gave us"):
+    with pytest.raises(ValueError, match="neither a folder nor a model that the Hub sent"):
         inspect("nobody/nothing")
     (tmp_path / "run").mkdir()
     with pytest.raises(ValueError, match=r"without a config.json"):
