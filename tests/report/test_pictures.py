@@ -50,7 +50,7 @@ def test_a_torn_last_line_is_left_out_and_said(tmp_path, caplog):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 4.5}\n{"step": 2, "lo')
     with caplog.at_level(logging.WARNING):
         assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": 4.5}]
-    assert "log.jsonl, line 2 is torn or no entry of a log" in caplog.text
+    assert "log.jsonl, line 2 is incomplete or not a log entry" in caplog.text
 
 
 def test_a_resumed_run_takes_back_what_it_logged_after_its_checkpoint(tmp_path):

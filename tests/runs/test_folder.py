@@ -333,9 +333,9 @@ def test_a_file_that_is_a_link_gives_way_and_what_it_leads_to_stays(tmp_path):
         ("out/", "is model itself"),
         ("out/../out", "is model itself"),
         ("link", "is model itself"),
-        ("out/checkpoints/step-00000006", "lies in output_dir"),
-        ("link/checkpoints/step-00000006", "lies in output_dir"),
-        ("data.txt,out/mine.txt", "lies in output_dir"),
+        ("out/checkpoints/step-00000006", "is in output_dir"),
+        ("link/checkpoints/step-00000006", "is in output_dir"),
+        ("data.txt,out/mine.txt", "is in output_dir"),
     ],
 )
 def test_a_folder_that_the_run_reads_from_is_not_overwritten(tmp_path, monkeypatch, place, message, overwrite):
@@ -356,7 +356,7 @@ def test_a_link_in_the_folder_to_a_dataset_elsewhere_is_refused_as_well(tmp_path
     run(tmp_path / "out")
     make(tmp_path, "my.txt")
     (tmp_path / "out" / "data").symlink_to(tmp_path / "my.txt")
-    with pytest.raises(ValueError, match=r"dataset .* lies in output_dir"):
+    with pytest.raises(ValueError, match=r"dataset .* is in output_dir"):
         run(tmp_path / "out", overwrite=True, inputs={"dataset": tmp_path / "out" / "data"})
 
 
