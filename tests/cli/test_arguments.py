@@ -194,11 +194,11 @@ def fail(error: BaseException) -> None:
         (lambda folder: (folder / "file" / "below").mkdir(), "file/below: Not a directory."),
         (
             lambda folder: fail(OSError(errno.ENOSPC, "No space left on device")),
-            "No space left on device. Make room, and start",
+            "No space left on device. Free disk space, and start",
         ),
         (
             lambda folder: fail(SafetensorError("Error while serializing: I/O error: ... (os error 28)")),
-            "No space left on device. Make room, and start",
+            "No space left on device. Free disk space, and start",
         ),
     ],
     ids=["a folder that cannot be made", "a full disk", "a full disk for safetensors"],
