@@ -209,7 +209,8 @@ def _describe_error(error: Exception) -> str | None:
     code = error.errno if isinstance(error, OSError) else int(in_rust[1]) if in_rust else None
     if code in ABOUT_THE_DISK:
         name = getattr(error, "filename", None)
-        return f"{'' if name is None else f'{name}: '}{os.strerror(code)}. Free disk space, and start the same command again."
+        where = "" if name is None else f"{name}: "
+        return f"{where}{os.strerror(code)}. Free disk space, and start the same command again."
     if code in ABOUT_FILES and isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     traceback = error.__traceback__

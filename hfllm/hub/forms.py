@@ -1,4 +1,4 @@
-"""Other forms of a model to be pushed: an adapter merged into its base, and the twin that transformers knows."""
+"""Other forms of a model to push: an adapter merged into its base, and transformers' own class."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from ..conversion.loading import load_causal_lm
 from .errors import PushError
 
 
-# What tells of the run, for the card and the page of its other form.
+# The run's files, for the card and the page of its other form.
 RUN_FILES = (
     *("arguments.yaml", "metrics.json", "log.jsonl", "samples.txt", "environment.json", "curves.png"),
     "confusion.png",
@@ -21,7 +21,7 @@ RUN_FILES = (
 
 
 def save_merged(folder: str | Path, target: str | Path) -> None:
-    """Write into `target` the whole model that an adapter's folder makes with its base; summed in float32."""
+    """Write into `target` the whole model of an adapter and its base, merged in float32."""
     from ..adapters import load_adapter, merge_adapter  # PEFT takes time to import
 
     folder, target = Path(folder).expanduser(), Path(target)
@@ -29,7 +29,7 @@ def save_merged(folder: str | Path, target: str | Path) -> None:
     base = adapter.get("base_model_name_or_path")
     is_classifier = adapter.get("task_type") == "SEQ_CLS"
     auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    # A classifier's labels are the adapter's, which says them, or else the config beside it.
+    # A classifier's labels come from the adapter, or else from the config beside it.
     labels = {}
     for name in ("config.json", "base_model.json") if is_classifier else ():
         config = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
@@ -49,7 +49,7 @@ def save_merged(folder: str | Path, target: str | Path) -> None:
 
 
 def save_adapter_alone(folder: str | Path, target: str | Path) -> None:
-    """Write into `target` the adapter that a fine-tuning run left in `adapter/`, with what tells of the run."""
+    """Write into `target` the adapter of a fine-tuning run, from `adapter/`, with the run's files."""
     folder, target = Path(folder).expanduser(), Path(target)
     for path in folder.iterdir():
         if path.name.startswith(("tokenizer", "chat_template", "special_tokens")) and path.is_file():
@@ -61,7 +61,7 @@ def save_adapter_alone(folder: str | Path, target: str | Path) -> None:
 
 
 def save_native(folder: str | Path, target: str | Path) -> None:
-    """Write into `target` the gpt2, llama or qwen3 that a model of ours is, see `to_native`."""
+    """Write into `target` our model as a gpt2, llama or qwen3, see `to_native`."""
     folder = Path(folder).expanduser()
     save_model(to_native(load_causal_lm(folder)), AutoTokenizer.from_pretrained(folder), target)
     _copy_run(folder, Path(target))

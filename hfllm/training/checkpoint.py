@@ -363,7 +363,10 @@ def _write(
     write_description: Callable[[Path], None],
 ) -> None:
     temporary, replaced = path.with_suffix(".tmp"), path.with_suffix(".replaced")
-    advice = "The older checkpoints are untouched. Free disk space (or keep fewer of them), or remove the cause; "
+    advice = (
+        "The older checkpoints are untouched. Free disk space (or keep fewer of them), or remove the cause; "
+        "then start again, and the run resumes."
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _put_back_replaced(path.parent)
