@@ -52,7 +52,7 @@ def test_defaults_and_choices_are_the_real_ones(monkeypatch):
     assert "--num_hidden_layers N Number of blocks. (default: 6)" in text
     assert "--streaming [BOOL] Read and encode while training, for text larger than the disk. (default: false)" in text
     assert "--model PATH_OR_NAME Folder or Hub id of a model to train further. (default: random weights)" in text
-    assert "--repo_id TEXT Repository, owner/name; made if it is not there. (required)" in " ".join(
+    assert "--repo_id TEXT Repository, owner/name; created if it does not exist. (required)" in " ".join(
         help_of("push_to_hub").split()
     )
 

@@ -467,7 +467,7 @@ def test_a_classifier_on_the_mean_of_its_tokens_is_refused_by_the_fields_name(pr
     config = make_tiny_config(preset, classifier_pooling="mean")
     with pytest.raises(ValueError, match=r"classifier_pooling='mean', but \w+ has classifiers that stand on the last"):
         to_native(hfllm.GPTForCausalLM(config))
-    with pytest.raises(ValueError, match=r"this classifier has classifier_pooling='mean'.*no native twin"):
+    with pytest.raises(ValueError, match=r"this classifier has classifier_pooling='mean'.*no native class"):
         to_native(hfllm.GPTForSequenceClassification(config))
 
 

@@ -394,7 +394,7 @@ def test_a_file_that_is_gone_stops_the_stream_and_the_step_can_be_taken_once_it_
     stream = stream_of(tmp_path / "texts", num_lanes=1)
     last = stream._deal(1, 0)[0][-1].name  # so that two others are read before it is missed
     (tmp_path / "texts" / last).rename(tmp_path / "away")
-    with pytest.raises(OSError, match=rf"{last} cannot be read: .*No such file.*Put this one back.*resumes"):
+    with pytest.raises(OSError, match=rf"{last} cannot be read: .*No such file.*Put it back.*resumes"):
         stream.take(70)
     (tmp_path / "away").rename(tmp_path / "texts" / last)
     assert_same(stream.take(70), expected)

@@ -126,7 +126,7 @@ def test_a_tracker_that_is_not_there_is_no_tracker_left_out(recipe, tracker, mes
     [
         ("evaluate_model", ["--limit", 3], "--limit and --include_path are for lm-eval's tasks"),
         ("evaluate_model", ["--max_new_tokens", 5], "--max_new_tokens is the length of a reply: give --check_answers"),
-        ("evaluate_model", ["--model", "a", "a"], "--model a a: one of them is there twice"),
+        ("evaluate_model", ["--model", "a", "a"], "--model a a: one of them is given twice"),
         ("evaluate_model", ["--block_size", 0], "--block_size 0: give at least 1"),
         ("benchmark", ["--measure", "time_to_quality", "--bf16", "true"], "--bf16: --measure time_to_quality runs"),
         ("benchmark", ["--measure", "time_to_quality"], "is for a text of about a megabyte: give it as --dataset"),

@@ -271,7 +271,7 @@ def test_two_exports_into_one_folder_at_once_are_refused(export, make_model, tmp
 def test_the_model_itself_is_never_overwritten(export, make_model, tmp_path):
     source = make_model()
     for target in (source, tmp_path):
-        with pytest.raises(ValueError, match="is where the model itself lies"):
+        with pytest.raises(ValueError, match="is the model's own folder"):
             export(model=source, to="qwen3", output_dir=target, overwrite_output_dir=True)
     assert (source / "model.safetensors").exists()
 

@@ -115,7 +115,7 @@ def test_before_training_it_says_what_it_found_and_what_it_trains(finished):
         "Always saying 'ham' is right on",
         "Repeated texts:",
         "Left out: 1 empty texts.",
-        "texts are longer than block_size 32 and lose their end",
+        "texts are longer than block_size 32 and cut at the end",
         "LoRA of rank 4 on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; score.",
     ):
         assert words in text, words

@@ -6,9 +6,10 @@ import datasets
 import evaluate
 
 
-_DESCRIPTION = """ Bits per byte is the number of bits that a language model needs for a byte of text. Unlike
-perplexity, it does not depend on the tokenizer, so models with different vocabularies can be compared. Both are
-computed here from sums, because means of batches weigh tokens unequally.
+_DESCRIPTION = """
+Bits per byte is the number of bits that a language model needs for a byte of text. Unlike perplexity, it does not
+depend on the tokenizer, so models with different vocabularies can be compared. Both are computed here from sums,
+because means of batches weigh tokens unequally.
 """
 
 _KWARGS_DESCRIPTION = """
