@@ -50,14 +50,14 @@ LIBRARY = sorted((ROOT / "hfllm").rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_part_of_the_library_imports_only_what_it_stands_on(path):
+def test_a_part_of_the_library_imports_only_the_parts_below_it(path):
     part = path.relative_to(ROOT / "hfllm").with_suffix("").parts[0]
     for module in imported_modules(path):
         assert module.split(".")[0] == "hfllm", f"{path.name} imports a recipe"
         assert module.split(".")[1] in MAY_IMPORT[part], f"{path.name} imports {module}"
 
 
-def test_the_model_files_import_nothing_of_ours_but_each_other():
+def test_the_model_files_import_none_of_our_files_but_each_other():
     """They travel alone to the Hub, where only `from .sibling import x` works."""
     model = ROOT / "hfllm" / "model"
     siblings = {f"hfllm.model.{path.stem}" for path in model.glob("*_gpt.py")}

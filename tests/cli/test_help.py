@@ -1,4 +1,4 @@
-"""What `--help` of each recipe prints."""
+"""The `--help` of each recipe."""
 
 import dataclasses
 import re
@@ -23,7 +23,7 @@ def help_of(recipe: str) -> str:
     return OptionParser(arguments_of(recipe), description=load_recipe(recipe).__doc__).format_help()
 
 
-def test_the_docstring_stands_in_the_help_as_it_is_written(recipe):
+def test_the_docstring_is_in_the_help_as_it_is_written(recipe):
     docstring = load_recipe(recipe).__doc__
     assert f"\n{docstring.strip()}\n" in help_of(recipe)
     assert "\n    " in docstring  # with its commands

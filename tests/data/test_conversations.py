@@ -1,4 +1,4 @@
-"""Rows of the published forms become the same messages; what is no conversation says so, with its place."""
+"""Rows of the published forms become the same messages; other rows are refused with their place."""
 
 import json
 import re
@@ -100,7 +100,7 @@ def test_tools_are_refused_by_name(name):
         as_messages({**FORMS["messages"], name: [{"name": "search"}]})
 
 
-def test_calls_of_tools_in_a_message_are_refused_by_name_and_other_keys_are_told(tmp_path, caplog):
+def test_calls_of_tools_in_a_message_are_refused_by_name_and_other_keys_are_reported(tmp_path, caplog):
     called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     with pytest.raises(ValueError, match="message 2 has 'tool_calls'"):
         as_messages({"messages": [ONE_TURN[0], called]})
@@ -162,7 +162,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_row_that_is_no_conversation_says_why_and_where(name, tmp_path):
+def test_a_row_that_is_not_a_conversation_says_why_and_where(name, tmp_path):
     row, message = BAD[name]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in (FORMS["messages"], row)))

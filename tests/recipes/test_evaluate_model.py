@@ -102,7 +102,7 @@ def test_the_numbers_are_those_of_a_sum_by_hand_and_stand_beside_those_of_traini
     evaluate("--model", folder, "--dataset", text, "--block_size", 16, "--stride", 4, "--per_device_eval_batch_size", 3)
     again = metrics_of(folder)
     assert again["test_tokens"] == num_tokens and again["test_stride"] == 4
-    assert again["test_bits_per_byte"] != found["test_bits_per_byte"], "its own numbers it writes anew"
+    assert again["test_bits_per_byte"] != found["test_bits_per_byte"], "its own numbers are written again"
     assert again["test_loss"] == 7.0
 
 

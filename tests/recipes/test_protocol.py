@@ -1,4 +1,4 @@
-"""What every recipe that writes a folder promises, tried with each of them."""
+"""The guarantees of every recipe that writes a folder, tested with each of them."""
 
 import contextlib
 import json

@@ -245,7 +245,7 @@ def test_a_run_that_is_not_over_has_its_page(make_folder):
     assert "not finished: the log reaches step 20" in Page(render_run(read_run(folder))).text
 
 
-def test_a_folder_that_is_no_runs_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a folder"):
         read_run(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("")
