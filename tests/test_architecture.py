@@ -67,7 +67,7 @@ def test_a_part_of_the_library_imports_only_the_parts_below_it(path):
 def test_each_part_of_the_library_has_its_rule_and_uses_every_part_that_it_may_import():
     used = {part: set() for part in MAY_IMPORT}
     for module, imports in IMPORTS.items():
-        used[(module.split(".") + ["__init__"])[1]] |= {name.split(".")[1] for name in imports}
+        used[[*module.split("."), "__init__"][1]] |= {name.split(".")[1] for name in imports}
     assert used == MAY_IMPORT
 
 
