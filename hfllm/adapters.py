@@ -417,10 +417,16 @@ def _why_other_weights(base: PreTrainedModel | PeftModel, known_by: dict[str, An
 
 
 def _find_file(folder_or_id: str, name: str) -> str | None:
-    return cached_file(
-        folder_or_id,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    try:
+        return cached_file(
+            folder_or_id,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except OSError as error:  # not a folder, and not of the form of a Hub id
+        raise ValueError(
+            f"{folder_or_id!r} is not an adapter: there is no such folder. Give the folder of an adapter, such as "
+            "`adapter` in the output_dir of a run with method=lora, or its Hub id."
+        ) from error

@@ -22,6 +22,7 @@ from hfllm.adapters import (
     merge_adapter,
     quantization_for_qlora,
     save_adapter,
+    tokenizer_source,
 )
 from tests.conftest import make_tiny_config
 
@@ -328,3 +329,9 @@ def test_qlora_without_bitsandbytes_says_what_to_install(monkeypatch):
         quantization_for_qlora()
     with pytest.raises(ValueError, match="bits=3"):
         quantization_for_qlora(bits=3)
+
+
+def test_a_folder_that_does_not_exist_is_refused_as_an_adapter(base, folder, tmp_path):
+    for open_it in (lambda name: tokenizer_source(folder, name), lambda name: load_adapter(base, name)):
+        with pytest.raises(ValueError, match="chat/adapter' is not an adapter"):
+            open_it(str(tmp_path / "chat" / "adapter"))

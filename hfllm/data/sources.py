@@ -155,7 +155,7 @@ def _nearest_names(path: Path) -> str:
         return f" There is no folder {str(path.parent)!r} either."
     names = [other.name for other in path.parent.iterdir()]
     nearest = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=3)]
-    return f" Nearest: {', '.join(nearest)}." if nearest else f" {str(path.parent)!r} has {len(names):,} other entries."
+    return f" Nearest: {', '.join(nearest)}." if nearest else f" No name in {str(path.parent)!r} is similar."
 
 
 def files_below(

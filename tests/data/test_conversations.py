@@ -207,7 +207,7 @@ def test_no_question_recurs_between_training_validation_and_test():
 
 
 def test_too_few_prompts_to_split_is_an_error():
-    row = load_conversations("stdlib").rows[0]
+    row = Conversation(pair("What is 1 + 1?", "2"), "here")
     with pytest.raises(ValueError, match="1 different prompts are too few"):
         split_conversations([row] * 10, validation_fraction=0.1, test_fraction=0.1, seed=0)
 
