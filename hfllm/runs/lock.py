@@ -1,7 +1,7 @@
 """The lock that keeps two runs out of one folder.
 
-    .lock       locked by the kernel, so that the lock ends with its process, in whatever way that ends .lock.json  who
-    holds it, for people; on network file systems also a heartbeat, for other hosts
+    .lock       locked by the kernel, so that the lock ends with its process, in whatever way that ends
+    .lock.json  who holds it, for people; on network file systems also a heartbeat, for other hosts
 
 A network file system may not show one host the locks of another. There, the holder touches `.lock.json` every few
 seconds, and a run on another host watches it for longer than that before it takes the folder over. It looks for changes
