@@ -92,8 +92,7 @@ def main(args: ExportArguments) -> None:
         }
         folder.check_same(identity)
 
-        # 2. The same model in the other form, written, read back and compared. At the end it replaces an earlier
-        # export.
+        # 2. The same model in the other form: written, read back, compared, and only then in place of an earlier one
         if folder.is_finished():
             print(f"{args.output_dir} holds this export already: nothing to do.")
         else:

@@ -91,8 +91,7 @@ def main(args: TokenizerArguments) -> None:
     with claim as folder:
         others = {name: load_tokenizer(name, require_eos=False) for name in args.compare_with or []}
 
-        # 1. Text to documents. The same documents are held out as in pretrain.py, so that the tokenizer never sees
-        # them.
+        # 1. Text to documents. The tokenizer never sees the documents that pretrain.py holds out.
         corpus = load_corpus(
             args.dataset,
             dataset_config=args.dataset_config,
