@@ -155,8 +155,7 @@ def _build(folder: Path, write: Callable[[Path], dict[str, Any]], verify_batches
             account := _account_if_sound(folder, verify_batches)
         ) is not None:  # another process made it while we waited for the lock
             return account
-        # We hold the lock, so an unfinished folder of this machine under this name was interrupted and will never be
-        # whole.
+        # We hold the lock, so an unfinished folder of this machine under this name is left from an interruption.
         for leftover in folder.parent.glob(f"{prefix}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()

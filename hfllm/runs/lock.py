@@ -193,8 +193,7 @@ class _Lock:
 
     def _release_kernel_lock(self) -> None:
         if self.kernel_lock.is_locked:
-            # Deleted while it is locked: a process that opened it meanwhile sees that its lock has no name, and tries
-            # again.
+            # Deleted while it is locked: a process that opened it meanwhile finds it without a name, and tries again.
             with contextlib.suppress(OSError):
                 (self.folder / LOCK).unlink()
             self.kernel_lock.release()

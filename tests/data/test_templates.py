@@ -162,7 +162,7 @@ def test_a_file_holds_a_template(bare, tmp_path):
     choose_template(bare, str(path))
     assert bare.chat_template == template
     path.write_text("Hello")
-    with pytest.raises(ValueError, match="goes through `messages`"):
+    with pytest.raises(ValueError, match="loops over `messages`"):
         choose_template(bare, str(path))
     with pytest.raises(ValueError, match="one of alpaca, chatml, or a file with a Jinja template, and there is no"):
         choose_template(bare, "vicuna")

@@ -159,7 +159,7 @@ def test_what_cannot_be_measured_says_so(evaluate, save_model, text, tmp_path):
     (tmp_path / "nothing").mkdir()
     classifier = save_model(hfllm.GPTForSequenceClassification(make_tiny_config("book", vocab_size=300)), "classifier")
     for options, words in [
-        (["--model", folder], "Give --dataset, --tasks or both"),
+        (["--model", folder], "give --dataset, --tasks or both"),
         (["--model", tmp_path / "nothing", "--dataset", text], "without a config.json"),
         (["--model", tmp_path / "absent", "--dataset", text], "neither a folder nor a model"),
         (["--model", classifier, "--dataset", text], "no column 'label'"),
@@ -177,7 +177,7 @@ def test_what_cannot_be_measured_says_so(evaluate, save_model, text, tmp_path):
         (["--model", folder, "--dataset", text, "--split", "validation"], "is local and read whole"),
         (["--model", folder, "--dataset", text, "--stride", 33], "tokens would be left out"),
         (["--model", folder, "--dataset", text, "--block_size", 33], "more than the model's context"),
-        (["--model", folder, "--dataset", text, "--adapter", tmp_path / "nothing"], "no PEFT adapter"),
+        (["--model", folder, "--dataset", text, "--adapter", tmp_path / "nothing"], "not a PEFT adapter"),
         (["--model", folder, folder, "--dataset", text, "--output_dir", tmp_path], "a folder for each model"),
     ]:
         with pytest.raises(ValueError, match=words):
