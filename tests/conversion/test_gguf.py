@@ -244,7 +244,7 @@ def test_q8_0_falls_back_to_f16_aloud_where_rows_do_not_fit(tokenizer, tmp_path,
     path = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="q8_0")
     types = {name: tensor.tensor_type.name for name, tensor in tensors(path).items()}
     assert types["blk.0.ffn_down.weight"] == "F16" and types["blk.0.ffn_up.weight"] == "Q8_0"
-    assert "2 of the matrices have rows that are no multiple of 32" in caplog.text
+    assert "2 matrices have rows whose length is not a multiple of 32" in caplog.text
     verify_gguf(path, model, tokenizer)
 
 

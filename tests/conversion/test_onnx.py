@@ -271,14 +271,14 @@ def test_a_quantized_model_is_refused(tmp_path):
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_a_missing_package_is_named(monkeypatch, tmp_path, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(RuntimeError, match=rf"'{package}', which is not here: pip install -e '.\[export\]'"):
+    with pytest.raises(RuntimeError, match=rf"'{package}', which is not installed: pip install -e '.\[export\]'"):
         export_onnx(make_model("modern"), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_runtime_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(RuntimeError, match=r"'onnxruntime', which is not here: pip install -e '.\[export\]'"):
+    with pytest.raises(RuntimeError, match=r"'onnxruntime', which is not installed: pip install -e '.\[export\]'"):
         verify_onnx(tmp_path / "model.onnx", make_model("modern"))
 
 

@@ -246,7 +246,7 @@ def hub_cache() -> str:
 
 def test_a_public_repository_does_not_take_what_was_to_be_private(hub, run_folder):
     hub.create("me/open")
-    with pytest.raises(PushError, match=r"me/open is there already, and public"):
+    with pytest.raises(PushError, match=r"me/open exists already, and is public"):
         push_to_hub(run_folder, "me/open", private=True)
     assert set(hub.files("me/open")) == {".gitattributes"}
 
