@@ -363,7 +363,7 @@ def test_tokens_that_swallow_spaces_and_ids_without_rows_are_refused(tokenizer, 
         export_gguf(qwen3(vocab_size=300), tokenizer, tmp_path / "model.gguf")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["added_tokens"][3]["rstrip"] = True
-    with pytest.raises(ValueError, match=r"'<\|im_start\|>' swallows whitespace"):
+    with pytest.raises(ValueError, match=r"'<\|im_start\|>' includes whitespace"):
         export_gguf(qwen3(), changed(tokenizer, added_tokens=state["added_tokens"]), tmp_path / "model.gguf")
 
 
