@@ -85,10 +85,10 @@ from transformers import (
 )
 
 
-# By method, for models of fewer than 512 channels and for larger ones. The first are for the demo's model: `lora` and
-# `full` as chosen on validation texts (see the configs), `last_block` and `head` not tried apart. The second are the
-# book's for GPT-2's 124 million parameters, as far as it has them. LoRA starts from a product of zero and bears more.
-# The head is new, and starts from nothing.
+# By method, for models of fewer than 512 channels and for larger ones. The first rates are for the demo's model: `lora`
+# and `full` were chosen on validation texts (see the configs), `last_block` and `head` were not tuned separately. The
+# second rates are the book's for GPT-2 with 124 million parameters, where it has them. LoRA starts from a product of
+# zero and tolerates a higher rate. The head is new and starts from random weights.
 SMALL = 512
 LEARNING_RATES = {"lora": (2e-3, 8e-4), "full": (2e-4, 5e-5), "last_block": (1e-3, 2e-4)}
 HEAD_LEARNING_RATES = {"lora": (1e-2, 8e-4), "full": (5e-3, 5e-5), "last_block": (1e-2, 2e-4), "head": (1e-2, 5e-3)}
@@ -166,9 +166,9 @@ class ClassificationArguments(
     pooling: Literal["last", "mean", "mean_first_last"] | None = option(
         None,
         section="model",
-        help="Input of the classification head: the last token's state, the mean of all states, or that mean beside "
-        "the mean of the embeddings. Other architectures than ours have the last token's only.",
-        default_is="mean_first_last for our models, last for others",
+        help="Input of the classification head: the last token's state, the mean of all states, or that mean plus "
+        "the mean of the embeddings. Other architectures than hfllm's have the last token's only.",
+        default_is="mean_first_last for hfllm models, last for others",
     )
     lora_target_modules: list[str] | None = option(
         None, section="LoRA", help="Layers with LoRA.", default_is="all linear layers of the blocks"
@@ -195,7 +195,7 @@ class ClassificationArguments(
         0.0, section="optimization", help="Share of the target spread over all labels.", at_least=0, below=1
     )
     train_sampling_strategy: Literal["group_by_length", "random"] = option(
-        "group_by_length", section="optimization", help="Batches of texts of similar lengths, or of random ones."
+        "group_by_length", section="optimization", help="Batches of texts of similar length, or of random texts."
     )
     seed = differs(help="Random seed of head, LoRA, order of texts and dropout.")
 
@@ -351,7 +351,7 @@ def score_by_name(
 def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
     """The pooling and the two learning rates, as given or by default for this model.
 
-    Only hfllm's own classifiers can use a mean over a text's tokens; others of transformers use the last token.
+    Only hfllm's own classifiers can use a mean over a text's tokens; transformers' classes use the last token.
     """
     config = open_config(args.model)
     is_ours = isinstance(config, GPTConfig)
@@ -411,7 +411,7 @@ def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTe
 
 
 def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> PreTrainedModel:
-    """The pretrained model with a new head, in float32 for training, whatever precision it was saved in."""
+    """The pretrained model with a new head, in float32 for training, in whatever precision it was saved."""
     config = open_config(args.model)
     check_fit(config, num_ids=len(tokenizer), block_size=args.block_size)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -467,7 +467,7 @@ def describe_lengths(parts: list[Dataset], block_size: int, stride: int | None =
         )
     cut = np.maximum(lengths - block_size, 0).sum()
     return (
-        f"{text}. {num_long:,} texts are longer than block_size {block_size:,} and lose their end, {cut:,} of "
+        f"{text}. {num_long:,} texts are longer than block_size {block_size:,} and cut at the end, {cut:,} of "
         f"{lengths.sum():,} tokens (--long_texts window reads them whole)."
     )
 
@@ -511,7 +511,7 @@ def score_for_trainer(
 
 
 def describe_training(args: ClassificationArguments, trainer: ClassifierTrainer, seconds: float) -> dict[str, Any]:
-    """What training took, for `metrics.json`; of a run that was resumed, tokens and seconds since then."""
+    """Cost of the training, for `metrics.json`; for a resumed run, tokens and seconds since the resume."""
     num_tokens, num_places = trainer.count_tokens()
     evaluating = sum(entry.get("eval_runtime", 0) for entry in trainer.state.log_history)
     return {

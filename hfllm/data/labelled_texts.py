@@ -1,4 +1,4 @@
-"""Labelled texts: read from files, the Hub or the standard library, checked, split so that no text straddles."""
+"""Labelled texts: read from files, the Hub or the standard library, checked, and split with equal texts together."""
 
 import ast
 import hashlib
@@ -178,7 +178,7 @@ def _checked(record: Record, text_column: str, label_column: str, *, label_probl
 
 
 def join_labelled_texts(parts: Mapping[str, LabelledTexts]) -> LabelledTexts:
-    """Several datasets as one; `named_rows` says which rows are whose, if they are several."""
+    """Several datasets as one; `named_rows` says which rows belong to which, if there are several."""
     if len(parts) == 1:
         return next(iter(parts.values()))
     named_rows, start = {}, 0
@@ -256,12 +256,12 @@ def label_targets(data: LabelledTexts, names: Sequence[str]) -> np.ndarray:
 
 
 def normalized(text: str) -> str:
-    """What two texts share that are the same but for case and white space."""
+    """The text without case and whitespace differences, to compare texts."""
     return " ".join(text.split()).casefold()
 
 
 def balance_labels(data: LabelledTexts, *, seed: int) -> LabelledTexts:
-    """As many texts of each label as the rarest one has, drawn at random, in their old order."""
+    """As many texts of each label as the rarest one has, drawn at random, in the original order."""
     labels = np.array(data.labels)
     names, counts = np.unique(labels, return_counts=True)
     generator = np.random.default_rng(seed)
@@ -327,7 +327,7 @@ def check_labels_known(names: Sequence[str], **parts: LabelledTexts) -> None:
             listing = ", ".join(f"{label!r} ({count:,} texts)" for label, count in unknown.most_common(5))
             raise ValueError(
                 f"The {part} texts have labels that no training text has: {listing}. Those trained on are "
-                f"{list(names)}. Mend the labels, or leave the given {part} texts out, and a part of the training "
+                f"{list(names)}. Correct the labels, or leave the given {part} texts out, and a part of the training "
                 "texts is held back instead."
             )
 
@@ -483,7 +483,7 @@ def _read_label(
             shown, hint = "a list", f"; several labels at once are problem_type={MULTI_LABEL!r}"
         elif isinstance(value, float) and math.isfinite(value):
             hint = f"; numbers are problem_type={REGRESSION!r}"
-        return None, f"its {name!r} is {shown}, not a word or a whole number{hint}"
+        return None, f"its {name!r} is {shown}, not a text or a whole number{hint}"
     if isinstance(value, str) and separator is not None:
         value = _separated(value, separator)
     if not isinstance(value, list):
@@ -491,7 +491,7 @@ def _read_label(
         return None, f"its {name!r} is {shown}, not a list of labels{hint}"
     words = [_word(each) for each in value]
     if None in words:
-        return None, f"its {name!r} is {shown}, in which something is not a word or a whole number"
+        return None, f"its {name!r} is {shown}, in which something is not a text or a whole number"
     if len(set(words)) < len(words):
         # As in a row of 0 and 1 for all labels, whose places say which label each one is.
         return None, f"its {name!r} is {shown}, with a label twice; list the labels that the text has"

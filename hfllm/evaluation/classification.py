@@ -1,4 +1,4 @@
-"""Scores of classifiers, and the baselines beside them."""
+"""Scores of classifiers, and of two baselines."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -253,8 +253,8 @@ def logistic_regression(
 ) -> tuple[np.ndarray, float]:
     """Log-probabilities (N, labels) of the test texts by scikit-learn's logistic regression, and its strength C.
 
-    It sees words and pairs of words by TF-IDF with sublinear counts. Of three strengths, the one that is best on the
-    validation texts is taken, as is the epoch of the neural model.
+    Its features are words and pairs of words, by TF-IDF with sublinear counts. Of three strengths, it takes the best on
+    the validation texts, just as the neural model's epoch is chosen.
     """
     from sklearn.linear_model import LogisticRegression
 

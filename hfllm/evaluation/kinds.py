@@ -31,7 +31,7 @@ def find_kind(configs: Mapping[str, PretrainedConfig], *, adapter: str | None = 
     if len(set(kinds.values())) > 1:
         listing = ", ".join(f"{name} is a {kind} model" for name, kind in kinds.items())
         raise ValueError(
-            f"Only models of one kind can be compared, and these are of two: {listing}. Measure each apart."
+            f"Only models of one kind can be compared, and these are of two: {listing}. Measure each separately."
         )
     kind = next(iter(kinds.values()))
     if kind == "classifier":
@@ -72,11 +72,11 @@ def adapter_config(adapter: str) -> Any:
 
     folder = Path(adapter).expanduser()
     if folder.is_dir() and not (folder / "adapter_config.json").exists():
-        raise ValueError(f"adapter {adapter} is a folder without an adapter_config.json, so no PEFT adapter.")
+        raise ValueError(f"adapter {adapter} is a folder without an adapter_config.json, so not a PEFT adapter.")
     try:
         return PeftConfig.from_pretrained(str(folder) if folder.is_dir() else adapter)
     except (OSError, ValueError) as error:
-        raise ValueError(f"adapter {adapter!r} is no PEFT adapter: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"adapter {adapter!r} is not a PEFT adapter: {str(error).splitlines()[0]}") from error
 
 
 def adapter_labels(adapter: str) -> tuple[dict[int, str], ProblemType | None]:

@@ -102,7 +102,7 @@ def test_the_numbers_are_those_of_a_sum_by_hand_and_stand_beside_those_of_traini
     evaluate("--model", folder, "--dataset", text, "--block_size", 16, "--stride", 4, "--per_device_eval_batch_size", 3)
     again = metrics_of(folder)
     assert again["test_tokens"] == num_tokens and again["test_stride"] == 4
-    assert again["test_bits_per_byte"] != found["test_bits_per_byte"], "its own numbers it writes anew"
+    assert again["test_bits_per_byte"] != found["test_bits_per_byte"], "its own numbers are written again"
     assert again["test_loss"] == 7.0
 
 
@@ -159,7 +159,7 @@ def test_what_cannot_be_measured_says_so(evaluate, save_model, text, tmp_path):
     (tmp_path / "nothing").mkdir()
     classifier = save_model(hfllm.GPTForSequenceClassification(make_tiny_config("book", vocab_size=300)), "classifier")
     for options, words in [
-        (["--model", folder], "Give --dataset, --tasks or both"),
+        (["--model", folder], "give --dataset, --tasks or both"),
         (["--model", tmp_path / "nothing", "--dataset", text], "without a config.json"),
         (["--model", tmp_path / "absent", "--dataset", text], "neither a folder nor a model"),
         (["--model", classifier, "--dataset", text], "no column 'label'"),
@@ -169,7 +169,7 @@ def test_what_cannot_be_measured_says_so(evaluate, save_model, text, tmp_path):
         (["--model", folder, classifier, "--dataset", text], "these are of two.*classifier is a classifier model"),
         (["--model", folder, "--dataset", text, "--label_column", "kind"], "is for classifiers"),
         (["--model", folder, "--dataset", text, "--check_answers"], "give --conversations"),
-        (["--model", folder, "--dataset", text, "--conversations"], "none of the forms known"),
+        (["--model", folder, "--dataset", text, "--conversations"], "fit no known form"),
         (["--model", folder, "--dataset", "stdlib", "--conversations"], "held back from training"),
         (["--model", folder, "--dataset", text, "--conversations", "--stride", 2], "scored whole"),
         (["--model", folder, "--dataset", empty], "has no text"),
@@ -177,7 +177,7 @@ def test_what_cannot_be_measured_says_so(evaluate, save_model, text, tmp_path):
         (["--model", folder, "--dataset", text, "--split", "validation"], "is local and read whole"),
         (["--model", folder, "--dataset", text, "--stride", 33], "tokens would be left out"),
         (["--model", folder, "--dataset", text, "--block_size", 33], "more than the model's context"),
-        (["--model", folder, "--dataset", text, "--adapter", tmp_path / "nothing"], "no PEFT adapter"),
+        (["--model", folder, "--dataset", text, "--adapter", tmp_path / "nothing"], "not a PEFT adapter"),
         (["--model", folder, folder, "--dataset", text, "--output_dir", tmp_path], "a folder for each model"),
     ]:
         with pytest.raises(ValueError, match=words):
