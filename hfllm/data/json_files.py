@@ -134,6 +134,8 @@ def _explain(error: Exception) -> str:
         return TOO_DEEP
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno:,}"
+    if "integer string conversion" in str(error):
+        return "a number has too many digits; write it as a string"
     return str(error)
 
 
