@@ -280,6 +280,7 @@ def _first_records(shards: Shards, wanted: int, passed_over: list[str], *, is_sh
     are a share of it and the others are trained on.
     """
     num_shards = len(shards.shards)
+    few_files = {name for name, _ in shards.contents} if len(shards.contents) < FEW_DOCUMENTS else set()
     order = rows_at(np.arange(num_shards), num_rows=num_shards, seed=0)  # the split belongs to the data, not to a run
     taken = 0
     for number, index in enumerate(order, start=1):
@@ -304,8 +305,8 @@ def _first_records(shards: Shards, wanted: int, passed_over: list[str], *, is_sh
             if num_bytes > wanted:
                 passed_over.append(record.place)
                 continue
-            is_long = num_bytes > LONG_BYTES and len(shards.contents) < FEW_DOCUMENTS
-            if is_share and is_long and taken == before and next(records, None) is None:
+            is_source = num_bytes > LONG_BYTES and shard.name in few_files
+            if is_share and is_source and taken == before and next(records, None) is None:
                 raise ValueError(
                     f"Streaming holds back whole documents, here all of {shard.name!r}, of which nothing would be "
                     "learned. Read it without streaming, which cuts long documents, or give a validation_dataset."

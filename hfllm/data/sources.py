@@ -21,7 +21,7 @@ import datasets
 from .arrow_files import batch_records
 from .formats import COMPRESSIONS, READ, SUFFIXES, format_of, refusal
 from .readers import read_file
-from .records import ReadOptions, Record, header_problem, some_of
+from .records import ReadOptions, Record, header_problem
 
 
 logger = logging.getLogger(__name__)
@@ -184,8 +184,8 @@ def files_below(
     """The files to read, and what of a folder is not read: how many files of each kind.
 
     A file that is named itself may have no ending: it is text. Of a folder, files of the known endings are read, links
-    followed once. Left out, and told, are other files, links that lead to what is read already or to nothing, and
-    folders of runs: those named in `exclude` (paths), and those that hold what a recipe writes.
+    followed once. Left out, and told, are other files, what is named again, links that lead to what is read already or
+    to nothing, and folders of runs: those named in `exclude` (paths), and those that hold what a recipe writes.
     """
     excluded = {Path(path).expanduser().resolve() for path in exclude}
     files: list[Path] = []
@@ -213,10 +213,11 @@ def files_below(
         there = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common()) or "nothing"
         names = ", ".join(map(str, paths))
         raise ValueError(f"There is no file to read below {names}; what is there: {there}. Read are {READ}.")
+    once = {path.resolve(): path for path in reversed(files)}  # by its first name
+    if named_again := len(files) - len(once):
+        ignored["files that are named already"] += named_again
+        files = list(reversed(once.values()))
     _tell_ignored(paths, ignored)
-    times = Counter(path.resolve() for path in files)
-    if repeated := [path for path, number in times.items() if number > 1]:
-        logger.warning("Named more than once, and read as often: %s.", some_of(list(map(str, repeated))))
     return files, dict(ignored)
 
 

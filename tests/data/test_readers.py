@@ -386,10 +386,12 @@ def test_a_pipe_is_no_file(tmp_path):
     assert files_below([tmp_path]) == ([tmp_path / "b.jsonl"], {"no files": 1})
 
 
-def test_a_file_that_is_named_twice_is_told(tmp_path, caplog):
-    path = write(tmp_path / "a.txt", "x")
-    assert files_below([tmp_path, path])[0] == [path, path]
-    assert f"Named more than once, and read as often: {path}" in caplog.text
+def test_a_file_that_is_named_twice_is_read_once_and_told(tmp_path, caplog):
+    a, b = (write(tmp_path / "texts" / f"{name}.txt", name) for name in "ab")
+    (tmp_path / "link.txt").symlink_to(a)
+    files, ignored = files_below([b, tmp_path / "texts", a, tmp_path / "link.txt"])
+    assert (files, ignored) == ([b, a], {"files that are named already": 3})
+    assert "3 files that are named already" in caplog.text
 
 
 def test_a_link_to_a_folder_of_texts_is_a_folder_of_texts(tmp_path):

@@ -231,6 +231,10 @@ def test_streaming_refuses_to_hold_back_one_of_a_few_novels_as_a_whole(tmp_path)
         hold_out(find_shards(novels), fraction=0.45, cache_dir=tmp_path)
     with pytest.raises(ValueError, match=r"each of its 3 documents is larger\. Read it without streaming"):
         hold_out(find_shards(novels), fraction=0.1, cache_dir=tmp_path)
+    # A piece of a file that has a single long document is no file of its own.
+    write_lines(tmp_path / "papers.jsonl", [f"{number} " + "x" * 60_000 for number in range(30)])
+    found = find_shards(str(tmp_path / "papers.jsonl"))
+    assert 1 <= len(hold_out(found, fraction=0.1, cache_dir=tmp_path).documents) <= 4 and len(found.shards) > 20
 
 
 def test_a_document_too_large_to_hold_out_is_passed_over_and_told(tmp_path, caplog):
