@@ -23,6 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
@@ -107,7 +108,8 @@ def build_application(
         except ValueError as error:
             raise RequestError(str(error), param="messages") from error
         choices = fit_choices(asked.choices, len(prompt_ids), context_length(writer.model))
-        exchange = ChatExchange(writer, name, [prompt_ids] * len(choices), choices)
+        form = ChatForm(writer.tokenizer, choices)
+        exchange = Exchange(writer, form, name, [prompt_ids] * len(choices), choices)
         return await exchange.respond(request, stream=asked.stream, include_usage=asked.include_usage)
 
     @app.post("/v1/completions")
@@ -133,7 +135,8 @@ def build_application(
             prompts += [prompt_ids] * len(asked.choices)
             text = prompt if isinstance(prompt, str) else writer.tokenizer.decode(prompt)
             echoed += [text if asked.echo else ""] * len(asked.choices)
-        exchange = TextExchange(writer, name, prompts, choices, echoed=echoed, num_prompts=len(asked.prompts))
+        form = TextForm(writer.tokenizer, choices, echoed=echoed)
+        exchange = Exchange(writer, form, name, prompts, choices, num_prompts=len(asked.prompts))
         return await exchange.respond(request, stream=asked.stream, include_usage=asked.include_usage)
 
     @app.exception_handler(RequestError)
@@ -178,10 +181,13 @@ async def read_json(request: Request) -> Any:
     if kind != "application/json":  # a form of another web page can send other kinds only
         raise RequestError("Send JSON, with the header Content-Type: application/json.", status=415)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > LARGEST_BODY:
-            raise RequestError(f"The body is larger than {LARGEST_BODY:,} bytes; shorten the messages.", status=413)
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > LARGEST_BODY:
+                raise RequestError(f"The body is larger than {LARGEST_BODY:,} bytes; shorten the text.", status=413)
+    except ClientDisconnect as error:
+        raise RequestError("The client left before the end of the body.") from error
     try:
         return json.loads(body.decode("utf-8"), object_pairs_hook=as_object)
     except UnicodeDecodeError as error:
@@ -195,41 +201,26 @@ async def read_json(request: Request) -> Any:
 
 
 class Exchange:
-    """A request's replies, brought into OpenAI's form; which of its two forms, the classes below say."""
-
-    id_prefix: str
-    whole: str  # what the form calls an answer
-    chunk: str  # and a piece of it in a stream
+    """A request's replies, brought into one of OpenAI's two forms."""
 
     def __init__(
         self,
         writer: ReplyWriter,
+        form: "ChatForm | TextForm",
         name: str,
         prompts: Sequence[Sequence[int]],
         choices: Sequence[Sampling],
         *,
         num_prompts: int = 1,
     ):
-        self.writer = writer
+        self.form = form
         self.num_prompt_tokens = sum(map(len, prompts[:: len(prompts) // num_prompts]))  # each prompt once
         self.choices = choices
-        self.head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        self.head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         try:
             self.events = JobEvents(writer, prompts, choices)
         except (QueueIsFull, ServerIsClosing) as error:
             raise as_request_error(error) from error
-
-    def choice(self, number: int, text: str, tokens: list[ReplyToken], finish_reason: str | None) -> dict[str, Any]:
-        """A whole reply."""
-        raise NotImplementedError
-
-    def opening(self, number: int) -> dict[str, Any] | None:
-        """What a reply's stream begins with, before the first piece of text."""
-        raise NotImplementedError
-
-    def piece(self, number: int, text: str | None, tokens: list[ReplyToken], finish: str | None) -> dict[str, Any]:
-        """A piece of a reply's text or, with None, its end."""
-        raise NotImplementedError
 
     async def respond(self, request: Request, *, stream: bool, include_usage: bool) -> Response:
         if stream:
@@ -272,9 +263,9 @@ class Exchange:
                 replies.append(piece)
         return {
             **self.head,
-            "object": self.whole,
+            "object": self.form.whole,
             "choices": [
-                self.choice(number, text, tokens[number], replies[number].finish_reason)
+                self.form.choice(number, text, tokens[number], replies[number].finish_reason)
                 for number, text in enumerate(texts)
             ],
             "usage": self._usage(sum(reply.num_tokens for reply in replies)),
@@ -298,14 +289,14 @@ class Exchange:
                     return
                 if number not in begun:
                     begun.add(number)
-                    if opening := self.opening(number):
+                    if opening := self.form.opening(number):
                         yield event(opening)
                 if isinstance(piece, str):
-                    yield event(self.piece(number, piece, new, None))
+                    yield event(self.form.piece(number, piece, new, None))
                 else:
                     num_ended += 1
                     num_tokens += piece.num_tokens
-                    yield event(self.piece(number, None, new, piece.finish_reason))
+                    yield event(self.form.piece(number, None, new, piece.finish_reason))
             if include_usage:
                 yield self._event({"choices": [], "usage": self._usage(num_tokens)})
             yield "data: [DONE]\n\n"
@@ -313,13 +304,20 @@ class Exchange:
             self.events.cancel()
 
     def _event(self, fields: dict[str, Any]) -> str:
-        return f"data: {json.dumps({**self.head, 'object': self.chunk, **fields})}\n\n"
+        return f"data: {json.dumps({**self.head, 'object': self.form.chunk, **fields})}\n\n"
 
 
-class ChatExchange(Exchange):
-    """The form of `/v1/chat/completions`."""
+class ChatForm:
+    """The form of `/v1/chat/completions`: `choice` is a whole reply, `opening` and `piece` are parts of its stream.
+
+    A piece without text (None) is the end of a reply.
+    """
 
     id_prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, choices: Sequence[Sampling]):
+        self.tokenizer = tokenizer
+        self.choices = choices
 
     def choice(self, number: int, text: str, tokens: list[ReplyToken], finish_reason: str | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
@@ -350,7 +348,7 @@ class ChatExchange(Exchange):
         """OpenAI's form of the probabilities of some tokens; None where they are not asked for."""
         if self.choices[number].num_top_logprobs is None:
             return None
-        describe = TokenNames(self.writer.tokenizer)
+        describe = TokenNames(self.tokenizer)
         content = [
             {
                 **describe(token.token_id, token.logprob),
@@ -361,13 +359,14 @@ class ChatExchange(Exchange):
         return {"content": content, "refusal": None}
 
 
-class TextExchange(Exchange):
-    """The form of `/v1/completions`; a reply begins with what `echoed` has for it."""
+class TextForm:
+    """The form of `/v1/completions`, see `ChatForm`; a reply begins with what `echoed` has for it."""
 
     id_prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, *args: Any, num_prompts: int, echoed: Sequence[str]):
-        super().__init__(*args, num_prompts=num_prompts)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, choices: Sequence[Sampling], *, echoed: Sequence[str]):
+        self.tokenizer = tokenizer
+        self.choices = choices
         self.echoed = echoed
 
     def choice(self, number: int, text: str, tokens: list[ReplyToken], finish_reason: str | None) -> dict[str, Any]:
@@ -388,7 +387,7 @@ class TextExchange(Exchange):
         """The older form of the probabilities of some tokens; None where they are not asked for."""
         if self.choices[number].num_top_logprobs is None:
             return None
-        describe = TokenNames(self.writer.tokenizer)
+        describe = TokenNames(self.tokenizer)
         named = [describe(token.token_id, token.logprob) for token in tokens]
         return {
             "tokens": [_plain_name(each) for each in named],

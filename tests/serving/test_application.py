@@ -32,8 +32,12 @@ def call(
     *,
     headers: dict[str, str] | None = None,
     leaves_after: Callable[[list[dict]], bool] | None = None,
+    is_cut: bool = False,
 ) -> tuple[int, str]:
-    """Status and text of one request; the client can leave as soon as it has got some messages."""
+    """Status and text of one request; the client can leave as soon as it has got some messages.
+
+    With `is_cut` it leaves before the end of the body.
+    """
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     named = {"host": "127.0.0.1:8000", "content-type": "application/json", **(headers or {})}
     scope = {
@@ -51,7 +55,7 @@ def call(
         "server": ("127.0.0.1", 8000),
     }
     sent: list[dict] = []
-    requests = [{"type": "http.request", "body": data, "more_body": False}]
+    requests = [{"type": "http.request", "body": data, "more_body": is_cut}]
 
     async def exchange() -> None:
         has_left = asyncio.Event()
@@ -61,7 +65,8 @@ def call(
         async def receive() -> dict:
             if requests:
                 return requests.pop()
-            await has_left.wait()
+            if not is_cut:
+                await has_left.wait()
             return {"type": "http.disconnect"}
 
         async def send(message: dict) -> None:
@@ -301,6 +306,10 @@ def test_a_body_that_is_no_request_is_refused(app, body, message):
     status, text = call(app, "POST", "/v1/chat/completions", body)
     assert status == 400
     assert message in json.loads(text)["error"]["message"]
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error_of_the_server(app):
+    assert call(app, "POST", "/v1/chat/completions", b'{"messages": [', is_cut=True)[0] == 400
 
 
 def test_a_body_that_is_too_large_is_refused(app):
