@@ -278,9 +278,10 @@ def _question(values: Mapping[str, Any], name: str) -> str:
 
 
 def _prompt_messages(values: Mapping[str, Any], unused: set[str]) -> Messages:
-    if values.get("input"):
-        raise ValueError("it has an 'input' beside a prompt of messages. Put its text into the last of them.")
-    return _listed(values["prompt"], "prompt", unused)
+    messages, more = _listed(values["prompt"], "prompt", unused), values.get("input")
+    if more and not any(str(more).strip() in str(message["content"]) for message in messages):
+        raise ValueError("it has an 'input' beside a prompt of messages, in none of them. Put its text into the last.")
+    return messages
 
 
 def _turns_before(values: Mapping[str, Any], used: set[str], unused: set[str]) -> Messages:
