@@ -249,8 +249,9 @@ def hold_out(
     """
     if fraction is not None and not 0 < fraction < 1:
         raise ValueError(f"fraction={fraction}: it is more than 0 and less than 1.")
-    wanted, is_share = HELD_OUT_BYTES, fraction is not None and shards.num_bytes is not None
-    if is_share:
+    wanted, is_share = HELD_OUT_BYTES, False
+    if fraction is not None and shards.num_bytes is not None:
+        is_share = True
         wanted = max(1, min(wanted, int(fraction * shards.num_bytes)))
     made_from = {"contents": shards.contents, "num_shards": len(shards.shards), "wanted": wanted}
     made_from |= {"text_column": shards.text_column, "on_bad_record": on_bad_record, "format_version": FORMAT_VERSION}
