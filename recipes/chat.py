@@ -21,6 +21,7 @@ import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hfllm.adapters import load_adapter, merge_adapter, tokenizer_source
 from hfllm.cli import options as groups
@@ -96,7 +97,8 @@ def main(args: ChatArguments) -> None:
     if args.web or args.serve:
         check_address(args)
     tokenizer = load_tokenizer(tokenizer_source(args.model, args.adapter))
-    check_template(tokenizer)
+    if not args.serve:  # which continues the texts of a model without one
+        check_template(tokenizer)
     model = load_model(args)
     if args.web or args.serve:
         serve(args, model, tokenizer)
@@ -227,10 +229,16 @@ def serve(args: ChatArguments, model: PreTrainedModel, tokenizer: PreTrainedToke
         print(f"Chat with {args.model} at {address}; Ctrl-C ends.", flush=True)
     else:
         application = build_application(writer, default_sampling(args), name=name, system=args.system, host=args.host)
-        request = {"model": name, "messages": [{"role": "user", "content": "What does Python print for 7 + 15"}]}
+        request: dict[str, Any] = {"model": name}
+        if tokenizer.chat_template is None:
+            route = "completions"
+            request["prompt"] = "import "
+        else:
+            route = "chat/completions"
+            request["messages"] = [{"role": "user", "content": "What does Python print for 7 + 15"}]
         print(
             f"Serving {args.model} as {name!r} at {address}/v1; Ctrl-C ends.\n"
-            f"    curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(request)}'",
+            f"    curl {address}/v1/{route} -H 'Content-Type: application/json' -d '{json.dumps(request)}'",
             flush=True,
         )
     try:

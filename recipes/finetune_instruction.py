@@ -54,7 +54,7 @@ from hfllm.data.instruction import (
     mark_learned,
     padding_token_id,
 )
-from hfllm.data.sources import named_datasets
+from hfllm.data.sources import load_sides
 from hfllm.data.templates import TEMPLATES, check_template, choose_template
 from hfllm.evaluation.replies import Reply, answer, exact_match, stop_at_turns
 from hfllm.evaluation.rows import score_rows
@@ -322,12 +322,7 @@ def load_data(args: InstructionArguments) -> tuple[dict[str, list[Conversation]]
     conversations = load_conversations(args.dataset, dataset_config=args.dataset_config, split=args.split, **reading)
     given: dict[str, list[Conversation]] = {}
     for side, dataset in (("eval", args.validation_dataset), ("test", args.test_dataset)):
-        parts = {} if dataset is None else named_datasets(dataset)
-        loaded = {name: load_conversations(part, **reading).rows for name, part in parts.items()}
-        if loaded:
-            given[side] = [row for rows in loaded.values() for row in rows]
-        if len(loaded) > 1:
-            given |= {f"{side}_{name}": rows for name, rows in loaded.items()}
+        given |= load_sides(side, dataset, lambda name: load_conversations(name, **reading).rows)
     train, validation, test = split_conversations(
         conversations.rows,
         validation_fraction=0 if "eval" in given else args.validation_fraction,

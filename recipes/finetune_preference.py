@@ -87,12 +87,12 @@ def main(args: PreferenceArguments) -> None:
 
         # 2. Pairs of replies to one prompt, rendered by the model's own chat template
         training, validation, account = load_pairs(args, tokenizer)
-        if this_run.is_finished(model, tokenizer, {"train": training, "eval": validation}):
+        if this_run.is_finished(model, tokenizer, {"train": training, **validation}):
             return
         if this_run.is_main:
             print(
                 f"{account['rows']:,} preferences ({account['bad_records']:,} bad rows left out): {len(training):,} to "
-                f"train on, {len(validation):,} to validate, split by prompts."
+                f"train on, {len(validation['eval']):,} to validate, split by prompts."
             )
 
         # 3. DPO: TRL's trainer, with LoRA as the only difference between the policy and the reference
@@ -105,7 +105,7 @@ def main(args: PreferenceArguments) -> None:
                 per_device_eval_batch_size=args.per_device_train_batch_size,
             ),
             train_dataset=training,
-            eval_dataset=validation,
+            eval_dataset=validation["eval"],
             processing_class=tokenizer,
             peft_config=lora_config(model, r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout),
         )
@@ -116,6 +116,11 @@ def main(args: PreferenceArguments) -> None:
         # 4. Evaluation, training, evaluation. At first the policy equals the reference: margins of 0, a loss of ln 2.
         before = trainer.evaluate()
         this_run.train(trainer)
+        parts: dict[str, float] = {}  # of several validation datasets, each by its name
+        for side in sorted(validation.keys() - {"eval"}):
+            name = side.removeprefix("eval")
+            numbers = trainer.evaluate(validation[side], metric_key_prefix=side)
+            parts |= select_numbers({**numbers, "eval_loss": numbers[f"{side}_loss"]}, name)
         after = trainer.evaluate()
         check_converged(after["eval_loss"], num_choices=2, before=before["eval_loss"])
 
@@ -126,6 +131,7 @@ def main(args: PreferenceArguments) -> None:
             **account,
             **select_numbers(before, "_before"),
             **select_numbers(after, ""),
+            **parts,
             "beta": args.beta,
             "train_steps": trainer.state.global_step,
             "seed": args.seed,
@@ -142,8 +148,11 @@ def main(args: PreferenceArguments) -> None:
 
 def load_pairs(
     args: PreferenceArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset, dict[str, Any]]:
-    """The pairs to train on and to validate on, as TRL reads them, and an account of the rows that were read."""
+) -> tuple[Dataset, dict[str, Dataset], dict[str, Any]]:
+    """The pairs to train on and to validate on, as TRL reads them, and an account of the rows that were read.
+
+    Those to validate on are the side "eval"; each of several datasets is a side of its own as well, such as "eval_fr".
+    """
     training, validation, account = load_preferences(
         args.dataset or "",
         dataset_config=args.dataset_config,
@@ -161,7 +170,7 @@ def load_pairs(
             [{name: without_control_tokens(messages, tokenizer) for name, messages in row.items()} for row in side]
         )
 
-    return as_dataset(training), as_dataset(validation), account
+    return as_dataset(training), {side: as_dataset(rows) for side, rows in validation.items()}, account
 
 
 def select_numbers(evaluation: dict[str, float], when: str) -> dict[str, float]:

@@ -226,6 +226,10 @@ def _read_yaml(parser: argparse.ArgumentParser, path: str, known_names: list[str
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror}. Give the path of a YAML file of this recipe's options.")
+    except UnicodeDecodeError as error:
+        parser.error(
+            f"--config {path} is not UTF-8: byte {error.start + 1:,} is wrong. Convert it, for example with iconv."
+        )
     except yaml.YAMLError as error:
         parser.error(f"--config {path} is not YAML: {error}")
     if not isinstance(values, dict):

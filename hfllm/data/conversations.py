@@ -22,12 +22,13 @@ from .records import (
     tell_account,
     text_problem,
 )
-from .sources import find_source, local_paths
+from .sources import find_source, load_sides, local_paths
 
 
 logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, Any]]  # role and content, both texts; a response that is not learned has weight 0
+Preference = dict[str, Messages]  # prompt, chosen and rejected
 
 # The forms; the first that fits is used.
 FORMS = (
@@ -42,6 +43,7 @@ ROLES |= {"chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 ANSWERS = ("response", "completion")
 # Tools, and calls of them. Without these, the rest of the conversation would mean something else.
 TOOL_COLUMNS = ("tools", "functions", "tool_calls", "function_call")
+OTHER_WEIGHTS = ("train", "training", "trainable", "loss")  # by which other programs mark a message that is not learned
 TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 
 
@@ -222,6 +224,7 @@ def _as_messages(row: dict[str, Any]) -> tuple[Messages, set[str]]:
     # A table has every column in every row: the columns of other forms are None.
     values = {name: value for name, value in row.items() if value is not None}
     _refuse_tools(values)
+    _refuse_no_weight(values)
     unused: set[str] = set()
     answer = next((name for name in ANSWERS if name in values), None)
     if "messages" in values:
@@ -236,7 +239,7 @@ def _as_messages(row: dict[str, Any]) -> tuple[Messages, set[str]]:
     elif "prompt" in values and answer is not None:
         used = {"prompt", answer, "history"}
         if isinstance(values["prompt"], list):
-            prompt = _listed(values["prompt"], "prompt", unused)
+            prompt = _prompt_messages(values, unused)
             messages = [*prompt, *_reply(values[answer], answer, unused)]
         else:
             used.add("input")
@@ -261,11 +264,23 @@ def _refuse_tools(values: Mapping[str, Any]) -> None:
             raise ValueError(f"it has {name!r}, and models are not taught to call tools. Leave such rows out.")
 
 
+def _refuse_no_weight(values: Mapping[str, Any]) -> None:
+    if values.get("weight") in (0, "0", "0.0"):
+        raise ValueError("its 'weight' is 0, so nothing of it is to be learned. Leave such rows out.")
+
+
 def _question(values: Mapping[str, Any], name: str) -> str:
     """The question with the text of the column `input` below it, as in Alpaca's prompt."""
     question = _text(values[name], name)
     more = _text(values.get("input", ""), "input").strip()
     return f"{question.strip()}\n\n{more}" if more else question
+
+
+def _prompt_messages(values: Mapping[str, Any], unused: set[str]) -> Messages:
+    messages, more = _listed(values["prompt"], "prompt", unused), values.get("input")
+    if more and not any(str(more).strip() in str(message["content"]) for message in messages):
+        raise ValueError("it has an 'input' beside a prompt of messages, in none of them. Put its text into the last.")
+    return messages
 
 
 def _turns_before(values: Mapping[str, Any], used: set[str], unused: set[str]) -> Messages:
@@ -327,6 +342,10 @@ def _listed(messages: Any, column: str, unused: set[str]) -> Messages:
                 plain["weight"] = 0
             elif plain["role"] != "assistant":
                 raise ValueError(f"message {number} has weight 1, and only what the assistant says is learned.")
+        if marks := [key for key in OTHER_WEIGHTS if keys.get(key) in (False, "false")]:
+            raise ValueError(
+                f"message {number} has {marks[0]!r} false. Of what is not to be learned, the 'weight' is 0."
+            )
         unused |= {f"{column}[].{key}" for key in set(keys) - {role, content, "weight", *TOOL_KEYS}}
         listed.append(plain)
     return listed
@@ -430,19 +449,19 @@ def load_preferences(
     validation_dataset: str | None = None,
     delimiter: str | None = None,
     exclude: Iterable[str | os.PathLike] = (),
-) -> tuple[list[dict[str, Messages]], list[dict[str, Messages]], dict[str, Any]]:
+) -> tuple[list[Preference], dict[str, list[Preference]], dict[str, Any]]:
     """Rows of `prompt`, `chosen` and `rejected` as messages, to train on and to validate, and what was left out.
 
     `prompt` is a text or messages that end with the user's; `chosen` and `rejected` are texts or the assistant's
-    messages, which may repeat the prompt, and must differ. Beside them, `system`, `input` and `history` go into the
-    prompt. Pairs with the same prompt are on the same side of the split. A `validation_dataset` is used instead of a
-    split.
+    message, which may repeat the prompt, and must differ. Beside them, `system`, `input` and `history` go into the
+    prompt. Pairs with the same prompt are on the same side of the split; the side "eval" is for validation. A
+    `validation_dataset` is used instead of a split, and each of several is also a side of its own (see `load_sides`).
     """
     if local_paths(dataset, dataset_config=dataset_config, split=split) == []:
         raise ValueError("'stdlib' has no preferences: give a Hub id or files with prompt, chosen and rejected.")
     reading: dict[str, Any] = {"on_bad_record": on_bad_record, "delimiter": delimiter, "exclude": exclude}
 
-    def load(dataset: str, **where: Any) -> tuple[list[dict[str, Messages]], dict[str, Any]]:
+    def load(dataset: str, **where: Any) -> tuple[list[Preference], dict[str, Any]]:
         pairs, account = _load_rows(dataset, _as_preference, **where, **reading)
         if not pairs:
             raise ValueError(f"{dataset!r} holds no preference.{_first_bad(account)}")
@@ -450,23 +469,23 @@ def load_preferences(
 
     rows, account = load(dataset, dataset_config=dataset_config, split=split)
     counts = {"rows": len(rows), "bad_records": account["bad_records"]}
-    if validation_dataset is not None:
-        validation, _ = load(validation_dataset, dataset_config=None, split="train")
-        shared = shared_prompts(*([Conversation(row["prompt"], "") for row in side] for side in (rows, validation)))
+    given = load_sides("eval", validation_dataset, lambda name: load(name, dataset_config=None, split="train")[0])
+    if given:
+        shared = shared_prompts(*([Conversation(row["prompt"], "") for row in side] for side in (rows, given["eval"])))
         if shared:
             logger.warning("%s of the pairs to validate have a prompt that is trained on.", f"{shared:,}")
-        return rows, validation, counts
+        return rows, given, counts
     keyed = [Conversation(row["prompt"], str(number)) for number, row in enumerate(rows)]
     sides = split_conversations(keyed, validation_fraction=validation_fraction, test_fraction=0, seed=seed)
     training, validation = ([rows[int(each.place)] for each in side] for side in sides[:2])
-    return training, validation, counts
+    return training, {"eval": validation}, counts
 
 
-def as_preference(row: dict[str, Any]) -> dict[str, Messages]:
+def as_preference(row: dict[str, Any]) -> Preference:
     return _as_preference(row)[0]
 
 
-def _as_preference(row: dict[str, Any]) -> tuple[dict[str, Messages], set[str]]:
+def _as_preference(row: dict[str, Any]) -> tuple[Preference, set[str]]:
     """A row as `prompt`, `chosen` and `rejected`, and the columns and keys that are not used."""
     if missing := [name for name in ("prompt", "chosen", "rejected") if name not in row]:
         raise ValueError(f"there is no {', '.join(missing)} among the columns {list(row)}.")
@@ -474,9 +493,10 @@ def _as_preference(row: dict[str, Any]) -> tuple[dict[str, Messages], set[str]]:
         raise ValueError(f"its {nulls[0]!r} is null, not a text or a list of messages.")
     values = {name: value for name, value in row.items() if value is not None}
     _refuse_tools(values)
+    _refuse_no_weight(values)
     used, unused = {"prompt", "chosen", "rejected", "history", "system"}, set[str]()
     if isinstance(values["prompt"], list):
-        prompt = _listed(values["prompt"], "prompt", unused)
+        prompt = _prompt_messages(values, unused)
     else:
         used.add("input")
         prompt = [{"role": "user", "content": _question(values, "prompt")}]
@@ -493,6 +513,8 @@ def _as_preference(row: dict[str, Any]) -> tuple[dict[str, Messages], set[str]]:
             check_messages([*prompt, *reply])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        if len(reply) != 1:
+            raise ValueError(f"{name} has {len(reply)} messages behind the prompt; it is one reply of the assistant.")
         if any("weight" in message for message in [*prompt, *reply]):
             raise ValueError(f"{name} has a message with weight 0, but the whole reply of a preference is learned.")
         replies[name] = reply

@@ -6,9 +6,9 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 import pyarrow as pa
 
@@ -35,6 +35,7 @@ READ = f".txt, .md, .rst and other text, source code (.py, .c, ...), {', '.join(
 READ += f", each also compressed ({', '.join(COMPRESSIONS)})"
 
 PIECE_CHARACTERS = 1 << 20  # how much of a text file is in memory at a time
+PIECE_BYTES = 1 << 16  # of a compressed one
 SAMPLE_BYTES = 1 << 12
 
 # In this order, because the mark of UTF-32 begins with the mark of UTF-16. Both codecs remove the mark.
@@ -94,12 +95,49 @@ def open_bytes(path: Path) -> IO[bytes]:
     if suffix == ".gz":
         return gzip.open(path)  # type: ignore[return-value]
     if suffix == ".bz2":
-        return bz2.open(path)
+        return io.BufferedReader(_CompressedStreams(path, bz2.BZ2Decompressor))
     if suffix == ".xz":
-        return lzma.open(path)
+        return io.BufferedReader(_CompressedStreams(path, lzma.LZMADecompressor))
     if suffix == ".zst":
         return io.BufferedReader(_ArrowStream(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")))
     return path.open("rb")
+
+
+class _CompressedStreams(io.RawIOBase):
+    """Compressed streams one after another, as `cat` and parallel compressors write them, with NUL as padding.
+
+    Python's own readers of bzip2 and xz end at whatever is no stream, and drop all that stands behind it in silence.
+    """
+
+    def __init__(self, path: Path, new_decompressor: Callable[[], Any]):
+        self.file = path.open("rb")
+        self.new_decompressor = new_decompressor
+        self.decompressor = new_decompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = b""
+        while not data:
+            if self.decompressor.eof:
+                rest = self.decompressor.unused_data.lstrip(b"\0")
+                while not rest and (piece := self.file.read(PIECE_BYTES)):
+                    rest = piece.lstrip(b"\0")
+                if not rest:
+                    return 0
+                self.decompressor = self.new_decompressor()
+            else:
+                rest = self.file.read(PIECE_BYTES) if self.decompressor.needs_input else b""
+                if self.decompressor.needs_input and not rest:
+                    raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            data = self.decompressor.decompress(rest, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 class _ArrowStream(io.RawIOBase):
@@ -152,10 +190,11 @@ def refusal(path: Path) -> str | None:
     if start[257:262] == b"ustar":
         return f"the file is a tar archive; {UNPACK}"
     if not start.startswith(tuple(MARKS)) and start.count(0) > 0.4 * len(start):
-        even = start[::2].count(0) > start[1::2].count(0)
+        share, bits = ("three quarters", 32) if start.count(0) > 0.7 * len(start) else ("half", 16)
+        order = "BE" if start[::2].count(0) > start[1::2].count(0) or start[0] == 0 else "LE"
         return (
-            "half of its bytes are NUL, as in UTF-16 without a byte-order mark; convert it with: iconv -f "
-            f"{'UTF-16BE' if even else 'UTF-16LE'} -t UTF-8 {path.name}"
+            f"{share} of its bytes are NUL, as in UTF-{bits} without a byte-order mark; convert it with: iconv -f "
+            f"UTF-{bits}{order} -t UTF-8 {path.name}"
         )
     return None
 

@@ -16,7 +16,8 @@ LONGEST_TOKEN = 16  # characters at a buffer's end that may be the beginning of 
 TOO_DEEP = "objects and lists are nested too deeply"
 
 
-def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values, for `json`, which would pass over all but the last of equal keys."""
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
@@ -25,7 +26,7 @@ def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_as_object)
+DECODER = json.JSONDecoder(object_pairs_hook=as_object)
 
 
 def read_lines_of_json(path: Path, options: ReadOptions, *, within: range | None = None) -> Iterator[Record]:
@@ -36,7 +37,7 @@ def read_lines_of_json(path: Path, options: ReadOptions, *, within: range | None
         try:
             value = DECODER.decode(text)
         except (ValueError, RecursionError) as error:
-            yield Record(place, problem=f"not valid JSON: {_explain(error)}")
+            yield Record(place, problem=f"not valid JSON: {explain(error)}")
         else:
             yield _record(place, value, options)
 
@@ -82,7 +83,7 @@ def _read_list(path: Path, text: "_JsonText", options: ReadOptions) -> Iterator[
             try:
                 value = text.value()
             except (ValueError, RecursionError) as error:
-                problem = f"not valid JSON: {_explain(error)}; the rest of the file cannot be read"
+                problem = f"not valid JSON: {explain(error)}; the rest of the file cannot be read"
                 yield Record(place, problem=problem)
                 return
             delimiter = text.next_character()
@@ -106,7 +107,7 @@ def _read_sequence(path: Path, text: "_JsonText", options: ReadOptions) -> Itera
             value = text.value()
         except (ValueError, RecursionError) as error:
             next_step = "is a list of objects, or objects one after another"
-            yield Record(place, problem=f"not valid JSON: {_explain(error)} (a .json file {next_step})")
+            yield Record(place, problem=f"not valid JSON: {explain(error)} (a .json file {next_step})")
             text.skip_to_next_object()
         else:
             rows = value.get("data") if is_first and isinstance(value, dict) else None
@@ -129,11 +130,14 @@ def _record(place: str, value: Any, options: ReadOptions) -> Record:
     return Record(place, columns=value)
 
 
-def _explain(error: Exception) -> str:
+def explain(error: Exception) -> str:
+    """What is wrong with JSON text, by what `json` raised."""
     if isinstance(error, RecursionError):
         return TOO_DEEP
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno:,}"
+    if "integer string conversion" in str(error):
+        return "a number has too many digits; write it as a string"
     return str(error)
 
 

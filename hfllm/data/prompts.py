@@ -19,9 +19,14 @@ def load_prompts(name: str, *, column: str = "prompt") -> list[str]:
         if problem := refusal(path) or decoding_problem(path):
             raise ValueError(f"prompt_file={name!r}: {problem}.")
         prompts = [line.rstrip("\r\n") for line in read_lines(path) if line.strip()]
+        if any("\r" in prompt for prompt in prompts):  # all of a file of an old Mac would be one prompt
+            raise ValueError(
+                f"prompt_file={name!r} has carriage returns without line feeds. Convert them, for example with "
+                "tr '\\r' '\\n', or give a .jsonl."
+            )
     else:
         prompts = []
-        for record in read_file(path, ReadOptions({column: "column"}, only={column})):
+        for record in read_file(path, ReadOptions({column: ""}, only={column})):
             columns = record.columns or {}
             problem = record.problem or text_problem(columns[column], column)
             if not problem and not columns[column]:

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -89,8 +90,15 @@ def json_type(value: Any) -> str:
 
 
 def lacking(column: str, columns: Iterable[str], option: str = "text_column") -> str:
-    """The message about a table or an object that lacks a column, with the nearest name and all names."""
+    """The message about a table or an object that lacks a column, with the nearest name and all names.
+
+    `option` is the parameter that names the column; "" if there is none.
+    """
     columns = list(columns)
+    if any(column in re.split(r"[;:|,\t^~]", name) for name in columns):  # 'id:text' is two columns
+        return f"there is no column {column!r} but {columns}; name the character between the cells with delimiter"
+    if not option:
+        return f"there is no column {column!r} but {columns}; rename the right one"
     nearest = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
     hint = f"did you mean {option}={nearest[0]!r}?" if nearest else f"name the right one with {option}"
     return f"there is no column {column!r} but {columns}; {hint}"
@@ -173,4 +181,4 @@ def tell_account(dataset: str, account: Mapping[str, Any]) -> None:
 def some_of(names: Sequence[str], num: int = 20) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - num:,} more" if len(names) > num else ""
-    return ", ".join(names[:num]) + more
+    return ", ".join(name or "a column without a name" for name in names[:num]) + more

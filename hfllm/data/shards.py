@@ -23,7 +23,7 @@ from fsspec.core import url_to_fs
 
 from .arrow_files import batch_records
 from .cache import cached_dataset
-from .corpus import Corpus, document_options, write_documents
+from .corpus import FEW_DOCUMENTS, LONG_BYTES, Corpus, document_options, write_documents
 from .readers import can_be_cut, read_documents
 from .records import ReadOptions, Record, as_document, header_problem, lacking
 from .sampler import rows_at
@@ -41,6 +41,9 @@ from .sources import (
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1  # part of a stream's identity: increase it when the same files would give other shards
+HELD_OUT_VERSION = (
+    2  # part of the cache's address: increase it when other documents would be held out of the same files
+)
 NUM_PIECES = 256  # into which a text is cut, if its files can be cut, ...
 LEAST_PIECE_BYTES, MOST_PIECE_BYTES = 1 << 16, 32 << 20  # ... unless the pieces would be smaller or larger than this
 FEW_SHARDS = 16  # a dataset on the Hub with fewer shards is cut further, if its format allows it
@@ -238,36 +241,58 @@ def hold_out(
     """Documents to validate on, kept on disk: HELD_OUT_BYTES of them, or `fraction` of the files' bytes if it is less.
 
     They are taken from the beginnings of HELD_OUT_SHARDS shards or, if these are small, of more, so that little is read
-    to find them; a document larger than the wanted size is passed over. `RowStream` leaves these documents out of
-    training (`held_out`).
+    to find them; with a `fraction`, at most half of a shard that has several documents. A document larger than the
+    wanted size is passed over and reported. `RowStream` leaves these documents out of training (`held_out`).
+
+    Raises:
+        ValueError: There are only a few files, and one of them is a long document that would be held back as a whole.
     """
     if fraction is not None and not 0 < fraction < 1:
         raise ValueError(f"fraction={fraction}: it is more than 0 and less than 1.")
-    wanted = HELD_OUT_BYTES
+    wanted, is_share = HELD_OUT_BYTES, False
     if fraction is not None and shards.num_bytes is not None:
+        is_share = True
         wanted = max(1, min(wanted, int(fraction * shards.num_bytes)))
     made_from = {"contents": shards.contents, "num_shards": len(shards.shards), "wanted": wanted}
     made_from |= {"text_column": shards.text_column, "on_bad_record": on_bad_record, "format_version": FORMAT_VERSION}
-    made_from |= shards.reading
+    made_from |= {"is_share": is_share, "held_out_version": HELD_OUT_VERSION, **shards.reading}
 
     def write(path: Path) -> dict[str, Any]:
-        records = _first_records(shards, wanted)
-        return write_documents(path, records, dataset=shards.name, on_bad_record=on_bad_record)
+        passed_over: list[str] = []
+        records = _first_records(shards, wanted, passed_over, is_share=is_share)
+        account = write_documents(path, records, dataset=shards.name, on_bad_record=on_bad_record)
+        return {**account, "passed_over": len(passed_over), "passed_over_examples": passed_over[:1]}
 
     documents, account = cached_dataset("held-out", made_from, write, cache_dir=cache_dir)
     account = {"name": shards.name, **account}
+    if account["passed_over"]:
+        logger.warning(
+            "%s: documents larger than the %s bytes held back for validation are trained on and not measured: %s of "
+            "them, first %s.",
+            *(shards.name, f"{wanted:,}", f"{account['passed_over']:,}", account["passed_over_examples"][0]),
+        )
     return Corpus(documents, account.pop("fingerprint"), account)
 
 
-def _first_records(shards: Shards, wanted: int) -> Iterator[Record]:
-    """Records of `wanted` bytes, up to the end of the last of them, taken evenly from the beginnings of some shards."""
+def _first_records(shards: Shards, wanted: int, passed_over: list[str], *, is_share: bool) -> Iterator[Record]:
+    """Records of `wanted` bytes, up to the end of the last of them, taken evenly from the beginnings of some shards.
+
+    The places of larger ones go into `passed_over`. See `hold_out` for what may not be taken of a text, if the records
+    are a share of it and the others are trained on.
+    """
     num_shards = len(shards.shards)
+    few_files = {name for name, _ in shards.contents} if len(shards.contents) < FEW_DOCUMENTS else set()
     order = rows_at(np.arange(num_shards), num_rows=num_shards, seed=0)  # the split belongs to the data, not to a run
-    taken, too_large = 0, 0
+    taken = 0
     for number, index in enumerate(order, start=1):
         enough = wanted * min(1, number / min(num_shards, HELD_OUT_SHARDS))
-        records = shards.shards[index].records()
-        while taken < enough and (record := next(records, None)):
+        shard = shards.shards[index]
+        records = shard.records()
+        before = taken
+        while taken < (min(enough, before + shard.num_bytes / 2) if is_share else enough):
+            record = next(records, None)
+            if record is None:
+                break
             if record.problem is not None:
                 yield record
                 continue
@@ -279,14 +304,21 @@ def _first_records(shards: Shards, wanted: int) -> Iterator[Record]:
                 if num_bytes > wanted:
                     break
             if num_bytes > wanted:
-                too_large += 1
+                passed_over.append(record.place)
                 continue
+            is_source = num_bytes > LONG_BYTES and shard.name in few_files
+            if is_share and is_source and taken == before and next(records, None) is None:
+                raise ValueError(
+                    f"Streaming holds back whole documents, here all of {shard.name!r}, of which nothing would be "
+                    "learned. Read it without streaming, which cuts long documents, or give a validation_dataset."
+                )
             taken += num_bytes
             yield Record(record.place, text=text, source=record.source)
         if taken >= wanted:
             return
-    if not taken and too_large:
+    if not taken and passed_over:
         raise ValueError(
-            f"{wanted:,} bytes of {shards.name!r} are to be held back for validation, and each of its {too_large:,} "
-            "documents is larger. Hold back a larger fraction, or give validation text of its own."
+            f"{wanted:,} bytes of {shards.name!r} are to be held back for validation, and each of its "
+            f"{len(passed_over):,} documents is larger. Read it without streaming, which cuts long documents, hold "
+            "back a larger fraction, or give a validation_dataset."
         )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
 
@@ -28,8 +29,10 @@ logger = logging.getLogger(__name__)
 # Not the library itself: its tests, other people's packages, and the record of how this machine's Python was built.
 STDLIB_LEAVES_OUT = re.compile(r"tests?|idle_test|site-packages|dist-packages|__pycache__|config-.*|_sysconfigdata.*")
 RUN_FILE = "arguments.yaml"  # a folder with this file was written by a recipe, and is not read as text
+OTHER_NUMBERS = ("before",)  # "eval_loss_before" is a number of its own, and no text's named before.jsonl
 SAVED_TO_DISK = ("state.json", "dataset_info.json")  # beside the tables of Dataset.save_to_disk
 
+Row = TypeVar("Row")
 Part = tuple[str, Callable[[], Iterator[Record]]]  # a file or a dataset: its name and what reads it
 
 
@@ -74,8 +77,19 @@ def is_local(dataset: str) -> bool:
 
 def named_datasets(dataset: str) -> dict[str, str]:
     """Several datasets separated by commas, each by a short name of its own."""
-    names = [dataset] if _exists(dataset) else [name.strip() for name in dataset.split(",") if name.strip()]
-    return by_short_names(names)
+    return by_short_names(_names_in(dataset))
+
+
+def load_sides(side: str, dataset: str | None, load: Callable[[str], list[Row]]) -> dict[str, list[Row]]:
+    """The rows of the datasets given for a side such as "eval", and of each of several as a side of its own.
+
+    Those of "texts/fr.jsonl,uk.jsonl" are the sides "eval", "eval_fr" and "eval_uk"; without a dataset there are none.
+    """
+    if dataset is None:
+        return {}
+    loaded = {name: load(part) for name, part in named_datasets(dataset).items()}
+    sides = {f"{side}_{name}": rows for name, rows in loaded.items()} if len(loaded) > 1 else {}
+    return {side: [row for rows in loaded.values() for row in rows], **sides}
 
 
 def by_short_names(names: Iterable[str]) -> dict[str, str]:
@@ -88,7 +102,7 @@ def by_short_names(names: Iterable[str]) -> dict[str, str]:
         short = re.sub(r"\W+", "_", stem).strip("_") or "text"
         number = 2
         unique = short
-        while unique in named:
+        while unique in named or unique in OTHER_NUMBERS:
             unique, number = f"{short}_{number}", number + 1
         named[unique] = name
     return named
@@ -112,9 +126,7 @@ def _local_paths(dataset: str) -> list[Path]:
 
     A file of exactly that name takes precedence over commas and wildcards.
     """
-    if not dataset.strip():
-        raise ValueError("The dataset has no name. Give a file, a folder, an id on the Hub, or 'stdlib'.")
-    names = [dataset] if _exists(dataset) else [name.strip() for name in dataset.split(",") if name.strip()]
+    names = _names_in(dataset)
     paths: list[Path] = []
     missing: list[Path] = []
     for name in names:
@@ -133,6 +145,14 @@ def _local_paths(dataset: str) -> list[Path]:
         broken = f" It is a link to {str(path.readlink())!r}, which is not there." if path.is_symlink() else ""
         raise FileNotFoundError(f"There is no file or folder {str(path)!r}.{broken or _nearest_names(path)}")
     return []
+
+
+def _names_in(dataset: str) -> list[str]:
+    """What stands between the commas of a dataset's name, unless it is the name of a file."""
+    names = [dataset] if _exists(dataset) else [name.strip() for name in dataset.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"The dataset {dataset!r} has no name. Give a file, a folder, an id on the Hub, or 'stdlib'.")
+    return names
 
 
 def _exists(name: str) -> bool:
@@ -164,8 +184,8 @@ def files_below(
     """The files to read, and how many files of each kind are not read.
 
     A file that is named itself may have no ending: it is text. In a folder, files of the known endings are read, and
-    links are followed once. Other files, links to what is read already or to nothing, and folders of runs (those in
-    `exclude`, and those that a recipe wrote) are left out and reported.
+    links are followed once. Other files, files that are named again, links to what is read already or to nothing, and
+    folders of runs (those in `exclude`, and those that a recipe wrote) are left out and reported.
     """
     excluded = {Path(path).expanduser().resolve() for path in exclude}
     files: list[Path] = []
@@ -179,6 +199,11 @@ def files_below(
                     if what
                     else f"{str(path)!r} ends in {path.suffix}; read are {READ}. Rename plain text to .txt."
                 )
+            if not path.is_file():
+                raise ValueError(
+                    f"{str(path)!r} is a pipe or a device, and files are read more than once. Write what it gives into "
+                    "a file, and name that."
+                )
             files.append(path)
         elif path.resolve() in excluded:
             raise ValueError(f"The dataset {str(path)!r} is the folder that is written to. Name another folder there.")
@@ -188,6 +213,10 @@ def files_below(
         there = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common()) or "nothing"
         names = ", ".join(map(str, paths))
         raise ValueError(f"There is no file to read below {names}; what is there: {there}. Read are {READ}.")
+    once = {path.resolve(): path for path in reversed(files)}  # by its first name
+    if named_again := len(files) - len(once):
+        ignored["files that are named already"] += named_again
+        files = list(reversed(once.values()))
     _tell_ignored(paths, ignored)
     return files, dict(ignored)
 

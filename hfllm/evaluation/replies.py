@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.conversations import Conversation
+from ..data.conversations import Conversation, is_learned
 from ..data.instruction import ConversationRows, encode_conversations, encode_prompt, padding_token_id
 from .rows import score_rows
 
@@ -35,7 +35,7 @@ def answer(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[Reply]:
-    """The model's greedy reply in place of each conversation's last response; see `stop_at_turns`."""
+    """The model's greedy reply in place of each conversation's `last_response`; see `stop_at_turns`."""
     was_training = model.training
     model.eval()
     prompts = [encode_prompt(question.messages[: last_response(question)], tokenizer) for question in questions]
@@ -101,8 +101,8 @@ def score_conversations(
 
 
 def last_response(question: Conversation) -> int:
-    """The index of the last message of the assistant."""
-    return max(index for index, message in enumerate(question.messages) if message["role"] == "assistant")
+    """The index of the last response to learn: one of weight 0 is no example to compare replies with."""
+    return max(index for index, message in enumerate(question.messages) if is_learned(message))
 
 
 def exact_match(questions: Sequence[Conversation], replies: Sequence[Reply]) -> dict[str, float]:

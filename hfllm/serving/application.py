@@ -6,6 +6,7 @@ that a request names, and serve audio routes beside the chat. So this is our own
 
 import asyncio
 import ipaddress
+import itertools
 import json
 import logging
 import random
@@ -22,9 +23,11 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
+from ..data.json_files import as_object, explain
 from .replies import (
     JobEvents,
     QueueIsFull,
@@ -35,8 +38,9 @@ from .replies import (
     ServerIsClosing,
     context_length,
     encode_messages,
+    encode_text,
 )
-from .requests import ChatRequest, RequestError, read_chat_request
+from .requests import RequestError, read_chat_request, read_text_request
 
 
 logger = logging.getLogger(__name__)
@@ -92,17 +96,48 @@ def build_application(
             with tokenizing:
                 return encode_messages(asked.messages, writer.tokenizer)
 
+        if writer.tokenizer.chat_template is None:
+            raise RequestError(
+                "This model has no chat template, so nothing says how a conversation is written. It continues texts: "
+                "POST /v1/completions with a prompt.",
+                code="unsupported_route",
+                status=404,
+            )
         try:
             prompt_ids = await run_in_threadpool(encode)
         except ValueError as error:
             raise RequestError(str(error), param="messages") from error
         choices = fit_choices(asked.choices, len(prompt_ids), context_length(writer.model))
-        exchange = Exchange(writer, name, prompt_ids, choices)
-        if asked.stream:
-            return StreamingResponse(
-                exchange.stream(asked), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-            )
-        return await exchange.answer(request)
+        form = ChatForm(writer.tokenizer, choices)
+        exchange = Exchange(writer, form, name, [prompt_ids] * len(choices), choices)
+        return await exchange.respond(request, stream=asked.stream, include_usage=asked.include_usage)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        asked = read_text_request(
+            await read_json(request),
+            defaults,
+            model=name,
+            vocab_size=writer.model.config.vocab_size,
+            draw_seed=lambda: seeds.getrandbits(32),
+        )
+
+        def encode(prompt: str | list[int]) -> list[int]:
+            if not isinstance(prompt, str):
+                return prompt
+            with tokenizing:
+                return encode_text(prompt, writer.tokenizer)
+
+        prompts, choices, echoed = [], [], []
+        for prompt in asked.prompts:
+            prompt_ids = await run_in_threadpool(encode, prompt)
+            choices += fit_choices(asked.choices, len(prompt_ids), context_length(writer.model), param="prompt")
+            prompts += [prompt_ids] * len(asked.choices)
+            text = prompt if isinstance(prompt, str) else writer.tokenizer.decode(prompt)
+            echoed += [text if asked.echo else ""] * len(asked.choices)
+        form = TextForm(writer.tokenizer, choices, echoed=echoed)
+        exchange = Exchange(writer, form, name, prompts, choices, num_prompts=len(asked.prompts))
+        return await exchange.respond(request, stream=asked.stream, include_usage=asked.include_usage)
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> Response:
@@ -125,13 +160,16 @@ def error_response(error: RequestError, headers: Any = None) -> JSONResponse:
     return JSONResponse(error.body, status_code=error.status, headers=headers)
 
 
-def fit_choices(choices: Sequence[Sampling], prompt_length: int, context: int) -> list[Sampling]:
+def fit_choices(
+    choices: Sequence[Sampling], prompt_length: int, context: int, *, param: str = "messages"
+) -> list[Sampling]:
     """The choices, with at most as many new tokens as fit into the context after the prompt."""
     if prompt_length >= context:
+        have = "the messages have" if param == "messages" else "the prompt has"
         raise RequestError(
-            f"This model's context is {context:,} tokens, prompt and reply together, and the messages have "
-            f"{prompt_length:,} tokens. Shorten the messages.",
-            param="messages",
+            f"This model's context is {context:,} tokens, prompt and reply together, and {have} {prompt_length:,} "
+            f"tokens. Shorten the {param}.",
+            param=param,
             code="context_length_exceeded",
         )
     return [replace(each, max_new_tokens=min(each.max_new_tokens, context - prompt_length)) for each in choices]
@@ -143,12 +181,15 @@ async def read_json(request: Request) -> Any:
     if kind != "application/json":  # a form of another web page can send other kinds only
         raise RequestError("Send JSON, with the header Content-Type: application/json.", status=415)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > LARGEST_BODY:
-            raise RequestError(f"The body is larger than {LARGEST_BODY:,} bytes; shorten the messages.", status=413)
     try:
-        return json.loads(body.decode("utf-8"))
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > LARGEST_BODY:
+                raise RequestError(f"The body is larger than {LARGEST_BODY:,} bytes; shorten the text.", status=413)
+    except ClientDisconnect as error:
+        raise RequestError("The client left before the end of the body.") from error
+    try:
+        return json.loads(body.decode("utf-8"), object_pairs_hook=as_object)
     except UnicodeDecodeError as error:
         raise RequestError(f"The body is not UTF-8: byte {error.start + 1:,} is wrong.") from error
     except json.JSONDecodeError as error:
@@ -156,30 +197,45 @@ async def read_json(request: Request) -> Any:
             f"The body is not valid JSON: {error.msg}, line {error.lineno}, column {error.colno}."
         ) from error
     except (RecursionError, ValueError) as error:
-        raise RequestError("The body is nested too deeply, or has a number with too many digits.") from error
+        raise RequestError(f"The body cannot be read: {explain(error)}.") from error
 
 
 class Exchange:
-    """A request's replies, in OpenAI's form."""
+    """A request's replies, in one of OpenAI's two forms."""
 
-    def __init__(self, writer: ReplyWriter, name: str, prompt_ids: list[int], choices: list[Sampling]):
-        self.writer = writer
-        self.prompt_ids = prompt_ids
+    def __init__(
+        self,
+        writer: ReplyWriter,
+        form: "ChatForm | TextForm",
+        name: str,
+        prompts: Sequence[Sequence[int]],
+        choices: Sequence[Sampling],
+        *,
+        num_prompts: int = 1,
+    ):
+        self.form = form
+        self.num_prompt_tokens = sum(map(len, prompts[:: len(prompts) // num_prompts]))  # each prompt once
         self.choices = choices
-        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        self.head = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         try:
-            self.events = JobEvents(writer, prompt_ids, choices)
+            self.events = JobEvents(writer, prompts, choices)
         except (QueueIsFull, ServerIsClosing) as error:
             raise as_request_error(error) from error
 
-    def usage(self, num_tokens: int) -> dict[str, int]:
+    async def respond(self, request: Request, *, stream: bool, include_usage: bool) -> Response:
+        if stream:
+            events = self._stream(include_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return await self._answer(request)
+
+    def _usage(self, num_tokens: int) -> dict[str, int]:
         return {
-            "prompt_tokens": len(self.prompt_ids),
+            "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_tokens,
-            "total_tokens": len(self.prompt_ids) + num_tokens,
+            "total_tokens": self.num_prompt_tokens + num_tokens,
         }
 
-    async def answer(self, request: Request) -> Response:
+    async def _answer(self, request: Request) -> Response:
         """The whole answer; if the client leaves, generation of its replies stops."""
         gone = asyncio.ensure_future(wait_until_gone(request))
         answer = asyncio.ensure_future(self._collect())
@@ -207,30 +263,19 @@ class Exchange:
                 replies.append(piece)
         return {
             **self.head,
-            "object": "chat.completion",
+            "object": self.form.whole,
             "choices": [
-                {
-                    "index": number,
-                    "message": {"role": "assistant", "content": text, "refusal": None},
-                    "logprobs": self._describe(number, tokens[number]),
-                    "finish_reason": replies[number].finish_reason,
-                }
+                self.form.choice(number, text, tokens[number], replies[number].finish_reason)
                 for number, text in enumerate(texts)
             ],
-            "usage": self.usage(sum(reply.num_tokens for reply in replies)),
+            "usage": self._usage(sum(reply.num_tokens for reply in replies)),
         }
 
-    async def stream(self, asked: ChatRequest) -> AsyncIterator[str]:
+    async def _stream(self, include_usage: bool) -> AsyncIterator[str]:
         """The answer as server-sent events. If the client leaves, this iterator is closed, and the job ends."""
-        usage = {"usage": None} if asked.include_usage else {}
+        usage = {"usage": None} if include_usage else {}
 
-        def event(number: int, delta: dict[str, str], new: list[ReplyToken], finish_reason: str | None = None) -> str:
-            choice = {
-                "index": number,
-                "delta": delta,
-                "logprobs": self._describe(number, new),
-                "finish_reason": finish_reason,
-            }
+        def event(choice: dict[str, Any]) -> str:
             return self._event({"choices": [choice], **usage})
 
         try:
@@ -244,27 +289,66 @@ class Exchange:
                     return
                 if number not in begun:
                     begun.add(number)
-                    yield event(number, {"role": "assistant", "content": ""}, [])
+                    if opening := self.form.opening(number):
+                        yield event(opening)
                 if isinstance(piece, str):
-                    yield event(number, {"content": piece}, new)
+                    yield event(self.form.piece(number, piece, new, None))
                 else:
                     num_ended += 1
                     num_tokens += piece.num_tokens
-                    yield event(number, {}, new, piece.finish_reason)
-            if asked.include_usage:
-                yield self._event({"choices": [], "usage": self.usage(num_tokens)})
+                    yield event(self.form.piece(number, None, new, piece.finish_reason))
+            if include_usage:
+                yield self._event({"choices": [], "usage": self._usage(num_tokens)})
             yield "data: [DONE]\n\n"
         finally:
             self.events.cancel()
 
     def _event(self, fields: dict[str, Any]) -> str:
-        return f"data: {json.dumps({**self.head, 'object': 'chat.completion.chunk', **fields})}\n\n"
+        return f"data: {json.dumps({**self.head, 'object': self.form.chunk, **fields})}\n\n"
+
+
+class ChatForm:
+    """The form of `/v1/chat/completions`: `choice` is a whole reply, `opening` and `piece` are parts of its stream.
+
+    A piece without text (None) is the end of a reply.
+    """
+
+    id_prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, choices: Sequence[Sampling]):
+        self.tokenizer = tokenizer
+        self.choices = choices
+
+    def choice(self, number: int, text: str, tokens: list[ReplyToken], finish_reason: str | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {
+            "index": number,
+            "message": message,
+            "logprobs": self._describe(number, tokens),
+            "finish_reason": finish_reason,
+        }
+
+    def opening(self, number: int) -> dict[str, Any] | None:
+        return self._chunk(number, {"role": "assistant", "content": ""}, [], None)
+
+    def piece(self, number: int, text: str | None, tokens: list[ReplyToken], finish: str | None) -> dict[str, Any]:
+        return self._chunk(number, {} if text is None else {"content": text}, tokens, finish)
+
+    def _chunk(
+        self, number: int, delta: dict[str, str], tokens: list[ReplyToken], finish: str | None
+    ) -> dict[str, Any]:
+        return {
+            "index": number,
+            "delta": delta,
+            "logprobs": self._describe(number, tokens),
+            "finish_reason": finish,
+        }
 
     def _describe(self, number: int, tokens: list[ReplyToken]) -> dict[str, Any] | None:
         """OpenAI's form of the probabilities of some tokens; None if they are not requested."""
         if self.choices[number].num_top_logprobs is None:
             return None
-        describe = TokenNames(self.writer.tokenizer)
+        describe = TokenNames(self.tokenizer)
         content = [
             {
                 **describe(token.token_id, token.logprob),
@@ -273,6 +357,54 @@ class Exchange:
             for token in tokens
         ]
         return {"content": content, "refusal": None}
+
+
+class TextForm:
+    """The form of `/v1/completions`, see `ChatForm`; a reply begins with what `echoed` has for it."""
+
+    id_prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, choices: Sequence[Sampling], *, echoed: Sequence[str]):
+        self.tokenizer = tokenizer
+        self.choices = choices
+        self.echoed = echoed
+
+    def choice(self, number: int, text: str, tokens: list[ReplyToken], finish_reason: str | None) -> dict[str, Any]:
+        return self.piece(number, self.echoed[number] + text, tokens, finish_reason)
+
+    def opening(self, number: int) -> dict[str, Any] | None:
+        return self.piece(number, self.echoed[number], [], None) if self.echoed[number] else None
+
+    def piece(self, number: int, text: str | None, tokens: list[ReplyToken], finish: str | None) -> dict[str, Any]:
+        return {
+            "index": number,
+            "text": text or "",
+            "logprobs": self._describe(number, tokens),
+            "finish_reason": finish,
+        }
+
+    def _describe(self, number: int, tokens: list[ReplyToken]) -> dict[str, Any] | None:
+        """The older form of the probabilities of some tokens; None where they are not asked for."""
+        if self.choices[number].num_top_logprobs is None:
+            return None
+        describe = TokenNames(self.tokenizer)
+        named = [describe(token.token_id, token.logprob) for token in tokens]
+        return {
+            "tokens": [_plain_name(each) for each in named],
+            "token_logprobs": [each["logprob"] for each in named],
+            "top_logprobs": [
+                {_plain_name(each): each["logprob"] for each in itertools.starmap(describe, token.top)}
+                for token in tokens
+            ],
+            "text_offset": [token.start for token in tokens],
+        }
+
+
+def _plain_name(token: dict[str, Any]) -> str:
+    """A token as the older form names it: its text, or the bytes of a part of a character."""
+    if "\ufffd" not in token["token"] or token["bytes"] is None:
+        return token["token"]
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token["bytes"])
 
 
 class TokenNames:

@@ -49,7 +49,7 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
                 raise ValueError("The message is not valid Unicode. Correct it, and send it again.")
             kept_messages, prompt_ids = encode_newest(messages, writer.tokenizer, max_prompt_length=context - length)
             sampling = replace(defaults, temperature=temperature, max_new_tokens=length, seed=seeds.getrandbits(32))
-            events = JobEvents(writer, prompt_ids, [sampling])
+            events = JobEvents(writer, [prompt_ids], [sampling])
         except ValueError as error:
             show_error(str(error))
             return

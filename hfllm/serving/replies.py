@@ -96,6 +96,17 @@ def encode_newest(
         return kept, prompt_ids
 
 
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of the beginning of a document, with the tokenizer's start token.
+
+    Raises:
+        ValueError: the text is not valid Unicode.
+    """
+    check_text(text)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return tokenizer(text)["input_ids"] or [start]
+
+
 @contextlib.contextmanager
 def _refusals_explained(messages: Messages) -> Iterator[None]:
     for message in messages:
@@ -284,9 +295,9 @@ class ServerIsClosing(Exception):
 
 @dataclass(eq=False)  # two clients may send the same request
 class Job:
-    """The replies to one prompt, one after another. All callbacks run in the writer's thread."""
+    """The replies of one request, one after another. All callbacks run in the writer's thread."""
 
-    prompt_ids: Sequence[int]
+    prompts: Sequence[Sequence[int]]  # token ids, for each reply
     choices: Sequence[Sampling]  # one for each reply
     on_text: Callable[[int, str, Reply], None]  # the number of the reply, a piece of its text
     on_end: Callable[[int, Reply], None]  # the number of the reply
@@ -401,7 +412,7 @@ class ReplyWriter:
         reply = Reply(
             self.model,
             self.tokenizer,
-            job.prompt_ids,
+            job.prompts[number],
             job.choices[number],
             is_cancelled=lambda: job.is_cancelled or self.is_closed,
         )
@@ -419,7 +430,7 @@ class JobEvents:
         QueueIsFull, ServerIsClosing: see `ReplyWriter.submit`.
     """
 
-    def __init__(self, writer: ReplyWriter, prompt_ids: Sequence[int], choices: Sequence[Sampling]):
+    def __init__(self, writer: ReplyWriter, prompts: Sequence[Sequence[int]], choices: Sequence[Sampling]):
         self.writer = writer
         self._events: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -428,7 +439,7 @@ class JobEvents:
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         self.job = Job(
-            prompt_ids,
+            prompts,
             choices,
             on_text=lambda number, piece, reply: put((number, piece, reply.take_tokens())),
             on_end=lambda number, reply: put((number, reply, reply.take_tokens())),

@@ -1,4 +1,4 @@
-"""OpenAI's chat requests: every parameter is used, or refused by name."""
+"""OpenAI's requests for chats and for texts: every parameter is used, or refused by name."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ MOST_REPLIES = 128
 MOST_STOPS = 4
 LONGEST_STOP = 1000  # characters
 MOST_TOP_LOGPROBS = 20
+MOST_PROMPTS = 128
 
 # Parameters that describe the caller or the purpose. They do not change a reply, and nothing of a request is kept.
 LABELS = ("user", "safety_identifier", "prompt_cache_key")
@@ -41,6 +42,7 @@ NOT_DONE: dict[str, list[Any]] = {
     "verbosity": [],
     "web_search_options": [],
 }
+NOT_DONE_WITH_TEXTS: dict[str, list[Any]] = {"best_of": [1], "suffix": [""]}
 # The same for a message; clients send back messages that they received.
 NOT_DONE_IN_MESSAGES: dict[str, list[Any]] = {
     "annotations": [[]],
@@ -78,6 +80,15 @@ class ChatRequest:
     include_usage: bool  # in a stream
 
 
+@dataclass(frozen=True)
+class TextRequest:
+    prompts: list[str | list[int]]  # texts, or token ids
+    choices: list[Sampling]  # one for each reply to a prompt
+    echo: bool  # whether a reply begins with its prompt
+    stream: bool
+    include_usage: bool
+
+
 def read_chat_request(
     body: Any,
     defaults: Sampling,
@@ -101,17 +112,73 @@ def read_chat_request(
     messages = _read_messages(given.pop("messages", []))
     if system and not any(message["role"] == "system" for message in messages):
         messages = [{"role": "system", "content": system}, *messages]
-
-    sampling = replace(
+    choices = _take_choices(
+        given,
         defaults,
         max_new_tokens=_take_max_tokens(given, defaults.max_new_tokens),
+        num_top_logprobs=_take_logprobs(given),
+        vocab_size=vocab_size,
+        draw_seed=draw_seed,
+    )
+    stream = _take_flag(given, "stream")
+    include_usage = _take_stream_options(given, stream)
+    _take_labels(given, LABELS)
+    _refuse_rest(given, NOT_DONE)
+    return ChatRequest(messages, choices, stream, include_usage)
+
+
+def read_text_request(
+    body: Any, defaults: Sampling, *, model: str, vocab_size: int, draw_seed: Callable[[], int]
+) -> TextRequest:
+    """The request of OpenAI's older form: one or several prompts, each to be continued. See `read_chat_request`."""
+    if not isinstance(body, dict):
+        raise RequestError(f"The body is {_kind(body)}; send a JSON object with `prompt`.")
+    given = {name: value for name, value in body.items() if value is not None}
+    _check_model(given.pop("model", model), model)
+    prompts = _read_prompts(given.pop("prompt", ""), vocab_size)
+    choices = _take_choices(
+        given,
+        defaults,
+        max_new_tokens=_take_integer(given, "max_tokens", defaults.max_new_tokens, lowest=1),
+        num_top_logprobs=_take_integer(given, "logprobs", None, lowest=0, highest=MOST_TOP_LOGPROBS),
+        vocab_size=vocab_size,
+        draw_seed=draw_seed,
+    )
+    if (number := len(prompts) * len(choices)) > MOST_REPLIES:
+        raise RequestError(
+            f"{len(prompts)} prompts with n = {len(choices)} are {number:,} replies; ask for at most {MOST_REPLIES}.",
+            param="n",
+        )
+    echo = _take_flag(given, "echo")
+    if echo and choices[0].num_top_logprobs is not None:
+        raise RequestError("echo with logprobs is not supported by this server; leave out one of them.", param="echo")
+    stream = _take_flag(given, "stream")
+    include_usage = _take_stream_options(given, stream)
+    _take_labels(given, ("user",))
+    _refuse_rest(given, NOT_DONE_WITH_TEXTS)
+    return TextRequest(prompts, choices, echo, stream, include_usage)
+
+
+def _take_choices(
+    given: dict[str, Any],
+    defaults: Sampling,
+    *,
+    max_new_tokens: int,
+    num_top_logprobs: int | None,
+    vocab_size: int,
+    draw_seed: Callable[[], int],
+) -> list[Sampling]:
+    """How each of the replies to a prompt is drawn."""
+    sampling = replace(
+        defaults,
+        max_new_tokens=max_new_tokens,
         temperature=_take_number(given, "temperature", defaults.temperature, lowest=0, highest=HIGHEST_TEMPERATURE),
         top_p=_take_number(given, "top_p", defaults.top_p, lowest=0, highest=1),
         stop=_take_stop(given),
         frequency_penalty=_take_number(given, "frequency_penalty", 0.0, lowest=-2, highest=2),
         presence_penalty=_take_number(given, "presence_penalty", 0.0, lowest=-2, highest=2),
         logit_bias=_take_logit_bias(given, vocab_size),
-        num_top_logprobs=_take_logprobs(given),
+        num_top_logprobs=num_top_logprobs,
     )
     if 0 < sampling.temperature < LOWEST_TEMPERATURE:
         raise RequestError(
@@ -121,17 +188,45 @@ def read_chat_request(
         )
     if sampling.top_p == 0:
         raise RequestError("top_p is 0, which leaves no token; give a number above 0, at most 1.", param="top_p")
-
     number = _take_integer(given, "n", 1, lowest=1, highest=MOST_REPLIES)
     seed = _take_integer(given, "seed", None, lowest=-(2**63), highest=2**63 - number)
-    stream = _take_flag(given, "stream")
-    include_usage = _take_stream_options(given, stream)
-    for name in LABELS:
-        if not isinstance(given.pop(name, ""), str):
-            raise RequestError(f"{name} is {_kind(body[name])}; give a string.", param=name)
-    _refuse_rest(given, NOT_DONE)
-    choices = [replace(sampling, seed=draw_seed() if seed is None else seed + index) for index in range(number)]
-    return ChatRequest(messages, choices, stream, include_usage)
+    return [replace(sampling, seed=draw_seed() if seed is None else seed + index) for index in range(number)]
+
+
+def _take_labels(given: dict[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if not isinstance(value := given.pop(name, ""), str):
+            raise RequestError(f"{name} is {_kind(value)}; give a string.", param=name)
+
+
+def _read_prompts(given: Any, vocab_size: int) -> list[str | list[int]]:
+    """One or several prompts, each a text or a list of token ids."""
+    is_one = isinstance(given, str) or (isinstance(given, list) and _are_ids(given))
+    prompts = [given] if is_one else given
+    if not isinstance(prompts, list) or not 1 <= len(prompts) <= MOST_PROMPTS:
+        what = f"a list of {len(given):,}" if isinstance(given, list) else _kind(given)
+        raise RequestError(
+            f"prompt is {what}; give a string, a list of token ids, or a list of 1 to {MOST_PROMPTS} such.",
+            param="prompt",
+        )
+    for index, prompt in enumerate(prompts):
+        place = "prompt" if is_one else f"prompt.{index}"
+        if isinstance(prompt, str):
+            try:
+                check_text(prompt)
+            except ValueError as error:
+                raise RequestError(f"{place}: {error}", param="prompt") from error
+        elif not (isinstance(prompt, list) and prompt and _are_ids(prompt)):
+            raise RequestError(f"{place} is {_kind(prompt)}; give a string, or a list of token ids.", param="prompt")
+        elif wrong := [token_id for token_id in prompt if not 0 <= token_id < vocab_size]:
+            raise RequestError(
+                f"{place} has the token id {_short(wrong[0])}; they are from 0 to {vocab_size - 1:,}.", param="prompt"
+            )
+    return prompts
+
+
+def _are_ids(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, int) and not isinstance(value, bool) for value in values)
 
 
 def _check_model(name: Any, model: str) -> None:

@@ -120,6 +120,14 @@ def test_an_error_of_the_library_speaks_of_the_recipes_options(monkeypatch, caps
     assert f"error: --model {Path(__file__).parent} is a folder without a config.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("content", "number"), [(b"max_steps: \xe9", 12), ("max_steps: 3".encode("utf-16"), 1)])
+def test_a_yaml_file_that_is_not_utf8_is_an_error_in_words(content, number, tmp_path, capsys):
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(SystemExit):
+        parse_arguments(Arguments, ["--config", str(tmp_path / "a.yaml")])
+    assert f"a.yaml is not UTF-8: byte {number} is wrong" in capsys.readouterr().err
+
+
 def test_a_missing_yaml_file_is_an_error(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(Arguments, ["--config", "nowhere.yaml"])

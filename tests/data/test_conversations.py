@@ -11,6 +11,7 @@ import pytest
 from hfllm.data.conversations import (
     Conversation,
     as_messages,
+    as_preference,
     join_turns,
     load_conversations,
     pair,
@@ -91,6 +92,40 @@ def test_a_response_of_weight_0_is_kept_and_marked():
             as_messages({"messages": [messages[0], message]})
     with pytest.raises(ValueError, match="message 1 has weight 1, and only what the assistant says is learned"):
         as_messages({"messages": [{**messages[0], "weight": 1}, messages[1]]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"weight": 0}, "its 'weight' is 0, so nothing of it is to be learned"),
+        ({"weight": "0"}, "its 'weight' is 0"),
+        ({"messages": [*pair("Q", "A")[:1], {"role": "assistant", "content": "A", "train": False}]}, "'train' false"),
+        ({"messages": [*pair("Q", "A")[:1], {"role": "assistant", "content": "A", "loss": 0}]}, "has 'loss' false"),
+    ],
+)
+def test_what_other_marks_leave_out_is_not_learned(changes, problem):
+    row = {"messages": pair("Q", "A"), "weight": 0.5}
+    assert as_messages(row) == pair("Q", "A")
+    with pytest.raises(ValueError, match=problem):
+        as_messages({**row, **changes})
+
+
+def test_an_input_beside_a_prompt_of_messages_is_not_left_out():
+    row = {"prompt": pair("Add", "?")[:1], "input": "1 and 2", "response": "3"}
+    with pytest.raises(ValueError, match="it has an 'input' beside a prompt of messages"):
+        as_messages(row)
+    with pytest.raises(ValueError, match="it has an 'input' beside a prompt of messages"):
+        as_preference({**row, "chosen": "3", "rejected": "4"})
+    for more in ("", "Add"):  # "Add" is in the prompt already
+        assert as_messages({**row, "input": more}) == pair("Add", "3")
+
+
+def test_what_is_preferred_is_one_reply():
+    """TRL learns all that stands behind the prompt, what the user says too."""
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    for reply in ([*pair("Q", "A"), *pair("Q2", "A2")], [*pair("Q", "A"), *pair("Q2", "?")[:1]]):
+        with pytest.raises(ValueError, match=r"chosen has \d messages behind the prompt; it is one reply"):
+            as_preference({**row, "chosen": reply})
 
 
 @pytest.mark.parametrize("name", ["tools", "functions", "tool_calls"])

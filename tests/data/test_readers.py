@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -80,6 +81,28 @@ def test_compressed_text_that_is_cut_short_is_refused(ending, tmp_path):
     assert len(problems_of(path)) == 1 and "the file cannot be read" in problems_of(path)[0]
 
 
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_compressed_files_joined_by_cat_are_read_to_the_last(ending, tmp_path):
+    rows = [b'{"text": "%d"}\n' % number for number in range(3)]
+    path = write(tmp_path / f"a.jsonl.{ending}", b"".join(map(COMPRESS[ending], rows)))
+    assert texts_of(path) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_what_stands_behind_compressed_text_and_is_none_is_refused(ending, tmp_path):
+    """Python's readers of bzip2 and xz drop it, and every stream behind it, without a word."""
+    one, two = (COMPRESS[ending](b'{"text": "%d"}\n' % number) for number in range(2))
+    for damage in (b"garbage", two[:1] + b"\xff" + two[2:]):
+        [problem] = problems_of(write(tmp_path / f"a.jsonl.{ending}", one + damage + two))
+        assert "the file cannot be read" in problem
+
+
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
+def test_nul_behind_compressed_text_is_padding(ending, tmp_path):
+    content = COMPRESS[ending](b'{"text": "one"}\n') + bytes(1 << 17)
+    assert texts_of(write(tmp_path / f"a.jsonl.{ending}", content)) == ["one"]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
 def test_text_is_read_by_its_byte_order_mark(name, encoding, tmp_path):
@@ -92,6 +115,12 @@ def test_utf16_without_a_mark_is_refused_and_not_trained_on_as_nul(encoding, nam
     for file in ("a.txt", "a.csv", "a.jsonl"):
         [problem] = problems_of(write(tmp_path / file, "text\nplain\n".encode(encoding)))
         assert "half of its bytes are NUL" in problem and f"iconv -f {name} -t UTF-8 {file}" in problem
+
+
+def test_utf32_without_a_mark_is_refused_as_what_it_is(tmp_path):
+    for encoding in ("UTF-32LE", "UTF-32BE"):
+        [problem] = problems_of(write(tmp_path / "a.txt", "plain text".encode(encoding)))
+        assert "three quarters of its bytes are NUL" in problem and f"iconv -f {encoding} -t" in problem
 
 
 def test_bytes_that_are_not_utf16_are_named_with_their_line(tmp_path):
@@ -145,6 +174,12 @@ def test_a_cell_of_any_length_is_read(tmp_path):
     text = "x" * 200_000
     path = write(tmp_path / "a.csv", f"prompt,response\n{text},short\n")
     assert load_conversations(str(path)).rows[0].messages[0]["content"] == text
+
+
+def test_a_column_without_a_name_is_told_as_one(tmp_path, caplog):
+    path = write(tmp_path / "a.csv", ",text,label\n0,one,a\n1,two,b\n")  # as pandas writes its index
+    assert load_labelled_texts(str(path)).texts == ["one", "two"]
+    assert f"{path}: not used: a column without a name." in caplog.text
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -209,8 +244,11 @@ def test_the_formats_own_delimiter_comes_first_and_an_unclear_one_is_asked_for(t
         "may be separated by ';' or '|'" in problems_of(path)[0] and "name one with delimiter" in problems_of(path)[0]
     )
     assert problems_of(path, delimiter=";")[0].endswith(
-        "no column 'text' but ['a', 'text|b']; did you mean text_column='text|b'?"
+        "no column 'text' but ['a', 'text|b']; name the character between the cells with delimiter"
     )
+    for header in ("id:text", "id;text,label"):
+        path = write(tmp_path / "d.csv", f"{header}\n")
+        assert "name the character between the cells with delimiter" in problems_of(path)[0]
     with pytest.raises(ValueError, match="delimiter=';;': it is one character"):
         ReadOptions(delimiter=";;")
 
@@ -254,6 +292,11 @@ def test_deeply_nested_json_is_refused_with_its_line(name, tmp_path):
     with pytest.raises(ValueError, match=r"line 2: not valid JSON: objects and lists are nested too deeply"):
         load_conversations(str(path))
     assert len(load_conversations(str(path), on_bad_record="skip").rows) == (1 if name == "list.json" else 2)
+
+
+def test_a_number_with_too_many_digits_is_refused_in_words(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "x", "id": ' + "9" * 5000 + "}\n")
+    assert problems_of(path) == [f"{path}, line 1: not valid JSON: a number has too many digits; write it as a string"]
 
 
 def test_a_large_list_is_read_without_having_all_of_it_in_memory(tmp_path):
@@ -333,6 +376,24 @@ def test_links_are_followed_once_and_what_is_not_read_is_reported(tmp_path, capl
     assert "1 links to nothing" in caplog.text
 
 
+def test_a_pipe_is_no_file(tmp_path):
+    """A file is opened several times, and a pipe would lose what was read first, or never answer."""
+    os.mkfifo(tmp_path / "a.jsonl")
+    write(tmp_path / "b.jsonl", '{"text": "x"}')
+    for name in (tmp_path / "a.jsonl", Path(os.devnull)):
+        with pytest.raises(ValueError, match=f"'{name}' is a pipe or a device.* Write what it gives into a file"):
+            files_below([name])
+    assert files_below([tmp_path]) == ([tmp_path / "b.jsonl"], {"no files": 1})
+
+
+def test_a_file_that_is_named_twice_is_read_once_and_told(tmp_path, caplog):
+    a, b = (write(tmp_path / "texts" / f"{name}.txt", name) for name in "ab")
+    (tmp_path / "link.txt").symlink_to(a)
+    files, ignored = files_below([b, tmp_path / "texts", a, tmp_path / "link.txt"])
+    assert (files, ignored) == ([b, a], {"files that are named already": 3})
+    assert "3 files that are named already" in caplog.text
+
+
 def test_a_link_to_a_folder_of_texts_is_a_folder_of_texts(tmp_path):
     write(tmp_path / "real" / "a.txt", "a")
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -403,7 +464,8 @@ def test_prompts_are_read_as_everything_else(tmp_path):
     for name, content, message in (
         ("c.txt", b"caf\xe9", "line 1 holds bytes that are not UTF-8"),
         ("c.jsonl", b'{"prompt": 5}', "line 1: its 'prompt' is a number, not a string"),
-        ("d.jsonl", b'{"prompts": "x"}', "no column 'prompt' but"),
+        ("d.jsonl", b'{"prompts": "x"}', r"no column 'prompt' but \['prompts'\]; rename the right one"),
+        ("mac.txt", b"One\rTwo\r", "carriage returns without line feeds. Convert them"),
         ("e.txt", b"\n", "holds no prompt"),
     ):
         with pytest.raises(ValueError, match=message):

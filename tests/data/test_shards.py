@@ -213,11 +213,40 @@ def test_where_shards_are_small_more_of_them_are_read_for_what_is_held_out(tmp_p
     assert len(hold_out(found, cache_dir=tmp_path).documents) == 10  # no share is given: all of them are wanted
 
 
-def test_a_document_too_large_to_hold_out_is_passed_over(tmp_path):
+def test_of_a_small_file_among_large_ones_no_more_than_half_is_held_out(tmp_path):
+    """Else a small language among large ones would be measured and not learned."""
+    for name, number in (("fr", 500), ("uk", 8), ("zh", 500)):
+        write_lines(tmp_path / f"{name}.jsonl", [f"{name} {row:03} " + "x" * 90 for row in range(number)])
+    found = find_shards(",".join(str(tmp_path / f"{name}.jsonl") for name in ("fr", "uk", "zh")))
+    texts = hold_out(found, fraction=0.2, cache_dir=tmp_path).documents["text"][:]
+    counts = {name: sum(text.startswith(name) for text in texts) for name in ("fr", "uk", "zh")}
+    assert 4 <= counts["uk"] <= 5 and min(counts["fr"], counts["zh"]) > 50, counts
+
+
+def test_streaming_refuses_to_hold_back_one_of_a_few_novels_as_a_whole(tmp_path):
+    for name, number in (("fr", 3000), ("uk", 2000), ("zh", 2000)):
+        (tmp_path / f"{name}.txt").write_text("A line of it.\n" * number)
+    novels = ",".join(str(tmp_path / f"{name}.txt") for name in ("fr", "uk", "zh"))
+    with pytest.raises(ValueError, match=r"here all of '..\.txt', of which nothing would be learned\. Read it without"):
+        hold_out(find_shards(novels), fraction=0.45, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"each of its 3 documents is larger\. Read it without streaming"):
+        hold_out(find_shards(novels), fraction=0.1, cache_dir=tmp_path)
+    # A piece of a file that has a single long document is no file of its own.
+    write_lines(tmp_path / "papers.jsonl", [f"{number} " + "x" * 60_000 for number in range(30)])
+    found = find_shards(str(tmp_path / "papers.jsonl"))
+    assert 1 <= len(hold_out(found, fraction=0.1, cache_dir=tmp_path).documents) <= 4 and len(found.shards) > 20
+
+
+def test_a_document_too_large_to_hold_out_is_passed_over_and_told(tmp_path, caplog):
     write_lines(tmp_path / "a.jsonl", ["x" * 2000, "small", "y" * 2000])
     found = find_shards(str(tmp_path / "a.jsonl"))
-    assert hold_out(found, fraction=0.1, cache_dir=tmp_path).documents["text"][:] == ["small"]
-    with pytest.raises(ValueError, match=r"40 bytes .* each of its 2 documents is larger. Hold back a larger fraction"):
+    for _ in range(2):  # also when it is found again in the cache
+        caplog.clear()
+        assert hold_out(found, fraction=0.1, cache_dir=tmp_path).documents["text"][:] == ["small"]
+        assert "are trained on and not measured: 2 of them, first" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"40 bytes .* each of its 2 documents is larger.* hold back a larger fraction"
+    ):
         hold_out(
             find_shards(str(write_lines(tmp_path / "b.jsonl", ["x" * 2000, "y" * 2000]))),
             fraction=0.01,

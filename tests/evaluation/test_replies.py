@@ -61,6 +61,20 @@ def test_exact_match_counts_every_reply_once_and_each_kind_by_itself():
     }
 
 
+def test_a_response_that_is_not_learned_is_no_reference_for_replies(tokenizer):
+    """A bad answer of weight 0 stands there so that the model reads it, and not so that it repeats it."""
+    messages = [*pair("Q", "good"), {"role": "user", "content": "Q2"}]
+    messages.append({"role": "assistant", "content": "bad", "weight": 0})
+    asked = [Conversation(messages, "here")]
+    assert exact_match(asked, [Reply("good", True)])["test_exact_match"] == 1
+    assert exact_match(asked, [Reply("bad", True)])["test_exact_match"] == 0
+    model = MODELS["modern"]().eval()
+    stop_at_turns(model, tokenizer, stop_token_id=4)
+    first = [Conversation(messages[:2], "here")]
+    replies = [answer(model, tokenizer, some, batch_size=1, max_new_tokens=8) for some in (asked, first)]
+    assert replies[0] == replies[1]
+
+
 def test_replies_without_an_end_and_empty_ones_are_counted():
     questions = [Conversation(pair("Q", "7"), "here")] * 4
     numbers = exact_match(questions, [Reply("7", False), Reply("", False), Reply("", True), Reply("7", True)])

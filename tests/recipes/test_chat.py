@@ -230,6 +230,15 @@ def test_ctrl_c_ends_the_reply_and_not_the_chat(talker, monkeypatch, capsys):
     assert "(stopped)" in errors
 
 
+def without_template(model: Path, folder: Path) -> Path:
+    """A copy of the model whose tokenizer does not say how a conversation is written, as a base model's."""
+    shutil.copytree(model, folder / "base", ignore=lambda *_: ["chat_template.jinja"])
+    tokenizer = recipe.load_tokenizer(model)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder / "base")
+    return folder / "base"
+
+
 def test_impossible_options_are_refused_at_the_start(talker, tmp_path):
     for option, message in {
         "--max_new_tokens=0": "at least 1",
@@ -239,12 +248,8 @@ def test_impossible_options_are_refused_at_the_start(talker, tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             recipe.main(parse_arguments(recipe.ChatArguments, [f"--model={talker}", option]))
-    tokenizer = recipe.load_tokenizer(talker)
-    tokenizer.chat_template = None
-    shutil.copytree(talker, tmp_path / "mute", ignore=lambda *_: ["chat_template.jinja"])
-    tokenizer.save_pretrained(tmp_path / "mute")
     with pytest.raises(ValueError, match="has no chat template"):
-        recipe.main(parse_arguments(recipe.ChatArguments, [f"--model={tmp_path / 'mute'}"]))
+        recipe.main(parse_arguments(recipe.ChatArguments, [f"--model={without_template(talker, tmp_path)}"]))
 
 
 def test_the_default_model_is_a_folder_and_never_looked_up_on_the_hub(tmp_path, monkeypatch):
@@ -353,6 +358,24 @@ def test_programs_talk_to_it_over_http(way, port):
         assert sum(piece != "" for piece in pieces) > 1
         with pytest.raises(openai.BadRequestError, match="max_tokens is 0"):
             client.chat.completions.create(model=name, messages=messages, max_tokens=0)
+
+
+@pytest.mark.slow
+def test_a_base_model_is_served_to_continue_texts(babbler, port, tmp_path):
+    openai = pytest.importorskip("openai")
+    pytest.importorskip("fastapi")
+    base = without_template(babbler, tmp_path)
+    with started("--model", base, "--serve", "--port", port, "--max_new_tokens", 6, stdout=subprocess.PIPE) as process:
+        wait_for(f"http://127.0.0.1:{port}/health", process)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=SECONDS)
+        answer = client.completions.create(model="base", prompt=["import ", "def "])
+        assert answer.usage.completion_tokens == 12 and len({choice.text for choice in answer.choices}) == 2
+        pieces = [
+            chunk.choices[0].text for chunk in client.completions.create(model="base", prompt="def ", stream=True)
+        ]
+        assert "".join(pieces) == answer.choices[1].text
+        with pytest.raises(openai.NotFoundError, match="no chat template"):
+            client.chat.completions.create(model="base", messages=[{"role": "user", "content": "Hello"}])
 
 
 @pytest.fixture(scope="module")

@@ -74,8 +74,8 @@ def test_bad_preferences_are_counted_under_skip(tmp_path):
     good = [{"prompt": f"Q{number}", "chosen": "A", "rejected": "B"} for number in range(4)]
     rows = [*good, {**good[0], "chosen": None}, {**good[0], "prompt": 5}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    training, validation, account = load_preferences(str(path), on_bad_record="skip", validation_fraction=0.25, seed=0)
-    assert (len(training), len(validation), account) == (3, 1, {"rows": 4, "bad_records": 2})
+    training, sides, account = load_preferences(str(path), on_bad_record="skip", validation_fraction=0.25, seed=0)
+    assert (len(training), len(sides["eval"]), account) == (3, 1, {"rows": 4, "bad_records": 2})
 
 
 def test_system_input_and_history_go_into_the_prompt_of_a_preference():
@@ -93,10 +93,29 @@ def test_preferences_of_ones_own_validate(tmp_path, caplog):
     (tmp_path / "train.json").write_text(json.dumps(rows[:4]))
     (tmp_path / "own.json").write_text(json.dumps(rows[3:]))
     options = {"validation_dataset": str(tmp_path / "own.json"), "validation_fraction": 0.5, "seed": 0}
-    training, validation, _ = load_preferences(str(tmp_path / "train.json"), **options)
+    training, sides, _ = load_preferences(str(tmp_path / "train.json"), **options)
     assert [row["prompt"][0]["content"] for row in training] == ["Q0", "Q1", "Q2", "Q3"]
-    assert [row["prompt"][0]["content"] for row in validation] == ["Q3", "Q4"]
+    questions = {side: [row["prompt"][0]["content"] for row in rows] for side, rows in sides.items()}
+    assert questions == {"eval": ["Q3", "Q4"]}
     assert "1 of the pairs to validate have a prompt that is trained on" in caplog.text
+
+
+def test_several_preferences_of_ones_own_are_told_apart_by_their_names(tmp_path):
+    rows = [{"prompt": f"Q{number}", "chosen": "A", "rejected": "B"} for number in range(5)]
+    for name, part in (("train", rows[:2]), ("fr", rows[2:4]), ("before", rows[4:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    own = f"{tmp_path / 'fr.json'},{tmp_path / 'before.json'}"
+    _, sides, _ = load_preferences(
+        str(tmp_path / "train.json"), validation_dataset=own, validation_fraction=0.5, seed=0
+    )
+    # "eval_loss_before" is the loss before training, so the file before.json has another name.
+    assert {side: [row["prompt"][0]["content"] for row in part] for side, part in sides.items()} == {
+        "eval": ["Q2", "Q3", "Q4"],
+        "eval_fr": ["Q2", "Q3"],
+        "eval_before_2": ["Q4"],
+    }
+    with pytest.raises(ValueError, match="The dataset ',' has no name"):
+        load_preferences(str(tmp_path / "train.json"), validation_dataset=",", validation_fraction=0.5, seed=0)
 
 
 @pytest.fixture
@@ -152,6 +171,21 @@ def test_an_interrupted_run_resumes_exactly(options, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_each_of_several_validation_datasets_is_measured(options, preferences, tmp_path):
+    rows = json.loads(preferences.read_text())
+    turned = {"chosen": "No, that is not allowed.", "rejected": "Yes, go there."}
+    (tmp_path / "same.json").write_text(json.dumps(rows[:4]))
+    (tmp_path / "turned.json").write_text(json.dumps([{**row, **turned} for row in rows[:4]]))
+    options["per_device_train_batch_size"] = 4
+    own = f"{tmp_path / 'same.json'},{tmp_path / 'turned.json'}"
+    metrics = run(**options, validation_dataset=own)
+    assert metrics["eval_reward_accuracy_same"] == 1 and metrics["eval_reward_accuracy_turned"] == 0
+    assert metrics["eval_loss_same"] < math.log(2) < metrics["eval_loss_turned"]
+    for name in ("eval_loss", "eval_reward_margin"):
+        assert metrics[name] == pytest.approx((metrics[f"{name}_same"] + metrics[f"{name}_turned"]) / 2, abs=1e-5)
+
+
+@pytest.mark.slow
 def test_the_model_comes_to_prefer_what_it_is_shown(options, preferences, tmp_path):
     metrics = run(**options)
     assert metrics["eval_loss_before"] == pytest.approx(math.log(2), abs=1e-4)  # eq. 7: the policy is the reference
@@ -175,7 +209,7 @@ def test_the_model_comes_to_prefer_what_it_is_shown(options, preferences, tmp_pa
 
     _, held_out, _ = load_preferences(str(preferences), validation_fraction=0.25, seed=42)
     margins = []
-    for row in held_out:
+    for row in held_out["eval"]:
         gains = [
             log_probability(policy, row["prompt"], row[side]) - log_probability(base, row["prompt"], row[side])
             for side in ("chosen", "rejected")

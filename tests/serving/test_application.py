@@ -32,8 +32,12 @@ def call(
     *,
     headers: dict[str, str] | None = None,
     leaves_after: Callable[[list[dict]], bool] | None = None,
+    is_cut: bool = False,
 ) -> tuple[int, str]:
-    """Status and text of one request; the client can leave as soon as it has got some messages."""
+    """Status and text of one request; the client can leave as soon as it has got some messages.
+
+    With `is_cut` it leaves before the end of the body.
+    """
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     named = {"host": "127.0.0.1:8000", "content-type": "application/json", **(headers or {})}
     scope = {
@@ -51,7 +55,7 @@ def call(
         "server": ("127.0.0.1", 8000),
     }
     sent: list[dict] = []
-    requests = [{"type": "http.request", "body": data, "more_body": False}]
+    requests = [{"type": "http.request", "body": data, "more_body": is_cut}]
 
     async def exchange() -> None:
         has_left = asyncio.Event()
@@ -61,7 +65,8 @@ def call(
         async def receive() -> dict:
             if requests:
                 return requests.pop()
-            await has_left.wait()
+            if not is_cut:
+                await has_left.wait()
             return {"type": "http.disconnect"}
 
         async def send(message: dict) -> None:
@@ -196,6 +201,77 @@ def test_log_probabilities_have_openais_form_and_are_the_same_in_a_stream(app, a
     assert [token for event in streamed for token in event["choices"][0]["logprobs"]["content"]] == content
 
 
+def complete(app, **fields) -> dict:
+    status, text = call(app, "POST", "/v1/completions", fields)
+    assert status == 200, text
+    return json.loads(text)
+
+
+def test_a_text_is_continued_as_generate_does(app, model, tokenizer):
+    ids = tokenizer("import os")["input_ids"]
+    prompt = torch.tensor([ids])
+    written = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, pad_token_id=2
+    )
+    expected = tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True).rstrip("\ufffd")
+    answer = complete(app, model="talker", prompt="import os")
+    assert answer["choices"] == [{"index": 0, "text": expected, "logprobs": None, "finish_reason": "length"}]
+    assert answer["object"] == "text_completion" and answer["id"].startswith("cmpl-")
+    assert answer["usage"] == {"prompt_tokens": len(ids), "completion_tokens": 12, "total_tokens": len(ids) + 12}
+    assert complete(app, prompt=ids)["choices"] == answer["choices"]
+    assert complete(app, prompt=[ids], echo=True)["choices"][0]["text"] == tokenizer.decode(ids) + expected
+    # Without a prompt, a document begins.
+    assert complete(app)["usage"]["prompt_tokens"] == 1
+
+
+def test_several_prompts_have_n_replies_each_in_their_order(app):
+    prompts, options = ["import os", "def "], {"temperature": 1, "seed": 8, "max_tokens": 6}
+    both = complete(app, prompt=prompts, n=2, **options)
+    alone = [complete(app, prompt=prompt, n=2, **options) for prompt in prompts]
+    texts = [choice["text"] for answer in alone for choice in answer["choices"]]
+    assert [choice["text"] for choice in both["choices"]] == texts and len(set(texts)) == 4
+    assert [choice["index"] for choice in both["choices"]] == [0, 1, 2, 3]
+    assert both["usage"]["total_tokens"] == sum(answer["usage"]["total_tokens"] for answer in alone)
+
+
+def test_a_texts_stream_and_its_probabilities_are_those_of_the_answer(app):
+    fields = {"prompt": ["import os", "def "], "logprobs": 2, "max_tokens": 6, "seed": 1}
+    answer = complete(app, **fields)
+    body = {**fields, "stream": True, "stream_options": {"include_usage": True}}
+    *pieces, last = events(call(app, "POST", "/v1/completions", body)[1])
+    assert last["usage"] == answer["usage"] and {piece["object"] for piece in pieces} == {"text_completion"}
+    for whole in answer["choices"]:
+        own = [piece["choices"][0] for piece in pieces if piece["choices"][0]["index"] == whole["index"]]
+        assert "".join(choice["text"] for choice in own) == whole["text"]
+        assert own[-1]["finish_reason"] == whole["finish_reason"]
+        for name, values in whole["logprobs"].items():
+            assert [value for choice in own for value in choice["logprobs"][name]] == values and len(values) == 6
+        assert all(len(top) == 2 for top in whole["logprobs"]["top_logprobs"])
+        named = list(zip(whole["logprobs"]["tokens"], whole["logprobs"]["text_offset"]))
+        assert [offset for _, offset in named] == sorted(offset for _, offset in named)
+        exact = len(whole["text"].partition("\ufffd")[0]) - 5  # behind parts of characters, places are not exact
+        for token, offset in named:
+            assert offset >= exact or token.startswith("bytes:") or whole["text"][offset:].startswith(token)
+    echoed = {**fields, "logprobs": None, "echo": True, "prompt": "import os", "stream": True}
+    pieces = events(call(app, "POST", "/v1/completions", echoed)[1])
+    text = "".join(piece["choices"][0]["text"] for piece in pieces)
+    assert text == "import os" + answer["choices"][0]["text"]
+
+
+def test_a_model_without_a_chat_template_continues_texts_and_refuses_chats(app, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    status, text = call(app, "POST", "/v1/chat/completions", {"messages": HELLO})
+    assert status == 404 and "POST /v1/completions with a prompt" in json.loads(text)["error"]["message"]
+    assert complete(app, prompt="import ", max_tokens=3)["usage"]["completion_tokens"] == 3
+
+
+def test_a_text_that_is_longer_than_the_context_is_refused_with_both_numbers(app):
+    status, text = call(app, "POST", "/v1/completions", {"prompt": ["short", [5] * 128]})
+    error = json.loads(text)["error"]
+    assert status == 400 and (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+    assert "context is 128 tokens, prompt and reply together, and the prompt has 128 tokens" in error["message"]
+
+
 def test_max_tokens_is_capped_by_the_context(ask, tokenizer):
     answer = ask(max_tokens=10**9)
     assert answer["usage"]["total_tokens"] == 128
@@ -222,8 +298,9 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(app, toke
         (b"", "The body is not valid JSON: Expecting value, line 1, column 1"),
         (b'{"messages": [', "not valid JSON"),
         (b'{"\xff": 1}', "The body is not UTF-8: byte 3 is wrong"),
-        (b"[" * 100_000, "The body is nested too deeply"),
-        (b'{"seed": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b"[" * 100_000, "The body cannot be read: objects and lists are nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "a number has too many digits"),
+        (b'{"seed": 1, "seed": 2}', "an object has the key 'seed' more than once"),
         (b"null", "The body is missing; send a JSON object"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
     ],
@@ -232,6 +309,10 @@ def test_a_body_that_is_not_a_request_is_refused(app, body, message):
     status, text = call(app, "POST", "/v1/chat/completions", body)
     assert status == 400
     assert message in json.loads(text)["error"]["message"]
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error_of_the_server(app):
+    assert call(app, "POST", "/v1/chat/completions", b'{"messages": [', is_cut=True)[0] == 400
 
 
 def test_a_body_that_is_too_large_is_refused(app):
@@ -245,12 +326,20 @@ def test_what_a_template_refuses_is_refused(app, tokenizer, monkeypatch):
     assert status == 400 and "one turn only" in text
 
 
-def test_200_malformed_requests_are_each_refused_and_none_is_an_error_of_the_server(app):
-    """Small valid requests in which one thing was exchanged, cut or flipped."""
+MESSAGES = [{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}]
+OWN_FIELDS = {
+    "chat/completions": {"messages": MESSAGES, "logprobs": True, "top_logprobs": 1},
+    "completions": {"prompt": ["a", [5, 6]], "logprobs": 1, "echo": False, "best_of": 1},
+}
+
+
+@pytest.mark.parametrize("route", OWN_FIELDS)
+def test_malformed_requests_are_each_refused_and_none_is_an_error_of_the_server(app, route):
+    """Small valid requests in which one thing was exchanged, cut or flipped; 200 for both routes."""
     draw = random.Random(0)
     strange = [None, True, -1, 0, 1.5, 1e400, "", "\ud800", "x" * 5000, [], {}, [[]], {"a": {}}, [None], 10**30]
     body = {
-        "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}],
+        **OWN_FIELDS[route],
         "temperature": 1,
         "top_p": 0.5,
         "max_tokens": 1,
@@ -258,8 +347,6 @@ def test_200_malformed_requests_are_each_refused_and_none_is_an_error_of_the_ser
         "n": 1,
         "seed": 1,
         "logit_bias": {"5": 1},
-        "logprobs": True,
-        "top_logprobs": 1,
         "stream": False,
         "user": "me",
     }
@@ -272,7 +359,7 @@ def test_200_malformed_requests_are_each_refused_and_none_is_an_error_of_the_ser
             yield from places(inner, (*path, key))
 
     num_refused = 0
-    while num_refused < 200:
+    while num_refused < 100:
         changed = json.loads(json.dumps(body))
         if draw.random() < 0.6:
             *path, last = draw.choice(list(places(changed))[1:])
@@ -286,7 +373,7 @@ def test_200_malformed_requests_are_each_refused_and_none_is_an_error_of_the_ser
             for _ in range(draw.randint(1, 3)):
                 data[draw.randrange(len(data))] = draw.randrange(256)
             data = bytes(data[: draw.choice([len(data), draw.randrange(len(data))])])
-        status, text = call(app, "POST", "/v1/chat/completions", data)
+        status, text = call(app, "POST", f"/v1/{route}", data)
         assert status in (200, 400, 404), (data, text)
         if status != 200:
             assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
@@ -397,6 +484,8 @@ def test_openais_client_understands_every_answer(app, ask):
         assert len(answer.choices[0].logprobs.content) == 6
         chunks = [chunk async for chunk in await create(**fields, stream=True, stream_options={"include_usage": True})]
         assert chunks[-1].usage.completion_tokens == 12
+        text = await client.completions.create(model="talker", prompt=["a", "b"], max_tokens=2, logprobs=1, best_of=1)
+        assert [len(choice.logprobs.tokens) for choice in text.choices] == [2, 2]
         again = await create(model="talker", messages=[*HELLO, answer.choices[0].message.model_dump()], max_tokens=1)
         assert again.choices[0].message.role == "assistant"
         assert [model.id async for model in await client.models.list()] == ["talker"]

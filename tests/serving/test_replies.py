@@ -36,7 +36,7 @@ class Client:
         self.ids: list[list[int]] = [[] for _ in choices]
         self.writer = writer
         self.job = Job(
-            prompt,
+            [prompt] * len(choices),
             choices,
             on_text=lambda number, piece, reply: self.events.put((number, piece)),
             on_end=lambda number, reply: self.events.put((number, reply)),

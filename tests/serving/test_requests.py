@@ -4,7 +4,13 @@ import math
 import pytest
 
 from hfllm.serving.replies import Sampling
-from hfllm.serving.requests import NOT_DONE, RequestError, read_chat_request
+from hfllm.serving.requests import (
+    NOT_DONE,
+    NOT_DONE_WITH_TEXTS,
+    RequestError,
+    read_chat_request,
+    read_text_request,
+)
 
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -181,3 +187,58 @@ def test_every_parameter_of_openais_client_is_used_or_refused():
         with pytest.raises(RequestError) as refused:
             read({"messages": HELLO, name: {"asks": "for something"}})
         assert refused.value.body["error"]["code"] == "unsupported_parameter"
+
+
+def read_text(body):
+    seeds = iter(range(100, 400)).__next__
+    return read_text_request(body, DEFAULTS, model="talker", vocab_size=400, draw_seed=seeds)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([5, 399], [[5, 399]]), ([[5], "b"], [[5], "b"]), (None, [""])],
+)
+def test_a_prompt_is_a_text_token_ids_or_a_list_of_them(prompt, prompts):
+    asked = read_text({"prompt": prompt, "max_tokens": 3, "logprobs": 2, "user": "me", "suffix": ""})
+    assert asked.prompts == prompts
+    assert asked.choices == [Sampling(3, temperature=0.5, top_p=0.9, seed=100, num_top_logprobs=2)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": []}, "prompt", "prompt is a list of 0; give a string"),
+        ({"prompt": {}}, "prompt", "prompt is an object"),
+        ({"prompt": 5}, "prompt", "prompt is a number"),
+        ({"prompt": [True]}, "prompt", "prompt.0 is true or false"),
+        ({"prompt": ["a", 5]}, "prompt", "prompt.1 is a number"),
+        ({"prompt": [[]]}, "prompt", "prompt.0 is a list"),
+        ({"prompt": [400]}, "prompt", "prompt has the token id 400; they are from 0 to 399"),
+        ({"prompt": ["a", [-1]]}, "prompt", "prompt.1 has the token id -1"),
+        ({"prompt": "\ud800"}, "prompt", "half of a surrogate pair"),
+        ({"prompt": ["a"] * 129}, "prompt", "prompt is a list of 129"),
+        ({"prompt": ["a"] * 100, "n": 2}, "n", "100 prompts with n = 2 are 200 replies"),
+        ({"max_tokens": 0}, "max_tokens", "give a number at least 1"),
+        ({"logprobs": True}, "logprobs", "give a whole number"),
+        ({"logprobs": 1, "echo": True}, "echo", "echo with logprobs"),
+        ({"best_of": 2}, "best_of", "not supported"),
+        ({"suffix": "x"}, "suffix", "not supported"),
+        ({"messages": HELLO}, "messages", "Unknown parameter"),
+        ({"max_completion_tokens": 5}, "max_completion_tokens", "Unknown parameter"),
+    ],
+)
+def test_of_a_text_too_what_is_not_done_is_refused_by_name(fields, param, message):
+    with pytest.raises(RequestError, match=message) as refused:
+        read_text(fields)
+    assert refused.value.status == 400 and refused.value.body["error"]["param"] == param
+
+
+def test_every_parameter_of_openais_older_form_is_used_or_refused():
+    completions = pytest.importorskip("openai").resources.completions.Completions
+    transport = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    known = inspect.signature(completions.create).parameters.keys() - transport
+    done = {
+        *("prompt", "model", "temperature", "top_p", "max_tokens", "n", "seed", "stop", "echo", "user"),
+        *("frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "stream", "stream_options"),
+    }
+    assert known - done == set(NOT_DONE_WITH_TEXTS)
