@@ -18,6 +18,7 @@ from ..report.escaping import markdown_block, markdown_code, markdown_text
 from ..report.page import PAGE_FILE
 from ..report.run import Run, is_hub_id, is_place, read_run, without_places
 from ..report.words import dataset_in_words, format_value, is_chat, kind_of, label_of, plain_value, sentence_about
+from ..runs.files import write_text
 
 
 CARD_FILE = "README.md"
@@ -56,7 +57,7 @@ def write_card(folder: str | Path, *, repo_id: str | None = None, base_model: st
     merged = join_cards(new, old)
     if merged is None:
         return False
-    path.write_text(merged, encoding="utf-8")
+    write_text(path, merged)
     return True
 
 

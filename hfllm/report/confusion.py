@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from .escaping import plain_labels
-from .pictures import EDGE, TEXT, TRAINING, VALIDATION, drawable
+from .pictures import EDGE, TEXT, TRAINING, VALIDATION, drawable, save_figure
 
 
 @plain_labels()
@@ -65,5 +65,4 @@ def plot_confusion(scores: dict, names: Sequence[str], path: str | Path, *, titl
         axes.spines[["left", "bottom"]].set_color(EDGE)
     if title:
         figure.suptitle(drawable(title, 80), color=TEXT)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save_figure(figure, path, dpi=120)
