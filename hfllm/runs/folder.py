@@ -26,7 +26,7 @@ import yaml
 from accelerate import Accelerator, PartialState
 
 from .completion import FORMAT_VERSION, RECORD, describe_finish, find_fault, read_record, write_record
-from .files import flush, remove_leftovers
+from .files import flush, named_folder, remove_leftovers
 from .identity import as_json, check_same_run, find_differences
 from .lock import run_lock
 from .processes import on_main_process
@@ -40,7 +40,15 @@ CHECKPOINT_NAME = re.compile(r"((torn|broken|deleting)-)?(step|checkpoint)-\d+(-
 WRITING = "writing"  # a folder of checkpoints that are being written
 CHECKPOINT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
-    *("state.json", "manifest.json", "trainer_state.json", "training_args.*", "optimizer.*", "scheduler.*"),
+    *(
+        "base_model.json",
+        "state.json",
+        "manifest.json",
+        "trainer_state.json",
+        "training_args.*",
+        "optimizer.*",
+        "scheduler.*",
+    ),
     *("scaler.*", "rng_state*", "random_states.*", "*_gpt.py", "README.md"),
 )
 TOKENIZER_FILES = (
@@ -48,6 +56,10 @@ TOKENIZER_FILES = (
     *("merges.txt", "chat_template.jinja", "tokenizer_report.json"),
 )
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+RESULT_FILES = (  # without one of them, a finished run is not finished any more
+    *(*WEIGHTS, "config.json", "generation_config.json", "metrics.json", "adapter/adapter_model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json"),
+)
 EXPORTED_FILES = ("*.gguf", "*.onnx", "*.onnx.data")
 # What runs write besides: these files of earlier versions, which kept no record, are a run's own, and no file of
 # somebody else's may have such a name in a folder where a run begins.
@@ -77,11 +89,7 @@ def claim_folder(
     Raises:
         ValueError: the folder is another recipe's, holds files that no run made, or something that the run reads.
     """
-    if not str(output_dir).strip():
-        raise ValueError("output_dir is empty. Give the path of a folder, for example out/my-run.")
-    path = Path(output_dir).expanduser()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output_dir {path} is a file. Give the path of a folder, for example out/my-run.")
+    path = named_folder(output_dir)
     lock = contextlib.nullcontext() if only_look else run_lock(path, recipe=recipe, accelerator=accelerator)
     with lock:
         if not only_look:
@@ -110,6 +118,11 @@ class RunFolder:
     def is_of_earlier_version(self) -> bool:
         """Whether the run that is here was made by a version that kept no record, and noted only its options."""
         return bool(self.record.get("is_old"))
+
+    @property
+    def finished_step(self) -> int | None:
+        """The step at which the run that is here was finished, if it was."""
+        return (self.record.get("finished") or {}).get("step")
 
     def check_same(self, identity: Mapping[str, Any]) -> None:
         """Refuse another run than the one that is here, unless it is to give way; see `check_same_run`.
@@ -214,14 +227,19 @@ class RunFolder:
     def finish(self, *, step: int | None = None, files: Iterable[str] | None = None) -> None:
         """Note that the run is finished at `step` and that `files` are its result; the last thing that is written.
 
-        By default these are the weights, `config.json` and `metrics.json` that the last `writing` moved in. Without one
-        of them the run is not finished. What may fail without spoiling the result (the page, a push) is noted by
+        By default these are what opens the model (RESULT_FILES) and `metrics.json`, as `writing` moved them in. Without
+        one of them the run is not finished. What may fail without spoiling the result (the page, a push) is noted by
         `note_done` when it is done.
         """
-        result = (*WEIGHTS, "config.json", "metrics.json", "adapter/adapter_model.safetensors")
-        names = [name for name in self.moved if _matches([name], result)] if files is None else list(files)
-        finished = on_main_process(self.accelerator, lambda: describe_finish(self.path, step=step, files=names))
-        self._change(finished=finished)
+
+        def describe() -> dict[str, Any]:
+            names = files
+            if names is None:
+                own = [name for name in self.record["files"] if _matches([name], RESULT_FILES)]
+                names = [name for name in own if (self.path / name).exists()]
+            return describe_finish(self.path, step=step, files=list(names))
+
+        self._change(finished=on_main_process(self.accelerator, describe))
 
     def is_finished(self, *, step: int | None = None) -> bool:
         """Whether the run ended at `step` and its result is still as it was written, by the weights' sha256."""
@@ -238,8 +256,10 @@ class RunFolder:
         finished = self.record["finished"]
         self._change(finished={**finished, "done": {**finished["done"], **what}})
 
-    def is_done(self, what: str) -> bool:
-        """Whether `note_done` was told of it since the run was finished."""
+    def is_done(self, what: str, *, file: str | None = None) -> bool:
+        """Whether `note_done` was told of it since the run was finished, and the `file` that it made is still there."""
+        if file is not None and not on_main_process(self.accelerator, (self.path / file).exists):
+            return False
         return bool(((self.record.get("finished") or {}).get("done") or {}).get(what))
 
     def _has_something(self) -> bool:
