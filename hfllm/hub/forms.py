@@ -22,20 +22,17 @@ RUN_FILES = (
 
 def save_merged(folder: str | Path, target: str | Path) -> None:
     """Write into `target` the whole model that an adapter's folder makes with its base; summed in float32."""
-    from ..adapters import load_adapter, merge_adapter  # PEFT takes time to import
+    from ..adapters import labels_of_adapter, load_adapter, merge_adapter  # PEFT takes time to import
 
     folder, target = Path(folder).expanduser(), Path(target)
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base = adapter.get("base_model_name_or_path")
     is_classifier = adapter.get("task_type") == "SEQ_CLS"
     auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    # A classifier's labels are the adapter's, which says them, or else the config beside it.
     labels = {}
-    for name in ("config.json", "base_model.json") if is_classifier else ():
-        config = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
-        if "id2label" in config:
-            labels = {"id2label": {int(key): label for key, label in config["id2label"].items()}}
-            labels["label2id"] = {label: key for key, label in labels["id2label"].items()}
+    if is_classifier:
+        labels = {"id2label": labels_of_adapter(folder)}
+        labels["label2id"] = {label: index for index, label in labels["id2label"].items()}
     try:
         model: PreTrainedModel = auto_class.from_pretrained(base, dtype="float32", **labels)
         dtype = getattr(model.config, "dtype", None) or model.dtype
