@@ -1,5 +1,6 @@
 """Open a recipe's model; a folder or id that is no such model is rejected before any weight is loaded."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,8 @@ def open_classifier(name: str, *, config: PreTrainedConfig, **options: Any) -> P
         if has_head and base:
             return _merged(open_classifier(base, config=config, **options), name)
         if has_head or not (is_classifier or base):
+            config = copy.deepcopy(config)
+            config.architectures = source.architectures  # what was saved, and so whether a head is missing from it
             return AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
     except SafetensorError as error:
         raise ValueError(f"model={name}: its weights cannot be read, save or download them again: {error}") from error
