@@ -311,6 +311,7 @@ def main(args: PretrainArguments) -> None:
         recipe="pretrain",
         overwrite=args.overwrite_output_dir,
         inputs=inputs_of(args),
+        cache_dir=args.cache_dir,
         accelerator=accelerator,
         only_look=args.dry_run,
     )

@@ -78,13 +78,15 @@ def claim_folder(
     recipe: str,
     overwrite: bool = False,
     inputs: Mapping[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
     accelerator: Accelerator | PartialState | None = None,
     only_look: bool = False,
 ) -> Iterator["RunFolder"]:
     """Keep `output_dir` to this run while the block lasts, see `run_lock`; every process enters it.
 
     Nothing is deleted or written here but the lock. `inputs` are the paths and ids that the run reads, by the names of
-    their parameters; lists separated by commas are looked at part by part. `only_look` takes no lock either.
+    their parameters; lists separated by commas are looked at part by part. What lies in `cache_dir` is nobody's own.
+    `only_look` takes no lock either.
 
     Raises:
         ValueError: the folder is another recipe's, holds files that no run made, or something that the run reads.
@@ -94,7 +96,8 @@ def claim_folder(
     with lock:
         if not only_look:
             on_main_process(accelerator, lambda: remove_leftovers(path))
-        record = on_main_process(accelerator, lambda: _open(path, recipe, overwrite=overwrite, inputs=inputs or {}))
+        reads = {"inputs": inputs or {}, "cache_dir": cache_dir}
+        record = on_main_process(accelerator, lambda: _open(path, recipe, overwrite=overwrite, **reads))
         yield RunFolder(path, recipe=recipe, overwrite=overwrite, record=record, accelerator=accelerator)
 
 
@@ -302,7 +305,9 @@ class RunFolder:
         return record, names
 
 
-def _open(path: Path, recipe: str, *, overwrite: bool, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _open(
+    path: Path, recipe: str, *, overwrite: bool, inputs: Mapping[str, Any], cache_dir: str | Path | None
+) -> dict[str, Any]:
     """The record of the run that is in the folder, empty if a new one may begin there."""
     record = read_record(path) or _record_of_earlier_version(path, recipe)
     if record and record["recipe"] != recipe:
@@ -313,7 +318,7 @@ def _open(path: Path, recipe: str, *, overwrite: bool, inputs: Mapping[str, Any]
     if overwrite or not record:
         _check_inputs(path, inputs)
     if not record:
-        _check_foreign(path, overwrite=overwrite)
+        _check_foreign(path, overwrite=overwrite, cache_dir=cache_dir)
     if overwrite:
         for name in _own_files(path, record):
             _refuse_links(path, name)
@@ -378,9 +383,16 @@ def _check_inputs(path: Path, inputs: Mapping[str, Any]) -> None:
                     )
 
 
-def _check_foreign(path: Path, *, overwrite: bool) -> None:
-    """Refuse a folder with files that no run made; to overwrite in it, only if a run writes none of their names."""
+def _check_foreign(path: Path, *, overwrite: bool, cache_dir: str | Path | None) -> None:
+    """Refuse a folder with files that no run made; to overwrite in it, only if a run writes none of their names.
+
+    A run that was killed while it prepared its text has left nothing but its cache, perhaps in a folder within.
+    """
     files = _visible_files(path)
+    cache = Path(cache_dir or path).expanduser().resolve()
+    if path.resolve() in cache.parents:
+        below = f"{cache.relative_to(path.resolve()).as_posix()}/"
+        files = [name for name in files if not name.startswith(below)]
     if overwrite:
         files = [name for name in files if _matches([name], (*RUN_FILES, *EXPORTED_FILES))]
     if not files:

@@ -71,6 +71,19 @@ def test_a_refusal_names_a_checkpoint_to_start_another_run_from(tmp_path):
         run(tmp_path, identity={"learning_rate": 0.2})
 
 
+def test_a_run_that_was_killed_while_it_filled_its_cache_within_its_folder_begins(tmp_path):
+    make(tmp_path / "out", "cache/rows-1/data.arrow")
+    with pytest.raises(ValueError, match="holds files that no run made"):
+        run(tmp_path / "out")
+    with pytest.raises(ValueError, match="holds files that no run made"):
+        run(tmp_path / "out", cache_dir=tmp_path / "out")
+    run(tmp_path / "out", cache_dir=tmp_path / "out" / "cache")
+    assert (tmp_path / "out" / "cache" / "rows-1" / "data.arrow").exists()
+    make(tmp_path / "other", "cache/data.arrow", "cached.txt")
+    with pytest.raises(ValueError, match=r"a run could overwrite them: cached\.txt"):
+        run(tmp_path / "other", cache_dir=tmp_path / "other" / "cache")
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_gives_way_to_any_other(tmp_path):
     with claim_folder(tmp_path, recipe="pretrain") as folder:
         folder.begin(IDENTITY, files=["log.jsonl"])
