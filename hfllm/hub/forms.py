@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -29,10 +30,10 @@ def save_merged(folder: str | Path, target: str | Path) -> None:
     base = adapter.get("base_model_name_or_path")
     is_classifier = adapter.get("task_type") == "SEQ_CLS"
     auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    labels = {}
+    labels: dict[str, Any] = {}
     if is_classifier:
-        labels = {"id2label": labels_of_adapter(folder)}
-        labels["label2id"] = {label: index for index, label in labels["id2label"].items()}
+        id2label = labels_of_adapter(folder)
+        labels = {"id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
     try:
         model: PreTrainedModel = auto_class.from_pretrained(base, dtype="float32", **labels)
         dtype = getattr(model.config, "dtype", None) or model.dtype

@@ -96,7 +96,7 @@ def claim_folder(
     with lock:
         if not only_look:
             on_main_process(accelerator, lambda: remove_leftovers(path))
-        reads = {"inputs": inputs or {}, "cache_dir": cache_dir}
+        reads: dict[str, Any] = {"inputs": inputs or {}, "cache_dir": cache_dir}
         record = on_main_process(accelerator, lambda: _open(path, recipe, overwrite=overwrite, **reads))
         yield RunFolder(path, recipe=recipe, overwrite=overwrite, record=record, accelerator=accelerator)
 
