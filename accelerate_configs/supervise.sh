@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Start a run again, as a whole, until it ends: a lost GPU at 3 a.m. is then a relaunch, not a loss.
+# Start a run again, as a whole, until it ends, for example when a GPU fails during the night.
 #
 #     accelerate_configs/supervise.sh accelerate launch --config_file accelerate_configs/ddp.yaml recipes/pretrain.py ...
 #
 # The recipe resumes by itself from its newest whole checkpoint, so a relaunch costs the steps since then, and may run on
-# another number of processes. All processes are started together: one that joins the others in place would find them in
-# the middle of a step.
+# another number of processes. All processes are started together: a single new one would find the others in the
+# middle of a step.
 #
 # It gives up, with the run's exit code, when the run ends well (0), when an option is wrong (2), or when the run fails
-# MAX_QUICK_FAILURES times in a row within QUICK_SECONDS, which no new start will mend. SIGTERM, Ctrl-C and a terminal
-# that closes are passed to the run, whenever they come: it saves, and nothing is started again. A second one stops it at
-# once. bash and the usual sleep, mktemp, grep and rm are all that this needs.
+# MAX_QUICK_FAILURES times in a row within QUICK_SECONDS, when another start would not help. SIGTERM, Ctrl-C and a
+# closed terminal are passed to the run at any time: it saves, and nothing is started again. A second signal stops it at
+# once. The script needs only bash, sleep, mktemp, grep and rm.
 set -u
 
 QUICK_SECONDS=${QUICK_SECONDS:-120}
@@ -22,16 +22,16 @@ if [ $# -eq 0 ]; then
     exit 2
 fi
 
-# A trap only remembers; the loops below look several times a second. So it does not matter what a signal interrupts.
+# A trap only stores the signal; the loops below check it several times a second. So a signal may interrupt anything.
 LOOK_SECONDS=0.2
-signal="" # the last one that came
+signal="" # the last one received
 child=""  # the run's launcher
 told=" "  # the processes that were sent SIGTERM since then, each between spaces
 trap 'signal=TERM told=" "' TERM
 trap 'signal=INT told=" "' INT
 trap 'signal=HUP told=" "' HUP
 
-# `accelerate launch` ends with 1 whatever its workers ended with, so each recipe also adds its exit code to this file.
+# `accelerate launch` ends with 1 for any failure of its workers, so each recipe also adds its exit code to this file.
 HFLLM_EXIT_CODES=$(mktemp) || exit 1
 export HFLLM_EXIT_CODES
 trap 'rm -f "$HFLLM_EXIT_CODES"' EXIT
@@ -52,11 +52,11 @@ processes() {
     done
 }
 
-child_is_at_rest() { # stopped, or over
+child_is_at_rest() { # stopped, or ended
     ! processes | grep -q "^ *$child  *[0-9]*  *[^TtZ]"
 }
 
-workers() { # of the launcher, without those that are over
+workers() { # of the launcher, without those that have ended
     processes | while read -r pid parent state; do
         [ "$parent" != "$child" ] || [ "${state:0:1}" = Z ] || echo "$pid"
     done
@@ -67,7 +67,7 @@ workers() { # of the launcher, without those that are over
 # it starts none meanwhile.
 tell_workers() {
     local pids pid
-    case $told in *" $child "*) return ;; esac # it had no worker, and starts none any more
+    case $told in *" $child "*) return ;; esac # it had no worker, and will not start one
     kill -STOP "$child" 2>/dev/null || return 0
     for _ in {1..50}; do
         child_is_at_rest && break
@@ -76,7 +76,7 @@ tell_workers() {
     pids=$(workers)
     for pid in ${pids:-$child}; do
         case $told in *" $pid "*) continue ;; esac
-        told="$told$pid " # first: a signal that comes now makes it untold again
+        told="$told$pid " # first: a signal that arrives now resets it
         kill -TERM "$pid" 2>/dev/null
     done
     kill -CONT "$child" 2>/dev/null
@@ -87,7 +87,7 @@ finish() {
     exit "$1"
 }
 
-# In a session of its own the run gets the terminal's Ctrl-C from us alone, once.
+# In its own session the run gets the terminal's Ctrl-C only from us, once.
 own_session=$(command -v setsid)
 quick_failures=0
 while true; do

@@ -6,8 +6,8 @@ Importing hfllm registers its GPT with transformers, so that `AutoModelForCausal
 import gc
 
 
-# Imports leave half a million objects and no garbage. Searching them for garbage again and again, as Python does, takes
-# a quarter of the time.
+# Imports create half a million objects and no garbage. The garbage collector would search them again and again, which
+# takes a quarter of the time.
 _is_collecting = gc.isenabled()
 gc.disable()
 

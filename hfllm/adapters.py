@@ -34,15 +34,15 @@ LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(GPTConfig.model_type, LINEAR_LAYERS)
 
 HEADS = ("score", "classifier")  # the names that PEFT trains and saves whole for a classifier
-BASE_FILE = "base_model.json"  # beside adapter_config.json, which takes no keys of ours
+BASE_FILE = "base_model.json"  # beside adapter_config.json, which accepts none of our keys
 SAMPLES_PER_WEIGHT = 4096
 
 
 def lora_targets(model: nn.Module) -> list[str]:
     """The linear layers of the model's blocks, by their last names: `["q_proj", "k_proj", ...]`.
 
-    Unlike PEFT's "all-linear" this never takes a head along, whatever the head is called. It is empty for a model that
-    has no list of blocks.
+    Unlike PEFT's "all-linear", this never includes a head, whatever its name. It is empty for a model that has no list
+    of blocks.
     """
     inside = re.compile(r"\.\d+\.")  # a name such as model.layers.0.mlp.up_proj
     names = [
@@ -64,9 +64,9 @@ def lora_config(
 ) -> LoraConfig:
     """A LoraConfig for this model: by default all linear layers of its blocks, and the task that its head is for.
 
-    Each target's output gains `alpha / r * B A x`, with A and B of rank `r`. The head of a classifier is trained and
-    saved whole. `trainable_token_indices` are ids whose embeddings are trained as well, for tokens that the base has
-    never seen; a tied head follows them.
+    `alpha / r * B A x` is added to each target's output, with A and B of rank `r`. The head of a classifier is trained
+    and saved whole. `trainable_token_indices` are ids whose embeddings are trained as well, for tokens that the base
+    has never seen; a tied head follows them.
     """
     if r < 1:
         raise ValueError(f"r={r}: the rank of LoRA is at least 1.")
@@ -98,10 +98,10 @@ def add_lora(
     adapter_name: str = "default",
     gradient_checkpointing: bool = False,
 ) -> PeftModel:
-    """The model, changed in place, with a new adapter that alone is trained; at first it changes no logit.
+    """The model, changed in place, with a new adapter, the only part that is trained; at first it changes no logit.
 
-    A PeftModel gets a further adapter of another name, which becomes the active one. Of a quantized base, what is not
-    quantized becomes float32 (Dettmers et al. 2023, QLoRA).
+    A PeftModel gets a further adapter of another name, which becomes the active one. If the base is quantized, its
+    other parameters become float32 (Dettmers et al. 2023, QLoRA).
     """
     wrapped = isinstance(model, PeftModel)
     base: PreTrainedModel = model.get_base_model() if wrapped else model  # type: ignore[operator, assignment]
@@ -132,8 +132,8 @@ def add_lora(
 def enable_gradient_checkpointing(model: PreTrainedModel | PeftModel) -> None:
     """Compute each block's activations again in the backward pass instead of keeping them, embeddings frozen or not.
 
-    A checkpointed block whose input needs no gradient gives its weights none either, so the frozen embeddings' output
-    is made to need one.
+    A checkpointed block whose input needs no gradient computes none for its weights either, so the output of the frozen
+    embeddings is made to require one.
     """
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -201,12 +201,12 @@ def describe_trained(model: nn.Module) -> str:
 def save_adapter(
     model: PeftModel, folder: str | PathLike, *, adapter_name: str = "default", base_model_id: str | None = None
 ) -> None:
-    """Write one adapter as PEFT does, straight into the folder, and beside it what its base is known by.
+    """Write one adapter as PEFT does, directly into the folder, and beside it a file that identifies its base.
 
-    What a classifier's head was trained for stands there too: its labels, and the base's `classifier_pooling`.
+    That file also holds what a classifier's head was trained for: its labels, and the base's `classifier_pooling`.
     `base_model_name_or_path` is what other programs open the base by: `base_model_id` if given, else the name that the
-    base was opened by. A base that came from the Hub's cache is written by its id; a folder's path holds on this
-    machine only, which is logged.
+    base was opened by. A base from the Hub's cache is written by its id. A folder's path is valid on this machine only,
+    and a warning says so.
     """
     config = model.peft_config[adapter_name]
     base = model.get_base_model()
@@ -250,11 +250,11 @@ def read_adapter_config(adapter: str | PathLike) -> PeftConfig:
     """
     folder = Path(adapter).expanduser()
     if folder.is_dir() and not (folder / "adapter_config.json").exists():
-        raise ValueError(f"adapter {adapter} is a folder without an adapter_config.json, so no PEFT adapter.")
+        raise ValueError(f"adapter {adapter} is a folder without an adapter_config.json, so not a PEFT adapter.")
     try:
         return PeftConfig.from_pretrained(str(folder if folder.is_dir() else adapter))
     except (OSError, ValueError) as error:
-        raise ValueError(f"adapter {str(adapter)!r} is no PEFT adapter: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"adapter {str(adapter)!r} is not a PEFT adapter: {str(error).splitlines()[0]}") from error
 
 
 def labels_of_adapter(adapter: str | PathLike) -> dict[int, str]:
@@ -279,9 +279,9 @@ def load_adapter(
 ) -> PeftModel:
     """The base, changed in place, with an adapter from a folder or the Hub; in evaluation mode unless it is trainable.
 
-    An adapter that was trained on another base is refused: one whose task, layers or shapes differ, or, where
-    `save_adapter` wrote the adapter, whose base had other weights. A PeftModel gets a further adapter, which becomes
-    the active one. A classifier's base takes the `classifier_pooling` that the adapter's head was trained on.
+    An adapter that was trained on another base is refused: its task, layers or shapes differ, or (if `save_adapter`
+    wrote it) its base had other weights. A PeftModel gets a further adapter, which becomes the active one. A
+    classifier's base takes the `classifier_pooling` that the adapter's head was trained on.
     """
     name = str(adapter)
     wrapped = isinstance(base, PeftModel)
@@ -308,7 +308,7 @@ def load_adapter(
         if wrapped:
             raise ValueError(
                 f"The adapter {name!r} has classifier_pooling={pooling!r}, those on the model already have another. "
-                "Open the base anew for it."
+                "Open the base again for it."
             )
         model.config.classifier_pooling = pooling
     if not wrapped:
@@ -319,7 +319,7 @@ def load_adapter(
 
 
 def tokenizer_source(model: str, adapter: str | PathLike | None) -> str:
-    """Where the tokenizer is: with the adapter, if that came to a chat template of its own, or else with the model."""
+    """Where the tokenizer is: with the adapter, if that has a chat template of its own, or else with the model."""
     if adapter is not None and _find_file(str(adapter), "tokenizer_config.json"):
         return str(adapter)
     return model
@@ -330,9 +330,9 @@ def merge_adapter(
 ) -> PreTrainedModel:
     """The base alone, changed in place, with the adapter (by default the active one) added to its weights.
 
-    The sum is taken in float32 and rounded once, to `dtype` or else the base's own: in bfloat16 most of what LoRA adds
-    is smaller than the last digit of the weight. An adapter (of someone else's making) that trained the embedding of a
-    tied model alone gives a model with a head of its own, as PEFT warns.
+    The sum is computed in float32 and rounded once, to `dtype` or else the base's own: in bfloat16 most of what LoRA
+    adds is smaller than the last digit of the weight. An adapter from elsewhere that trained only the embedding of a
+    tied model gives a model with an untied head, as PEFT warns.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(f"merge_adapter takes a model with an adapter on it, not a {type(model).__name__}.")
@@ -351,8 +351,8 @@ def merge_adapter(
 def base_fingerprint(model: nn.Module) -> str | None:
     """A sha256 of the weights below the head, without any adapter; the same in float32 and bfloat16.
 
-    Of each matrix some thousand values are taken, so that it costs seconds at most. None where the weights are in
-    another precision (quantized, float16), in which the values are others.
+    It reads some thousand values of each matrix, so it takes seconds at most. None if the weights are in another
+    precision (quantized, float16), where the values differ.
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     body = getattr(whole, "base_model", whole)
@@ -388,7 +388,7 @@ def _modules_named(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]
 
 
 def _check_targets(model: PreTrainedModel, chosen: dict[str, nn.Module]) -> None:
-    """Adapters on the token embedding or the head: merged, they would untie the two, or be saved twice."""
+    """Refuse adapters on the token embedding or the head: merged, they would untie the two, or be saved twice."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     for name, module in chosen.items():
         if module is embeddings or module is head or name in HEADS:
@@ -454,10 +454,16 @@ def _why_other_weights(base: PreTrainedModel | PeftModel, known_by: dict[str, An
 
 
 def _find_file(folder_or_id: str, name: str) -> str | None:
-    return cached_file(
-        folder_or_id,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    try:
+        return cached_file(
+            folder_or_id,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except OSError as error:  # not a folder, and not of the form of a Hub id
+        raise ValueError(
+            f"{folder_or_id!r} is not an adapter: there is no such folder. Give the folder of an adapter, such as "
+            "`adapter` in the output_dir of a run with method=lora, or its Hub id."
+        ) from error

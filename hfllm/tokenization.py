@@ -39,8 +39,8 @@ RESERVED_TOKENS = (BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, TURN_START_TOKEN, TURN_END_T
 # (Trained on the standard library of Python 3.11.7 without pydoc_data, 10.7 MB, in 2 to 3 s on 2 CPU cores. Held-out
 # library: the validation documents of `recipes/train_tokenizer.py --dataset stdlib`; Verdict: Edith Wharton's story;
 # topics: pydoc_data.topics.) Qwen2's is best on the story and within 1.2 % of the best elsewhere, so other reasons
-# decide. It gives each digit a token of its own, and so spends no ids on numbers (at 16,384, GPT-2's has 625 groups of
-# digits, Llama 3's 255) and writes equal numbers alike. GPT-2's glues a line's end to the next line's indentation,
+# decide. It gives each digit a token of its own, and so uses no ids for numbers (at 16,384, GPT-2's has 625 groups of
+# digits, Llama 3's 255) and writes equal numbers alike. GPT-2's joins a line's end to the next line's indentation,
 # Qwen2's does not. And the default preset is a Qwen3, so that everybody's Qwen3 code splits text as we do.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -48,8 +48,8 @@ SPLIT_PATTERN = (
 
 # ChatML, with the bos token in front. Three things differ from the usual one:
 # - A control token's text inside a message is broken up by a space (`<|im_end|>` becomes `<|im_end |>`), so that nobody
-#   can type one, whoever applies the template. The text is always longer afterwards, so breaking up one token can
-#   never put another one together. Roles are limited to three for the same reason.
+#   can type one, whatever program applies the template. The text is always longer afterwards, so breaking up one token
+#   can never put another one together. Roles are limited to three for the same reason.
 # - The outer whitespace of a message is dropped, as in Llama 3's template. A reply that began with a newline would
 #   share one token with the newline that ends the header, and the prompt seen in training would not be the prompt that
 #   `add_generation_prompt` gives.
@@ -119,15 +119,15 @@ def train_bpe(
     model_max_length: int | None = None,
     show_progress: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the texts; any text at all survives encoding and decoding.
+    """A byte-level BPE tokenizer trained on the texts; encoding and decoding gives any text back.
 
-    `vocab_size` counts the reserved tokens and the 256 bytes. At most `max_bytes` of UTF-8 are read, from the front, so
-    that the memory needed depends on how many different words there are, not on the length of the iterator. Merges
-    that happen fewer than `min_frequency` times are not learned. `model_max_length` is written into the tokenizer,
-    whose users warn about longer inputs. Training twice on the same texts gives the same tokenizer.
+    `vocab_size` counts the reserved tokens and the 256 bytes. At most the first `max_bytes` of UTF-8 are read. The
+    memory needed depends on the number of different words, not on the length of the iterator. Merges that happen fewer
+    than `min_frequency` times are not learned. `model_max_length` is written into the tokenizer, which warns about
+    longer inputs. Training twice on the same texts gives the same tokenizer.
 
-    `tokenizer(text)` puts the bos token in front, and nothing behind. It pads on the right, which suits training with
-    any kind of positions; whoever generates for a padded batch sets `tokenizer.padding_side = "left"` there.
+    `tokenizer(text)` adds the bos token at the start, and nothing at the end. It pads on the right, which suits
+    training with any kind of positions; to generate for a padded batch, set `tokenizer.padding_side = "left"`.
     """
     check_vocab_size(vocab_size)
     if max_bytes < 1:
@@ -208,9 +208,9 @@ def train_bpe(
 
 
 def split_into_pieces(text: str, max_characters: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut a text where no word of SPLIT_PATTERN is cut: after a newline, before something that is not whitespace.
+    """Cut a text where this cuts no word of SPLIT_PATTERN: after a newline, before a character that is not whitespace.
 
-    A line longer than a piece is cut anywhere, which costs one wrong word in 10,000 characters.
+    A line longer than a piece is cut anywhere, which splits one word in 10,000 characters.
     """
     start = 0
     while len(text) - start > max_characters:
@@ -227,9 +227,9 @@ def split_into_pieces(text: str, max_characters: int = PIECE_CHARACTERS) -> Iter
 def document_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[np.ndarray]]:
     """A function from documents to their ids, with nothing added: the fast path for training data.
 
-    A control token's text inside a document stays text: the ids of special tokens never come out. The arrays are
-    uint16 where every id of the tokenizer fits, else int32. It works with any tokenizer that has a Rust backend, and
-    neither changes it nor sees it change. It can be pickled, so `datasets.map(num_proc=...)` takes it.
+    A control token's text inside a document stays text: the ids of special tokens never come out. The arrays are uint16
+    where every id of the tokenizer fits, else int32. It works with any tokenizer that has a Rust backend. It has a copy
+    of that backend, so neither affects the other. It can be pickled, as `datasets.map(num_proc=...)` needs.
     """
     backend = copy.deepcopy(_backend_of(tokenizer))
     backend.no_truncation()  # a call such as tokenizer(texts, truncation=True) leaves its settings in the backend
@@ -307,7 +307,7 @@ def load_tokenizer(path_or_id: str | Path, *, require_eos: bool = True) -> PreTr
     _backend_of(tokenizer)
     if require_eos and tokenizer.eos_token_id is None:
         raise ValueError(
-            f"The tokenizer {name!r} has no eos token, so nothing can stand between two documents. Say which of its "
+            f"The tokenizer {name!r} has no eos token, so nothing can separate two documents. Say which of its "
             'tokens it is: add "eos_token" to its tokenizer_config.json.'
         )
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is not None:
@@ -317,9 +317,9 @@ def load_tokenizer(path_or_id: str | Path, *, require_eos: bool = True) -> PreTr
 
 
 def load_classifier_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model as a classifier of whole texts reads them: padded and cut on the right."""
+    """The tokenizer of a model, set up for a classifier of whole texts: padded and cut on the right."""
     tokenizer = load_tokenizer(name)
-    # What a text says about control tokens is text, here and (by init_kwargs, which are saved) in a pipeline.
+    # A control token's text inside a text stays text, here and (by init_kwargs, which are saved) in a pipeline.
     tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
     tokenizer.truncation_side = tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
@@ -353,7 +353,7 @@ def _load_with_auto_tokenizer(path_or_id: str, beginning: str) -> PreTrainedToke
 
 
 def _load_bare_json(file: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer.json does not say which of its special tokens is which: that stands in tokenizer_config.json."""
+    """Load a tokenizer.json, which does not say which special token is which: only tokenizer_config.json does."""
     try:
         backend = Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises nothing more special
@@ -369,7 +369,7 @@ def _load_bare_json(file: Path) -> PreTrainedTokenizerBase:
 
 
 def _load_gpt2_pair(vocab_file: Path, merges_file: Path) -> PreTrainedTokenizerBase:
-    """Vocabulary and merges alone are how OpenAI published GPT-2: its way of splitting words goes with them."""
+    """Load vocabulary and merges alone, as OpenAI published GPT-2, with GPT-2's way of splitting words."""
     try:
         vocabulary = json.loads(vocab_file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -417,7 +417,7 @@ def tokenizer_report(
 
     added = {token.content for token in _backend_of(tokenizer).get_added_tokens_decoder().values()}
     unused = [token for token, token_id in vocabulary.items() if times_seen[token_id] == 0]
-    words = [token for token in vocabulary if token not in added and len(set(token)) > 1]  # rules and indents are dull
+    words = [token for token in vocabulary if token not in added and len(set(token)) > 1]  # without rules and indents
     longest = sorted(words, key=lambda token: (-len(token), vocabulary[token]))[:num_longest]
     return {
         "texts": num_texts,

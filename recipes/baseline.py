@@ -1,10 +1,10 @@
-"""What `benchmark.py --measure time_to_quality` compares with: transformers' Trainer and GPT-2, on characters.
+"""The baseline of `benchmark.py --measure time_to_quality`: transformers' Trainer and GPT-2, on characters.
 
     python recipes/baseline.py --dataset literature.txt --output_dir out/baseline
 
-The configuration is the one nanoGPT's README gives for a CPU: 4 layers of 128, 4 heads, context 64, 12 rows, 2,000
-steps of AdamW with beta2 0.99, the rate rising to 1e-3 over 100 steps and falling to 1e-4 by a cosine, no dropout. The
-text held out is that of recipes/pretrain.py.
+The configuration is the one that nanoGPT's README gives for a CPU: 4 layers of 128, 4 heads, context 64, 12 rows, 2,000
+steps of AdamW with beta2 0.99, the learning rate rising to 1e-3 over 100 steps and falling to 1e-4 by a cosine, no
+dropout. The same text is held out as in recipes/pretrain.py.
 """
 
 import math
@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 @arguments
 class BaselineArguments(groups.Dataset, groups.ValidationFraction, groups.MaxSteps, groups.OutputDir, groups.Config):
-    dataset = differs(help="The text, best a single file.")
+    dataset = differs(help="The text, preferably a single file.")
     validation_fraction = differs(help="Share held out: the end of a single document.")
     max_steps = differs(2000, help="Optimizer steps, each of 12 rows of 64 characters.")
     output_dir = differs("out/baseline", help="Folder of metrics.json.")
@@ -31,7 +31,7 @@ BLOCK_SIZE, ROWS = 64, 12
 
 
 class RandomWindows(torch.utils.data.Dataset):
-    """As many rows as training takes, each from a random place of the text."""
+    """The rows of training, each from a random place of the text."""
 
     def __init__(self, ids: torch.Tensor, num_rows: int):
         self.ids = ids

@@ -1,4 +1,4 @@
-"""What training and decoding cost, side by side with transformers' GPT-2 and Llama of the same shape, in one run.
+"""Benchmark training, memory and decoding beside transformers' GPT-2 and Llama of the same shape, in one run.
 
     python recipes/benchmark.py --output_dir out/benchmark
     python recipes/benchmark.py --measure decoding --num_key_value_heads 2
@@ -8,14 +8,14 @@
         --num_attention_heads 12 --block_size 1024 --vocab_size 50257
     python recipes/benchmark.py --tokenizer out/tokenizer --dataset stdlib
 
-The models take turns, so that a machine whose speed drifts does so for all of them; the ratios are medians over those
+The models take turns, so that changes of the machine's speed affect all of them; the ratios are medians over those
 turns. On a CPU, pretrain.py keeps freed memory (hfllm/training/devices.py) and other trainers do not: each model trains
-as its users run it, unless `--keep_freed_memory all` (or none) says otherwise. Memory is that of training steps in a
-process of its own for each model. Decoding is greedy, one row, with the key/value cache, and also measured with grouped
-heads, for what they save. With a tokenizer it also measures the data path: encoding on one core, and reading a batch.
+as its users run it, unless `--keep_freed_memory all` (or none) is given. Memory is the peak of training steps, measured
+in a separate process for each model. Decoding is greedy, one row, with the key/value cache, and also measured with
+grouped key and value heads. With a tokenizer, the data path is measured too: encoding on one core, and reading a batch.
 
-`--measure scaling` tells how a token's time grows with the model and with the context. `--measure time_to_quality` runs
-the commands of pretrain_time_to_quality.yaml on a text, and recipes/baseline.py beside them, imports and all.
+`--measure scaling` measures the time per token by size of the model and by context. `--measure time_to_quality` runs
+the commands of pretrain_time_to_quality.yaml on a text, and recipes/baseline.py beside them, imports included.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class BenchmarkArguments(
     vocab_size = differs(8192)
     block_size = differs(256, help="Tokens per row.")
     num_key_value_heads = differs(2, help="Key and value heads of the model with grouped heads, for decoding.")
-    torch_compile = differs(help="Compile each model for measure training only; compiling is not measured.")
+    torch_compile = differs(help="Compile each model, for measure training; the time to compile is not counted.")
     per_device_train_batch_size = differs(help="Rows per step.")
     measure: Literal["all", "training", "memory", "decoding", "scaling", "time_to_quality"] = option(
         "all", help="What to measure; all is training, memory and decoding."
@@ -78,7 +78,7 @@ class BenchmarkArguments(
         "ours", help="Models for which a CPU keeps freed memory for the next step."
     )
     scaling_depths: list[int] = option(
-        default_factory=lambda: [1, 2, 4, 6, 8], help="Numbers of blocks to measure, each block 64 wider.", at_least=1
+        default_factory=lambda: [1, 2, 4, 6, 8], help="Numbers of blocks to measure, with 64 channels each.", at_least=1
     )
     scaling_contexts: list[int] = option(
         default_factory=lambda: [64, 128, 256, 512, 1024], help="Contexts to measure, in tokens.", at_least=1
@@ -89,9 +89,7 @@ class BenchmarkArguments(
         """Reject what cannot be measured or would be ignored."""
         check_numbers(self)
         if self.torch_compile and self.measure not in ("all", "training"):
-            raise ValueError(
-                f"--torch_compile is for --measure training; {self.measure} is measured as it is. Leave it out."
-            )
+            raise ValueError(f"--torch_compile is for --measure training, not for {self.measure}. Leave it out.")
         if self.measure != "time_to_quality":
             return
         defaults = dataclasses.asdict(BenchmarkArguments())
@@ -99,7 +97,7 @@ class BenchmarkArguments(
         if others := [name for name, value in defaults.items() if name not in own and getattr(self, name) != value]:
             raise ValueError(
                 f"--{', --'.join(others)}: --measure time_to_quality runs the commands of "
-                "pretrain_time_to_quality.yaml as they stand there. Leave them out."
+                "pretrain_time_to_quality.yaml unchanged. Leave them out."
             )
         if self.dataset == "stdlib":
             raise ValueError("--measure time_to_quality is for a text of about a megabyte: give it as --dataset.")
@@ -255,7 +253,7 @@ def measure_memory(args: BenchmarkArguments, device: torch.device, dtype: torch.
 
 @torch.no_grad()
 def measure_decoding(args: BenchmarkArguments, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """Greedy continuations of one row by each model, in turns, and the size of the cache at their end."""
+    """Greedy continuations of one row by each model, in turns, and the final size of the cache."""
     num_tokens = args.num_prompt_tokens + args.num_new_tokens
     args = dataclasses.replace(args, block_size=max(args.block_size, num_tokens))
     models = build_models(args)
@@ -308,13 +306,13 @@ def measure_decoding(args: BenchmarkArguments, device: torch.device, dtype: torc
     return results
 
 
-DECODING_ROUNDS = 4  # in turns: the first model's first tokens are slow, whichever it is
+DECODING_ROUNDS = 4  # in turns, because the first tokens of the first model are slow
 
 
 def measure_scaling(args: BenchmarkArguments, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """The seconds per token in training and in decoding, for growing models and growing contexts.
 
-    Each is the fastest of several steps or tokens, because other work of the machine differs between two points.
+    Each is the fastest of several steps or tokens, because other work on the machine varies between points.
     """
     names = ("hfllm, modern", "transformers Llama", "transformers GPT-2, no dropout")
     shapes = [{"num_hidden_layers": depth, "hidden_size": 64 * depth} for depth in args.scaling_depths]

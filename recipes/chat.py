@@ -1,7 +1,7 @@
 """Chapter 7: talk to a model that was fine-tuned to follow instructions.
 
     python recipes/chat.py --model out/chat
-    python recipes/chat.py --model out/demo --adapter out/chat/adapter
+    python recipes/chat.py --model out/demo --adapter out/assistant/adapter     # the LoRA adapter of a run, on its base
     printf "What does Python print for 7 + 15\\n" | python recipes/chat.py --model out/chat
     python recipes/chat.py --model out/chat --web       # in the browser: pip install -e '.[chat]'
     python recipes/chat.py --model out/chat --serve     # an OpenAI-compatible server: the same extra

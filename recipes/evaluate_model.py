@@ -10,12 +10,12 @@
         --conversations --check_answers
     python recipes/evaluate_model.py --model out/spam out/spam-lora --dataset test.csv --label_column label
 
-Every token of every document is predicted once, the first from the tokenizer's start token (lm-eval's rolling
-log-likelihood does so too), in windows of `--block_size` tokens; a smaller `--stride` gives each token more context.
-Bits per byte is what models with different tokenizers share. Of conversations (`--conversations`) the responses alone
-count, in nats per token, and `--check_answers` compares greedy replies with them. Classifiers are scored on labelled
-texts, with the numbers of finetune_classification.py. The numbers go into `metrics.json` of the model's folder, or of
-`--output_dir`, beside what training wrote there.
+Every token of every document is predicted once, the first from the tokenizer's start token (as in lm-eval's rolling
+log-likelihood), in windows of `--block_size` tokens; a smaller `--stride` gives each token more context. Compare models
+with different tokenizers by bits per byte. In conversations (`--conversations`) only the responses count, in nats per
+token, and `--check_answers` compares greedy replies with them. Classifiers are scored on labelled texts, with the same
+numbers as in finetune_classification.py. The numbers are added to `metrics.json` in the model's folder or in
+`--output_dir`.
 """
 
 from pathlib import Path
@@ -82,7 +82,7 @@ class EvaluateArguments(
     stride = differs(help="New tokens per further window.", default_is="block_size")
     tasks: list[str] | None = option(None, section="lm-eval", help="Tasks of lm-eval (pip install -e '.[interop]').")
     include_path: str | None = option(
-        None, section="lm-eval", help="Folder of your own tasks, YAML files.", location=Location.READ
+        None, section="lm-eval", help="Folder of your own tasks (YAML files).", location=Location.READ
     )
     limit: int | None = option(None, section="lm-eval", help="Most examples of each task, for a first try.", at_least=1)
 
@@ -101,7 +101,10 @@ class EvaluateArguments(
         check_numbers(self)
         names = [Path(name).name for name in self.model]
         problems = [
-            (self.dataset is None and not self.tasks, "Measure on what? Give --dataset, --tasks or both."),
+            (
+                self.dataset is None and not self.tasks,
+                "Nothing to measure on: give --dataset, --tasks or both.",
+            ),
             (
                 self.adapter is not None and len(self.model) > 1,
                 "An --adapter belongs to one --model; several are given.",
@@ -120,7 +123,7 @@ class EvaluateArguments(
             ),
             (
                 self.conversations and self.dataset in (None, "stdlib"),
-                "--conversations needs a --dataset of rows held back from training. Of 'stdlib' most questions are "
+                "--conversations needs a --dataset of rows held back from training. Most questions of 'stdlib' are "
                 "trained on; the numbers of its test part are in finetune_instruction.py's metrics.json.",
             ),
             (
@@ -141,7 +144,7 @@ class EvaluateArguments(
             ),
             (
                 len(set(self.model)) < len(self.model),
-                f"--model {' '.join(self.model)}: one of them is there twice.",
+                f"--model {' '.join(self.model)}: one of them is given twice.",
             ),
         ]
         if messages := [message for is_wrong, message in problems if is_wrong]:
@@ -154,7 +157,7 @@ def main(args: EvaluateArguments) -> None:
     accelerator = start_accelerator()
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
-            "The accelerate file shards the model (FSDP, DeepSpeed), and here each process needs a whole one. Use "
+            "The accelerate file shards the model (FSDP, DeepSpeed), but each process needs a whole one. Use "
             "accelerate_configs/ddp.yaml or multi_cpu.yaml."
         )
     opened = {"adapter": args.adapter, "trust_remote_code": args.trust_remote_code}
@@ -187,7 +190,7 @@ def main(args: EvaluateArguments) -> None:
             results[name] |= run_tasks(model, tokenizer, task_manager, **options)
         accelerator.wait_for_everyone()
 
-        # 5. The numbers go into metrics.json, beside those of training
+        # 5. The numbers go into metrics.json, beside the numbers of training
         if accelerator.is_main_process:
             save_numbers(folders[name], name, results[name])
     if accelerator.is_main_process:
@@ -209,7 +212,7 @@ def check_options_of(kind: Kind, args: EvaluateArguments) -> None:
         (args.validation_fraction != 0, "--validation_fraction"),
     ]
     if wrong := [option for is_given, option in given if is_given]:
-        raise ValueError(f"{', '.join(wrong)}: for causal models. {args.model[0]} labels texts and predicts no tokens.")
+        raise ValueError(f"{', '.join(wrong)}: for causal models. {args.model[0]} is a classifier.")
     if args.dataset == "stdlib":
         raise ValueError(
             "--dataset stdlib: a classifier is trained on most of its docstrings. Give labelled texts that were held "
@@ -284,7 +287,7 @@ def score(
     """The `test_...` numbers of a model on the data."""
     options: dict[str, Any] = {"batch_size": args.per_device_eval_batch_size, "accelerator": accelerator}
     if isinstance(data, LabelledTexts):
-        # As many tokens of a text as in training, which the saved tokenizer knows
+        # Read as many tokens of a text as in training: the saved tokenizer has that length
         block_size = choose_block_size(model, args, at_most=tokenizer.model_max_length)
         numbers = score_labelled_texts(model, tokenizer, data, block_size=block_size, **options)
     elif isinstance(data, list):

@@ -1,17 +1,17 @@
-"""Chapter 5, loading pretrained weights, and the way back: a model in the form that other programs read.
+"""Chapter 5, loading pretrained weights, and the way back: convert a model to the format of other programs.
 
-What you trained, for whatever knows transformers' own classes (pipelines without hfllm, vLLM), and for llama.cpp:
+A model that you trained, for programs with transformers' own classes (pipelines without hfllm, vLLM) and for llama.cpp:
 
     python recipes/export.py --model out/demo --to qwen3 --output_dir out/demo-qwen3
     python recipes/export.py --model out/demo --to gguf --dtype q8_0 --output_dir out/demo-gguf
     python recipes/export.py --model out/demo --to onnx --output_dir out/demo-onnx
 
-GPT-2, a Llama 3 or a Qwen3 as a model of ours, to look into or to train further:
+GPT-2, a Llama 3 or a Qwen3 as an hfllm model, to inspect or to train further:
 
     python recipes/export.py --model openai-community/gpt2 --to hfllm --output_dir out/gpt2
 
-The preset `modern` is a qwen3, and `book` a gpt2. Nothing is called done before the files are read back from the disk
-and compared with the original: logits, greedy tokens, and the ids of text that tokenizers find hard.
+The preset `modern` is a qwen3, and `book` a gpt2. Every export is read back from the disk and compared with the
+original before the recipe reports success: logits, greedy tokens, and the ids of text that is hard for tokenizers.
 """
 
 import shlex
@@ -48,9 +48,9 @@ GGUF_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "q8_0": "
 @arguments
 class ExportArguments(groups.Model, groups.Dtype, groups.Tokenizer, groups.Overwrite, groups.Config):
     to: Literal["gpt2", "llama", "qwen3", "gguf", "onnx", "hfllm"] = option(
-        help="A native class of transformers, a file format or, from a native class, our own class."
+        help="A native class of transformers, a file format, or hfllm's class (from a native one)."
     )
-    model = differs(help="Folder or Hub id of the model: ours, or a native gpt2, llama or qwen3.")
+    model = differs(help="Folder or Hub id of the model: hfllm's, or a native gpt2, llama or qwen3.")
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = differs(
         help="Data type of the weights; q8_0 (8 bits) is for gguf, and onnx is float32."
     )
@@ -61,7 +61,7 @@ class ExportArguments(groups.Model, groups.Dtype, groups.Tokenizer, groups.Overw
         """Validate options that do not need the model."""
         source, target = Path(self.model).expanduser().resolve(), Path(self.output_dir).expanduser().resolve()
         if source.is_dir() and target in (source, *source.parents):
-            raise ValueError(f"--output_dir {self.output_dir} is where the model itself lies. Choose another folder.")
+            raise ValueError(f"--output_dir {self.output_dir} is the model's own folder. Choose another folder.")
         if self.dtype == "q8_0" and self.to != "gguf":
             raise ValueError(f"--dtype q8_0 is for --to gguf; --to {self.to} takes float32, bfloat16 or float16.")
         if self.to == "onnx" and self.dtype not in (None, "float32"):
@@ -92,7 +92,7 @@ def main(args: ExportArguments) -> None:
         }
         folder.check_same(identity)
 
-        # 2. The same model in the other form, written, read back and compared. An earlier export gives way at the end.
+        # 2. The same model in the other form: written, read back, compared, and only then in place of an earlier one
         if folder.is_finished():
             print(f"{args.output_dir} holds this export already: nothing to do.")
         else:
@@ -121,7 +121,7 @@ def load_model(name: str) -> PreTrainedModel:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer as it is: unlike in training, none gets a bos token that it did not have."""
+    """The tokenizer as it is: unlike in training, no bos token is added."""
     try:
         return AutoTokenizer.from_pretrained(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
     except (OSError, ValueError) as error:
@@ -130,7 +130,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def check_fit(args: ExportArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise a ValueError if the model has no such form, or does not fit the dtype or the tokenizer."""
+    """Raise a ValueError if the model cannot be exported so, or does not fit the dtype or the tokenizer."""
     is_ours = isinstance(model, GPTForCausalLM)
     if is_ours and args.to == "hfllm":
         raise ValueError(
@@ -168,7 +168,9 @@ def write_folder(
     # Everything below reads what was written to the disk.
     written_tokenizer = AutoTokenizer.from_pretrained(folder)
     if differences := comparison.tokenizer_differences(tokenizer, written_tokenizer):
-        raise RuntimeError("\n  - ".join(["AutoTokenizer reads another tokenizer than was written:", *differences]))
+        raise RuntimeError(
+            "\n  - ".join(["The tokenizer read back by AutoTokenizer differs from the one written:", *differences])
+        )
     print(f"  the tokenizer read back gives the same ids for {len(comparison.HARD_TEXTS)} hard texts")
 
     written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -208,7 +210,7 @@ def check_same_model(original: PreTrainedModel, written: PreTrainedModel, prompt
         found, _ = comparison.greedy_tokens(written, prompt, num_tokens)
         for expected_row, found_row, margin in zip(expected, found, margins):
             differing = (expected_row != found_row).nonzero().flatten()
-            # Between two tokens that are equally likely, within the tolerance, either may be chosen, and texts differ.
+            # If two tokens are equally likely within the tolerance, either may be chosen, and the texts differ.
             if len(differing) > 0 and margin[differing[0]] > 2 * tolerance:
                 raise RuntimeError(
                     f"After {prompt.tolist()} the original writes {expected_row.tolist()}, and the export "

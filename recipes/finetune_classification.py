@@ -61,10 +61,10 @@ from transformers import (
 )
 
 
-# By method, for models of fewer than 512 channels and for larger ones. The first are for the demo's model: `lora` and
-# `full` as chosen on validation texts (see the configs), `last_block` and `head` not tried apart. The second are the
-# book's for GPT-2's 124 million parameters, as far as it has them. LoRA starts from a product of zero and bears more.
-# The head is new, and starts from nothing.
+# By method, for models of fewer than 512 channels and for larger ones. The first rates are for the demo's model: `lora`
+# and `full` were chosen on validation texts (see the configs), `last_block` and `head` were not tuned separately. The
+# second rates are the book's for GPT-2 with 124 million parameters, where it has them. LoRA starts from a product of
+# zero and tolerates a higher rate. The head is new and starts from random weights.
 SMALL = 512
 LEARNING_RATES = {"lora": (2e-3, 8e-4), "full": (2e-4, 5e-5), "last_block": (1e-3, 2e-4)}
 HEAD_LEARNING_RATES = {"lora": (1e-2, 8e-4), "full": (5e-3, 5e-5), "last_block": (1e-2, 2e-4), "head": (1e-2, 5e-3)}
@@ -111,23 +111,23 @@ class ClassificationArguments(
         None, section="text", help="Split of the Hub dataset to test on.", default_is="see test_fraction"
     )
     test_dataset = differs(help="Labelled texts to test on: files or a Hub id.")
-    label_column = differs(help="Column or JSON key of the label, a word or a whole number.")
+    label_column = differs(help="Column or JSON key of the label, a text or a whole number.")
     balance: bool = option(
         False, section="text", help="Use as many texts of each label as the rarest label has, as the book does."
     )
     split_seed: int = option(
         0, section="text", help="Random seed of the split and of balance.", at_least=0, at_most=2**32 - 1
     )
-    block_size = differs(help="Tokens of a text that are read; a longer one loses its end.", at_least=2)
+    block_size = differs(help="Tokens of a text that are read; longer texts are cut at the end.", at_least=2)
 
     # Model
     model = differs(help="Folder or Hub id of the pretrained model, with its tokenizer.")
     pooling: Literal["last", "mean", "mean_first_last"] | None = option(
         None,
         section="model",
-        help="Input of the classification head: the last token's state, the mean of all states, or that mean beside "
-        "the mean of the embeddings. Other architectures than ours have the last token's only.",
-        default_is="mean_first_last for our models, last for others",
+        help="Input of the classification head: the last token's state, the mean of all states, or that mean plus "
+        "the mean of the embeddings. Other architectures than hfllm's have the last token's only.",
+        default_is="mean_first_last for hfllm models, last for others",
     )
     lora_target_modules: list[str] | None = option(
         None, section="LoRA", help="Layers with LoRA.", default_is="all linear layers of the blocks"
@@ -154,7 +154,7 @@ class ClassificationArguments(
         0.0, section="optimization", help="Share of the target spread over all labels.", at_least=0, below=1
     )
     train_sampling_strategy: Literal["group_by_length", "random"] = option(
-        "group_by_length", section="optimization", help="Batches of texts of similar lengths, or of random ones."
+        "group_by_length", section="optimization", help="Batches of texts of similar length, or of random texts."
     )
     seed = differs(help="Random seed of head, LoRA, order of texts and dropout.")
 
@@ -234,7 +234,7 @@ def main(args: ClassificationArguments) -> None:
         this_run.begin(trainer, EVALUATION.format_map)
         seconds = this_run.train(trainer)
 
-        # 5. The model with LoRA merged into it is saved, and tested as it was saved.
+        # 5. The model with LoRA merged into it is saved, and tested as saved.
         with this_run.writing() as folder:
             model = this_run.save_model(trainer, tokenizer, folder)
             logits = {
@@ -249,7 +249,7 @@ def main(args: ClassificationArguments) -> None:
                 for name in ("eval", "test")
             }
 
-            # 6. The numbers, beside those of a logistic regression
+            # 6. The numbers, beside a logistic regression's
             metrics = describe_training(args, trainer, seconds)
             metrics |= {"num_trained_parameters": num_trained, "num_parameters": count_parameters(model)[1]}
             if this_run.is_main:
@@ -282,7 +282,7 @@ def score_by_name(
 def choose_for_model(args: ClassificationArguments) -> tuple[str, float, float]:
     """The pooling and the two learning rates, as given or by default for this model.
 
-    Only hfllm's own classifiers can use a mean over a text's tokens; others of transformers use the last token.
+    Only hfllm's own classifiers can use a mean over a text's tokens; transformers' classes use the last token.
     """
     config = open_config(args.model)
     is_ours = isinstance(config, GPTConfig)
@@ -353,7 +353,7 @@ def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase
 
 
 def encode(data: LabelledTexts, tokenizer: PreTrainedTokenizerBase, names: list[str], block_size: int) -> Dataset:
-    """Token ids as `pipeline` makes them. A text longer than block_size loses its end, and no token is added to it."""
+    """Token ids as in `pipeline`. A text longer than block_size is cut at its end, and no token is added to it."""
     ids = tokenizer(data.texts, truncation=False, verbose=False)["input_ids"]
     return Dataset.from_dict(
         {
@@ -372,7 +372,7 @@ def describe_lengths(parts: list[Dataset], block_size: int) -> str:
     if not cut.any():
         return f"{text}, longest {lengths.max():,}; no text is cut (block_size {block_size:,})."
     return (
-        f"{text}. {np.count_nonzero(cut):,} texts are longer than block_size {block_size:,} and lose their end, "
+        f"{text}. {np.count_nonzero(cut):,} texts are longer than block_size {block_size:,} and cut at the end, "
         f"{cut.sum():,} of {lengths.sum() + cut.sum():,} tokens."
     )
 
@@ -410,7 +410,7 @@ def score_for_trainer(prediction: EvalPrediction, names: list[str]) -> dict[str,
 
 
 def describe_training(args: ClassificationArguments, trainer: ClassifierTrainer, seconds: float) -> dict[str, Any]:
-    """What training took, for `metrics.json`; of a run that was resumed, tokens and seconds since then."""
+    """Cost of the training, for `metrics.json`; for a resumed run, tokens and seconds since the resume."""
     num_tokens, num_places = trainer.count_tokens()
     evaluating = sum(entry.get("eval_runtime", 0) for entry in trainer.state.log_history)
     return {

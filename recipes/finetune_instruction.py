@@ -1,14 +1,14 @@
 """Chapter 7: teach a pretrained model to follow instructions.
 
-Offline, on questions about the Python that runs (about four minutes on two cores whose CPU has bfloat16):
+Offline, on questions about the running Python (about four minutes on two cores whose CPU has bfloat16):
 
     accelerate launch --quiet --config_file accelerate_configs/cpu.yaml --mixed_precision bf16 \\
         recipes/finetune_instruction.py --config recipes/configs/instruction_python.yaml \\
         --model out/demo --output_dir out/chat
     python recipes/chat.py --model out/chat
 
-On the book's 1,100 instructions, or any rows of one of the published forms. A base model such as GPT-2 needs to be told
-how a conversation is written; the book's way is "alpaca":
+On the book's 1,100 instructions, or any rows of one of the published forms. A base model such as GPT-2 needs a chat
+template; the book's prompt is "alpaca":
 
     python recipes/finetune_instruction.py --config recipes/configs/instruction_book.yaml \\
         --model openai-community/gpt2 --chat_template alpaca --dataset instruction-data.json --output_dir out/assistant
@@ -78,7 +78,7 @@ from accelerate import PartialState
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
 
 
-# The book trains all weights with 5e-5 (GPT-2 355M) and LoRA with 5e-5 to 8e-4. Muon's is the demo's model's.
+# The book trains all weights with 5e-5 (GPT-2 355M) and LoRA with 5e-5 to 8e-4. Muon's rate is for the demo's model.
 LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "muon": 0.02}
 
 
@@ -117,13 +117,13 @@ class InstructionArguments(
     num_further_questions: int = option(
         0,
         section="text",
-        help="Further expressions of stdlib to train on beside its 12,000, none of which is held out.",
+        help="Further expressions of stdlib to train on, besides its 12,000; none of them is held out.",
         at_least=0,
     )
     reword_questions: bool = option(
         False,
         section="text",
-        help="Ask half of stdlib's training expressions in other words: 3 + 4, What is 3 + 4?",
+        help="Ask half of stdlib's training expressions in other words, e.g. 3 + 4, What is 3 + 4?",
     )
     max_turns: int = option(
         1,
@@ -214,7 +214,7 @@ def main(args: InstructionArguments) -> None:
         tokenizer = load_tokenizer(args.model)
         template_note = choose_template(tokenizer, args.chat_template)
         check_template(tokenizer)
-        # Training needs float32 weights, whatever precision the checkpoint was exported in.
+        # Training needs float32 weights, in whatever precision the checkpoint was saved.
         model = open_causal_lm(args.model, dtype=torch.float32)
         block_size = choose_block_size(args, model, tokenizer)
 
@@ -229,7 +229,7 @@ def main(args: InstructionArguments) -> None:
         }
         if this_run.is_finished(model, tokenizer, learned):
             return
-        # From now on the model stops at the end of its turn as well as at the end of a document, in any `generate`.
+        # From now on `generate` stops at the end of a turn, and at the end of a document.
         stop_at_turns(model, tokenizer, stop_token_id=rows["train"].encoded.stop_token_id)
 
         # 3. What is trained: LoRA's small matrices beside the frozen weights, or all weights
@@ -249,7 +249,7 @@ def main(args: InstructionArguments) -> None:
             print(describe_data(args, template_note, description, sides, rows, tokenizer))
             print(describe_trained(model), flush=True)
 
-        # 4. What the model says before
+        # 4. The model's replies before training
         questions = [sides["test"][row.index] for row in rows["test"].encoded.rows]
         samples = pick_samples(questions, args.num_samples)
         replies_to = functools.partial(
@@ -265,11 +265,11 @@ def main(args: InstructionArguments) -> None:
             "test_loss_before": response_loss(trainer, rows["test"]),
         }
 
-        # 5. Training: transformers' Trainer, which divides the summed loss by the number of learned tokens, whatever
-        #    the accumulation and the number of processes
+        # 5. Training: transformers' Trainer, which divides the summed loss by the number of learned tokens, for any
+        #    accumulation and number of processes
         metrics["train_seconds"] = round(this_run.train(trainer), 1)
 
-        # 6. What it says after
+        # 6. Its replies after training
         metrics["eval_loss"] = response_loss(trainer, rows["eval"])
         check_converged(metrics["eval_loss"], num_choices=len(tokenizer), before=metrics["eval_loss_before"])
         metrics["test_loss"] = response_loss(trainer, rows["test"])
@@ -306,9 +306,9 @@ def choose_block_size(args: InstructionArguments, model: PreTrainedModel, tokeni
 
 
 def load_data(args: InstructionArguments) -> tuple[dict[str, list[Conversation]], str]:
-    """The conversations of the sides "train", "eval" and "test", and what they are in words.
+    """The conversations of the sides "train", "eval" and "test", and a description of them.
 
-    Where several datasets are given for a side, each is a side of its own as well, such as "eval_fr".
+    If several datasets are given for a side, each is also a side of its own, such as "eval_fr".
     """
     column_map = {}
     for each in args.column_map or []:
@@ -358,7 +358,7 @@ def encode_side(
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
 ) -> ConversationRows:
-    """Rows of token ids with the mask of what is learned; what is measured is always the responses alone."""
+    """Rows of token ids with the mask of learned tokens; evaluation always scores the responses alone."""
     on_prompt = args.train_on_prompt and name == "train"
     encoded = encode_conversations(side, tokenizer, max_length=block_size, train_on_prompt=on_prompt)
     return ConversationRows(
@@ -439,9 +439,9 @@ def pick_samples(questions: list[Conversation], number: int) -> list[Conversatio
 def check_answers(
     args: InstructionArguments, questions: list[Conversation], replies_to: Callable[[list[Conversation]], list[Reply]]
 ) -> dict[str, float]:
-    """Exact match on the test questions, and on the same questions as people may put them.
+    """Exact match on the test questions, and on variants of the same questions.
 
-    That is in other words, and in a chat, each after another question and its right answer.
+    The variants: in other words, and in a chat after another question with its right answer.
     """
     asked = questions[: args.max_answers]
     numbers = exact_match(asked, replies_to(asked))
@@ -455,7 +455,7 @@ def check_answers(
             for before, question in zip([asked[-1], *asked], asked)
         ]
     for name, variant in others.items():
-        if variant:  # of a few questions perhaps none has other words
+        if variant:  # among a few questions, perhaps none can be reworded
             numbers[f"test_exact_match_{name}"] = exact_match(variant, replies_to(variant))["test_exact_match"]
     return numbers
 
@@ -487,7 +487,7 @@ def describe_data(
 def describe_training(
     args: InstructionArguments, trainer: InstructionTrainer, rows: ConversationRows
 ) -> dict[str, Any]:
-    """What was trained and how fast, for `metrics.json`."""
+    """Cost and size of the training, for `metrics.json`."""
     best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
     runtime = next((entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry), None)
     trained, total = count_parameters(trainer.accelerator.unwrap_model(trainer.model))

@@ -3,10 +3,10 @@
     python recipes/finetune_preference.py --model out/chat --dataset preferences.jsonl --output_dir out/preferred
     python recipes/chat.py --model out/preferred
 
-A row has the columns prompt, chosen and rejected: texts, or lists of messages. TRL does the work (`pip install
--e '.[preference]'`): the policy's LoRA is trained so that, compared with the model it started from, the chosen reply
-becomes likelier than the rejected one. The reference needs no second copy of the model: it is the same one with the
-adapter switched off.
+A row has the columns prompt, chosen and rejected: texts, or lists of messages. TRL does the training (`pip install -e
+'.[preference]'`): the policy's LoRA is trained so that, relative to the model it started from, the chosen reply becomes
+likelier than the rejected one. The reference needs no second copy of the model: it is the same model with the adapter
+switched off.
 """
 
 import importlib.util
@@ -112,13 +112,13 @@ def main(args: PreferenceArguments) -> None:
         if this_run.is_main:
             print(describe_trained(trainer.model))
 
-        # 4. Before, training, after. Before the first update the policy is the reference: margins of 0, a loss of ln 2.
+        # 4. Evaluation, training, evaluation. At first the policy equals the reference: margins of 0, a loss of ln 2.
         before = trainer.evaluate()
         this_run.train(trainer)
         after = trainer.evaluate()
         check_converged(after["eval_loss"], num_choices=2, before=before["eval_loss"])
 
-        # 5. The adapter merged into the model, and beside it alone
+        # 5. The adapter merged into the model, and the adapter alone beside it
         num_trained, num_parameters = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
         model.generation_config.eos_token_id = stop_ids
         metrics = {
@@ -164,7 +164,7 @@ def load_pairs(
 
 
 def select_numbers(evaluation: dict[str, float], when: str) -> dict[str, float]:
-    """TRL's numbers by our names: the loss, the share of pairs whose chosen reply gained more, and by how much."""
+    """TRL's numbers by our names: the loss, the share of pairs whose chosen reply gained more, and the margin."""
     names = {
         "eval_loss": "eval_loss",
         "eval_rewards/accuracies": "eval_reward_accuracy",

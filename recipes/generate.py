@@ -1,4 +1,4 @@
-"""Chapter 4: let a model write, token by token.
+"""Chapter 4: generate text, token by token.
 
     python recipes/generate.py --model out/demo --prompt "import os"
     python recipes/generate.py --model out/demo --prompt "def main(" --num_samples 3 --temperature 1.0 --top_k 0
@@ -6,8 +6,8 @@
     python recipes/generate.py --model out/demo --prompt "def read(self" "class Queue" --stop "def " "class "
     python recipes/generate.py --model out/demo --prompt_file prompts.txt
 
-`--model` is a folder that a recipe of ours wrote, or any causal language model of the Hub. One prompt is streamed, and
-Ctrl-C ends it; several are continued side by side, and printed when all are done.
+`--model` is a folder that a recipe wrote, or any causal language model of the Hub. One prompt is streamed, and Ctrl-C
+ends it; several are continued side by side, and printed when all are done.
 """
 
 import logging
@@ -49,7 +49,7 @@ class GenerateArguments(
     stop: list[str] | None = option(
         None,
         section="generation",
-        help="End a text at the first of these that it writes; in a shell, a newline is $'\\n'.",
+        help="End a text at the first of these strings; in a shell, a newline is $'\\n'.",
     )
     do_sample: bool = option(
         True, section="generation", help="Draw each token from its probabilities; false takes the likeliest."
@@ -71,7 +71,7 @@ class GenerateArguments(
                 self.temperature < 1e-4,
                 f"--temperature {self.temperature}: it must be at least 0.0001; --do_sample false is greedy.",
             ),
-            (last_seed >= 2**32, f"--seed {self.seed}: that of the last sample would be above 4,294,967,295."),
+            (last_seed >= 2**32, f"--seed {self.seed}: the last sample's seed would be above 4,294,967,295."),
             (greedy and drawing, f"--do_sample false draws nothing: leave out --{', --'.join(drawing)}."),
             (
                 greedy and self.num_samples > 1,
@@ -99,7 +99,7 @@ def main(args: GenerateArguments) -> None:
     #    Prompts of different lengths are padded on the left, so that each row ends where its next token comes.
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # any token will do: the attention mask says where the text is
+        tokenizer.pad_token = tokenizer.eos_token  # any token works: the attention mask says where the text is
     inputs = tokenizer(prompts or [tokenizer.bos_token], add_special_tokens=bool(prompts), padding=True)
     input_ids = torch.tensor(inputs.input_ids, device=model.device)  # (B, T)
     attention_mask = torch.tensor(inputs.attention_mask, device=model.device)
@@ -165,7 +165,7 @@ def read_prompts(args: GenerateArguments) -> list[str]:
 
 
 def explain_length(model: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> str | None:
-    """A note on what happens past the model's context, if the text may get there; an error if the model cannot."""
+    """A note about text past the model's context, if it may get that long; an error if the model cannot do it."""
     context = getattr(model.config, "max_position_embeddings", None)
     if context is None or prompt_length + max_new_tokens <= context:
         return None

@@ -1,13 +1,12 @@
-"""Chapter 3, looked at from outside: what each attention head looks at, and how likely each token of a prompt is.
+"""Chapter 3: inspect what each attention head attends to, and how likely each token of a prompt is.
 
     python recipes/inspect_model.py --model out/demo --prompt "def read(self):"
     python recipes/inspect_model.py --model out/demo --prompt "def read(self):" --layer 1 --head 0
     python recipes/inspect_model.py --model openai-community/gpt2 --prompt "The cat sat on the mat" --output_dir out/cat
 
 Writes attention.png (every head; with --layer, attention_layer1.png; with --head, attention_layer1_head0.png),
-probabilities.png and inspection.json into `--output_dir`, and says in words what stands out. Layers and heads count
-from 0, as in Python. `--model` is a folder that a recipe of ours wrote, or any causal language model of the Hub whose
-layers are attention.
+probabilities.png and inspection.json into `--output_dir`, and prints a summary. Layers and heads count from 0.
+`--model` is a folder that a recipe wrote, or any causal language model of the Hub whose layers are attention.
 """
 
 import math
@@ -30,15 +29,15 @@ from transformers.utils.logging import disable_progress_bar
 
 PROMPT = "def read(self, size):\n    data = self.file.read(size)\n    return data\n"
 MOST_LAYERS, MOST_HEADS = 12, 16  # in one picture
-MOST_CANDIDATES = 100  # at each place: more of them can be neither read nor drawn
+MOST_CANDIDATES = 100  # at each place; more could not be drawn legibly
 
 
 @arguments
 class InspectArguments(groups.Model, groups.Dtype, groups.Prompt, groups.TopK, groups.OutputDir, groups.Config):
     dtype = differs("float32")
-    prompt: str = differs(PROMPT, help="Text to look into; '' for the start of a document.")
+    prompt: str = differs(PROMPT, help="Text to inspect; '' for the start of a document.")
     max_tokens: int = option(
-        48, section="generation", help="Tokens of the prompt to look into; the rest is left out.", at_least=1
+        48, section="generation", help="Tokens of the prompt to inspect; the rest is left out.", at_least=1
     )
     layer: int | None = option(
         None, section="output", help="Draw the heads of this layer only, larger; counted from 0."
@@ -60,7 +59,7 @@ def main(args: InspectArguments) -> None:
     model = load_model(args.model, args.dtype)
     tokenizer = load_tokenizer(args.model, require_eos=False)
 
-    # 2. The prompt's tokens, with the start token in front if the tokenizer puts one there
+    # 2. The prompt's tokens, after the start token if the tokenizer adds one
     input_ids = encode_prompt(args, tokenizer, model).to(model.device)
 
     # 3. One pass through the model. Row t of a map is softmax(query of token t @ keys of the tokens up to t): how much
@@ -149,7 +148,7 @@ HABITS = {"to_previous": "the previous token", "to_first": "the first token", "t
 def describe_heads(attentions: torch.Tensor) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
     """What each head attends to, on average over the tokens from the third on.
 
-    Only from the third token on are the first token, the previous one and the token itself three different ones.
+    From the third token on, the first token, the previous one and the token itself are three different tokens.
     `to_previous`, `to_first` and `to_itself` are shares of the attention, `distance` is in tokens, `entropy` in nats.
     The second result has the same numbers for a head with uniform attention. With fewer tokens all are None.
     """
@@ -230,7 +229,7 @@ def label_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     if token_id in tokenizer.added_tokens_decoder:
         return piece
     is_bytes = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
-    if is_bytes and BYTE_OF_CHARACTER.keys() >= set(piece):  # each character of a piece stands for a byte
+    if is_bytes and BYTE_OF_CHARACTER.keys() >= set(piece):  # each character of a piece means a byte
         raw = bytes(BYTE_OF_CHARACTER[character] for character in piece)
         try:
             piece = raw.decode("utf-8")

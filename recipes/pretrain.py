@@ -20,9 +20,9 @@ On the GPUs of one machine, each with the whole model (`ddp.yaml`) or each with 
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 recipes/pretrain.py \\
         --max_train_minutes 60 --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
 
-The same command again resumes an interrupted run. `--help` explains every option. How many devices there are, how they
-share the work and in which precision they compute is said to accelerate, in its file or as an option of the launcher,
-for example `accelerate launch --mixed_precision bf16`.
+The same command again resumes an interrupted run. `--help` explains every option. accelerate decides how many devices
+there are, how they share the work and in which precision they compute: by its file, or by options of the launcher, for
+example `accelerate launch --mixed_precision bf16`.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils.logging import disable_progress_bar
 
 
-# What neither the user nor a dial says.
+# Defaults for options that neither the user nor a dial sets.
 DEFAULT_SHAPE = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6}
 DEFAULTS = {"num_train_epochs": 1.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 DEFAULTS |= {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "eval_steps": 100, "save_steps": 200}
@@ -125,7 +125,7 @@ class PretrainArguments(
     groups.Config,
 ):
     # Text
-    tokenizer = differs(None, default_is="that of model, or out/tokenizer")
+    tokenizer = differs(None, default_is="the tokenizer of model, or out/tokenizer")
     block_size = differs(256, help="Tokens per row; also the longest context the model learns.")
     stride = differs(help="Cut windows this many tokens apart (chapter 2) instead of packing documents.")
     validation_fraction = differs(
@@ -142,7 +142,7 @@ class PretrainArguments(
         compared=Compared.BY_CONTENT,
     )
 
-    # Model. What a dial (see Sizing) can set is None until then; `resolve` fills in the defaults.
+    # Model. Options that a dial (see Sizing) can set are None until then; `resolve` fills in the defaults.
     model = differs(None, help="Folder or Hub id of a model to train further.", default_is="random weights")
     preset: Literal["modern", "book"] = option(
         "modern", section="model", help="'modern' is a Qwen3, 'book' a GPT-2.", compared=Compared.BY_CONTENT
@@ -157,7 +157,7 @@ class PretrainArguments(
         compared=Compared.BY_CONTENT,
     )
 
-    # Optimization. A run may be resumed with another end, and with other steps between evaluations and checkpoints.
+    # Optimization. A resumed run may have another end, and other steps between evaluations and checkpoints.
     num_train_epochs = differs(None, default_is=DEFAULTS["num_train_epochs"], compared=Compared.NOT)
     max_steps = differs(compared=Compared.NOT)
     per_device_train_batch_size = differs(None, default_is=DEFAULTS["per_device_train_batch_size"])
@@ -294,9 +294,9 @@ PRESENTED_FILES = ("curves.png", PAGE_FILE)
 def main(args: PretrainArguments) -> None:
     args.resolve()
     args.check()
-    disable_progress_bar()  # of loading and saving a model; training has its own
+    disable_progress_bar()  # for loading and saving a model; training has its own
 
-    # 1. Devices: `accelerate launch` says how many processes there are, and what they share.
+    # 1. Devices: `accelerate launch` decides how many processes there are, and how they share the work.
     accelerator = start_accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps or 1,
         per_device_train_batch_size=args.per_device_train_batch_size or 1,
@@ -317,8 +317,8 @@ def main(args: PretrainArguments) -> None:
     )
     with leaving_at_once(accelerator), claim as folder, StopRequest(accelerator) as stop_request:
         is_finished = pretrain(args, accelerator, folder, stop_request)
-    # DDP has to release the process group before it is destroyed. The other way round, gloo waits for Python's lock
-    # while Python waits for gloo, and sometimes a process never ends.
+    # DDP has to release the process group before it is destroyed. Otherwise gloo waits for Python's lock while Python
+    # waits for gloo, and sometimes a process never ends.
     accelerator.free_memory()
     accelerator.end_training()
     if not is_finished:
@@ -327,9 +327,9 @@ def main(args: PretrainArguments) -> None:
 
 @dataclasses.dataclass
 class TrainingState:
-    """What changes from step to step, and what a checkpoint keeps beside the weights and the optimizer."""
+    """The state that changes from step to step, which a checkpoint keeps beside weights and optimizer."""
 
-    identity: dict[str, Any]  # what makes a run this run, compared on resume
+    identity: dict[str, Any]  # the identity of the run, compared on resume
     step: int  # optimizer steps taken
     train_tokens: int
     seconds: float  # in steps
@@ -348,7 +348,7 @@ class TrainingState:
     num_evaluations_since_best: int = 0
 
     def count_evaluation(self) -> bool:
-        """Compare the last evaluation with the best one; True if it is better, and so the best from now on."""
+        """Compare the last evaluation with the best one; True if it is better, and now the best."""
         assert self.evaluation is not None
         loss = self.evaluation["loss"]
         is_better = loss < (math.inf if self.best_loss is None else self.best_loss)
@@ -362,7 +362,7 @@ class TrainingState:
 
 
 class Setup(NamedTuple):
-    """What every step works with; model and optimizer are those that `accelerator.prepare` returned."""
+    """The objects that every step uses; model and optimizer are those that `accelerator.prepare` returned."""
 
     accelerator: Accelerator
     model: torch.nn.Module
@@ -370,14 +370,14 @@ class Setup(NamedTuple):
     text: TrainingText
     max_steps: int
     rows_per_step: int  # rows per device x accumulation x processes
-    loss_options: dict[str, bool]  # what the model's forward takes besides the batch
+    loss_options: dict[str, bool]  # arguments of the model's forward besides the batch
     sizes: dict[str, int]  # num_parameters and flops_per_token, counted before the model is sharded
     hub: TrainingPush | None = None  # with --push_to_hub
 
 
 def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolder, stop_request: StopRequest) -> bool:
-    """From text to a saved model; False if the run was told to stop before its end."""
-    # 2. The tokenizer, and what can be checked before the text is read
+    """From text to a saved model; False if a signal stopped the run before its end."""
+    # 2. The tokenizer, and checks that do not need the text
     tokenizer = load_tokenizer(args.tokenizer or args.model or "out/tokenizer")
     if not args.is_sized:
         build_config(args, tokenizer)
@@ -390,7 +390,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolde
     text = load_text(args, tokenizer, accelerator)
     accelerator.print(text.summary)
 
-    # 4. Sizes: of the model, of a step and of the run. With a dial they follow from it and from the text.
+    # 4. Sizes of the model, of a step and of the run. With a dial they follow from it and from the text.
     minutes = args.max_train_minutes if args.max_steps is None else None
     if args.is_sized:
         args = size_model_and_run(args, accelerator, text)
@@ -398,10 +398,10 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolde
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     num_rows = len(text.train) if isinstance(text.train, Rows) else None  # None: a stream
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * num_rows / rows_per_step)
-    args.height_at(0, max_steps)  # raises if the schedule does not fit into so many steps
+    args.height_at(0, max_steps)  # raises if the schedule does not fit into this many steps
     report_unused_options(args, accelerator)
 
-    # 5. The model, with random weights or those of --model, and its optimizer
+    # 5. The model, with random weights or from --model, and its optimizer
     torch.manual_seed(args.seed)
     model = build_model(args, config)
     batch = {"rows_per_step": rows_per_step, "block_size": args.block_size}
@@ -413,7 +413,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolde
         return True
 
     # 6. The newest checkpoint of this run, or the beginning. Another run in the folder is refused; with
-    # --overwrite_output_dir it gives way only here, where all that this run reads has been found right.
+    # --overwrite_output_dir it is deleted only here, after everything that this run reads was checked.
     own = identity_of(args, by_content=True)
     if args.model is not None:
         own["base_sha256"] = hash_model(args.model, revision=getattr(config, "_commit_hash", None))
@@ -461,7 +461,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolde
         if is_early and end < deadline.max_steps:
             accelerator.print("It stopped early. To train further, give a larger --early_stopping_patience, or none.")
 
-    # 8. What shows the result to people. The same command again does what failed of it.
+    # 8. Curves, page, card and push. If one of them fails, the same command repeats it.
     present(args, setup, folder)
     text.close()
     return True
@@ -535,7 +535,7 @@ def train(
 
 
 def read_step(args: PretrainArguments, setup: Setup, step: int) -> tuple[list[dict[str, torch.Tensor]], int]:
-    """This process's batches of a step, one for each forward pass, and the number of targets of all processes."""
+    """This process's batches of a step, one per forward pass, and the number of targets of all processes."""
     return setup.text.read_step(
         step,
         batch_size=args.per_device_train_batch_size,
@@ -560,15 +560,15 @@ def take_step(
     height: float,
     detector: SpikeDetector | None = None,
 ) -> StepResult:
-    """Forward, backward, clip, update; with `height` times the highest learning rate."""
+    """Forward, backward, clip, update; the learning rate is `height` times the highest one."""
     accelerator, model, optimizer = setup.accelerator, setup.model, setup.optimizer
     scale_learning_rates(optimizer, height)
-    # Dropout, like the order of rows, is a function of seed and step, so that a resumed run repeats it exactly.
+    # Dropout, like the order of rows, is a function of seed and step, so a resumed run repeats it exactly.
     torch.manual_seed(np.random.SeedSequence((args.seed, step, accelerator.process_index)).generate_state(1)[0])
 
-    # The loss of a step is the sum over its targets divided by their number, however its rows are cut into parts: each
-    # part divides its own sum by the whole step's number. accelerate then divides by the accumulation steps and DDP by
-    # the number of processes, so the number given here is that much smaller.
+    # The loss of a step is the sum over its targets divided by their number, however its rows are split: each part
+    # divides its own sum by the number of the whole step. accelerate then divides by the accumulation steps and DDP by
+    # the number of processes, so the number given here is smaller by these factors.
     num_parts = args.gradient_accumulation_steps * accelerator.num_processes
     nats = torch.zeros((), device=accelerator.device)
     for batch in batches:
@@ -607,7 +607,7 @@ def evaluate(args: PretrainArguments, setup: Setup, state: TrainingState, log: R
         rows = np.arange(min(args.eval_train_rows, len(text.train)))
         record["eval_train_loss"], _ = score_rows(setup.model, text.train, rows, **scoring)
     log.write(record)
-    # A sharded model generates only with all processes together, so such a run has no samples.
+    # A sharded model can generate only on all processes together, so such a run has no samples.
     is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if args.sample_tokens and state.step > 0 and accelerator.is_main_process and not is_sharded:
         model = accelerator.unwrap_model(setup.model)
@@ -616,7 +616,7 @@ def evaluate(args: PretrainArguments, setup: Setup, state: TrainingState, log: R
 
 
 def save(args: PretrainArguments, setup: Setup, state: TrainingState, detector: SpikeDetector | None) -> None:
-    """Save a checkpoint, from which the run resumes as if it had not been interrupted."""
+    """Save a checkpoint, from which the run resumes exactly."""
     start = time.perf_counter()
     state.text = setup.text.state()
     state.spike_history = detector.history if detector is not None else None
@@ -659,14 +659,14 @@ def save_result(
 
 
 def check_best(args: PretrainArguments, state: TrainingState, accelerator: Accelerator) -> None:
-    """Forget the best evaluation of a resumed run if its checkpoint is not there any more."""
+    """Forget the best evaluation of a resumed run if its checkpoint is missing."""
     if not args.load_best_model_at_end or state.best_step in (None, state.step):
         return
     directory = Path(args.output_dir) / "checkpoints"
     if find_checkpoint(directory, step=state.best_step, accelerator=accelerator) is None:
         accelerator.print(
-            f"The checkpoint of step {state.best_step:,}, the best one so far, is missing or broken: the best model is "
-            "chosen among the evaluations from here on."
+            f"The checkpoint of step {state.best_step:,}, the best one so far, is missing or broken: from here on, the "
+            "best model is chosen among new evaluations."
         )
         state.best_step = state.best_loss = None
 
@@ -687,7 +687,7 @@ def load_best(args: PretrainArguments, setup: Setup, state: TrainingState) -> Tr
 
 
 def present(args: PretrainArguments, setup: Setup, folder: RunFolder) -> None:
-    """Draw the curves, write page and card, print where everything is, and push it; what is done already is not."""
+    """Draw the curves, write page and card, print where everything is, and push; steps that are done are skipped."""
 
     def draw() -> None:
         output_dir = Path(args.output_dir)
@@ -733,7 +733,7 @@ def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) ->
 
 def build_model(args: PretrainArguments, config: PreTrainedConfig) -> PreTrainedModel:
     if args.model is not None:
-        # Training needs float32 weights, whatever precision the checkpoint was exported in.
+        # Training needs float32 weights, in whatever precision the checkpoint was saved.
         model = open_causal_lm(args.model, dtype=torch.float32)
     else:
         model = GPTForCausalLM(config)
@@ -761,7 +761,7 @@ def prepare(
     max_steps: int,
     hub: TrainingPush | None = None,
 ) -> Setup:
-    """The model and an optimizer for it, on these devices."""
+    """The model and its optimizer, prepared for the devices."""
     num_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     flops = flops_per_token(model, block_size=args.block_size)
     sizes = {"num_parameters": model.num_parameters(), "flops_per_token": flops}
@@ -773,7 +773,7 @@ def prepare(
 def report_another_end(
     args: PretrainArguments, folder: RunFolder, step: int, max_steps: int, accelerator: Accelerator
 ) -> None:
-    """Print what another number of steps does to the learning rate of a run that is resumed."""
+    """Print how another number of steps changes the learning rate of a resumed run."""
     before = (folder.record.get("options") or {}).get("max_steps")
     if not isinstance(before, int) or step >= max_steps:
         return
@@ -781,8 +781,8 @@ def report_another_end(
     if not math.isclose(old, new, rel_tol=1e-3):
         accelerator.print(
             f"The learning rate changes with --max_steps: at step {step:,} it is {new:.3g} instead of {old:.3g}, as "
-            f"{args.lr_scheduler_type} falls until the last step, which was {before:,} and is {max_steps:,}. A run "
-            "that is to be continued is best trained with --lr_scheduler_type warmup_stable_decay."
+            f"{args.lr_scheduler_type} falls until the last step, which was {before:,} and is {max_steps:,}. To be "
+            "able to extend a run, train it with --lr_scheduler_type warmup_stable_decay."
         )
 
 
@@ -796,7 +796,7 @@ def report_unused_options(args: PretrainArguments, accelerator: Accelerator) -> 
 
 
 def size_model_and_run(args: PretrainArguments, accelerator: Accelerator, text: TrainingText) -> PretrainArguments:
-    """The arguments with every option of SIZED: from --depth or a budget, or as the run being resumed has it."""
+    """The arguments with every option of SIZED: from --depth or a budget, or from the run being resumed."""
     sizes, description = choose_sizes(
         vars(args),
         vocab_size=len(text.tokenizer),
@@ -811,7 +811,7 @@ def size_model_and_run(args: PretrainArguments, accelerator: Accelerator, text: 
 
 
 def measure_speed(args: PretrainArguments, accelerator: Accelerator, text: TrainingText) -> Speed:
-    """The seconds of a step and of an evaluation, measured with a model of these sizes that is then thrown away."""
+    """The seconds of a step and of an evaluation, measured with a temporary model of these sizes."""
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     model = build_model(args, build_config(args, text.tokenizer))
     max_steps = args.warmup_steps + (args.decay_steps or 0) + 10  # more than are taken; the rate does not matter here
@@ -835,7 +835,7 @@ def try_steps(args: PretrainArguments, setup: Setup, **options: int) -> Rehearsa
 
 
 def rehearse_run(args: PretrainArguments, setup: Setup) -> None:
-    """Print what the run would need and do: memory by part, time, learning rates, and a row as text."""
+    """Print the needs of the run: memory by part, time, learning rates; and a row as text."""
     accelerator, text, max_steps = setup.accelerator, setup.text, setup.max_steps
     [first, *_], _ = read_step(args, setup, 0)
     needed = describe_rehearsal(

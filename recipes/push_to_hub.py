@@ -1,19 +1,19 @@
-"""Share a model: its folder on the Hugging Face Hub, for everybody's `from_pretrained`, with a card from its run.
+"""Share a model: push its folder to the Hugging Face Hub, with a model card from its run.
 
     hf auth login
     python recipes/push_to_hub.py --model out/demo --repo_id me/my-gpt --private
 
-A LoRA adapter alone, for whoever has its base, or merged into it as a model of its own:
+A LoRA adapter alone, to be used with its base, or merged into the base:
 
     python recipes/push_to_hub.py --model out/chat-lora --repo_id me/my-chat-lora --base_model me/my-gpt
     python recipes/push_to_hub.py --model out/chat-lora --repo_id me/my-chat --merge
 
-As the gpt2, llama or qwen3 that it is, for vLLM and whatever else has no code of ours:
+As a gpt2, llama or qwen3, for vLLM and other programs without hfllm's code:
 
     python recipes/push_to_hub.py --model out/demo --repo_id me/my-gpt-qwen3 --native
 
-Weights, tokenizer, chat template, code, card, page and curves go, in one commit; checkpoints, logs and paths of this
-machine stay. The same command again sends what has changed. The token comes from `hf auth login` or HF_TOKEN.
+Weights, tokenizer, chat template, code, card, page and curves are pushed in one commit; checkpoints, logs and paths of
+this machine are not. The same command again sends what has changed. The token comes from `hf auth login` or HF_TOKEN.
 """
 
 import contextlib
@@ -43,12 +43,12 @@ class PushArguments(groups.Model, groups.Adapter, groups.Config):
     adapter: bool = differs(False, help="Push the LoRA adapter only: the folder, or adapter/ in it.", location=None)
     merge: bool = option(False, section="model", help="Merge the adapter into its base, and push the whole model.")
     native: bool = option(
-        False, section="model", help="Push the gpt2, llama or qwen3 that the model is, without code of ours."
+        False, section="model", help="Push the model as a gpt2, llama or qwen3, without hfllm's code."
     )
-    repo_id: str = option(section="Hub", help="Repository, owner/name; made if it is not there.")
+    repo_id: str = option(section="Hub", help="Repository, owner/name; created if it does not exist.")
     private: bool = option(False, section="Hub", help="Make the repository private.")
     revision: str | None = option(
-        None, section="Hub", help="Branch to push to; made if it is not there.", default_is="main"
+        None, section="Hub", help="Branch to push to; created if it does not exist.", default_is="main"
     )
     base_model: str | None = option(
         None, section="Hub", help="Hub id of the adapter's base, if the adapter names a local folder."
@@ -69,14 +69,14 @@ class PushArguments(groups.Model, groups.Adapter, groups.Config):
             if getattr(self, name) and kind != "adapter":
                 raise ValueError(f"--{name} is for a LoRA adapter, but {self.model} holds a whole model. Leave it out.")
         if self.native and kind == "adapter" and not self.merge:
-            raise ValueError("An adapter has no native twin; with --merge, --native pushes that of the merged model.")
+            raise ValueError("--native is for whole models: give --merge too, or leave --native out.")
 
 
 def main(args: PushArguments) -> None:
     args.check()
     logging.basicConfig(format="%(message)s")
     disable_progress_bar()
-    # A run or an export that writes into the folder meanwhile would be pushed in part.
+    # Otherwise a run or an export that writes into the folder meanwhile would be pushed in part.
     model = Path(args.model).expanduser()
     lock = run_lock(model, recipe="push_to_hub") if os.access(model, os.W_OK) else contextlib.nullcontext()
     with lock, tempfile.TemporaryDirectory() as beside, tempfile.TemporaryDirectory() as native:

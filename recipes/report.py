@@ -1,12 +1,12 @@
-"""A run's page: everything a run tells of itself in one HTML file that opens anywhere, without a network.
+"""Write a run's page: one HTML file with all its results, which opens anywhere without a network.
 
     python recipes/report.py --runs out/demo
 
-Several runs on one page, their curves over each other, with the arguments that made the difference:
+Compare several runs on one page, with their curves in the same panels and their different arguments:
 
     python recipes/report.py --runs out/demo out/other --output_file out/compare.html
 
-pretrain.py writes the page of its own run; this recipe writes that of one which is under way or stopped, and compares.
+Recipes write the page of their own run when it ends; this one also works for a run in progress or stopped.
 """
 
 from pathlib import Path

@@ -13,8 +13,8 @@ On a dataset of the Hub:
 
     python recipes/train_tokenizer.py --dataset roneneldan/TinyStories --vocab_size 8192 --output_dir out/tokenizer
 
-A tokenizer uses all cores of one machine and no accelerator, so `accelerate launch` has no part in it.
-`--help` explains every option.
+The recipe uses all cores of one machine and no accelerator; start it without `accelerate launch`. `--help` explains
+every option.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ class TokenizerArguments(
 
 REPORT_FILE = "tokenizer_report.json"
 PRETRAIN_DEMO = {"dataset": "stdlib", "validation_fraction": 0.02}  # as pretrain_demo.yaml says already
-MEASURED_BYTES = 20_000_000  # of held-out text: enough for three digits, and seconds rather than minutes
+MEASURED_BYTES = 20_000_000  # of held-out text: enough for three digits, and fast
 
 
 def main(args: TokenizerArguments) -> None:
@@ -92,7 +92,7 @@ def main(args: TokenizerArguments) -> None:
     with claim as folder:
         others = {name: load_tokenizer(name, require_eos=False) for name in args.compare_with or []}
 
-        # 1. Text to documents. The same documents are held back as in pretrain.py, so the tokenizer has not seen them.
+        # 1. Text to documents. The tokenizer never sees the documents that pretrain.py holds out.
         corpus = load_corpus(
             args.dataset,
             dataset_config=args.dataset_config,
@@ -137,7 +137,7 @@ def main(args: TokenizerArguments) -> None:
             tokenizer = load_tokenizer(args.output_dir)
             print(f"{args.output_dir} holds this tokenizer already.", flush=True)
 
-        # 3. How well it compresses text it has not seen
+        # 3. Compression of held-out text
         measured_on = "held-out documents" if len(held_out) else "training documents"
         texts = first_bytes(texts_of(held_out if len(held_out) else training), MEASURED_BYTES)
         report = {
@@ -171,7 +171,7 @@ Next, pretrain a model on it:
 
 
 def texts_of(documents: datasets.Dataset) -> Iterator[str]:
-    """The documents' texts; long documents are stored, and given here, in parts that are cut between two words."""
+    """The documents' texts; long documents come in parts, as they are stored, cut between two words."""
     for batch in documents.iter(batch_size=256):
         yield from batch["text"]
 
@@ -186,7 +186,7 @@ def first_bytes(texts: Iterator[str], max_bytes: int) -> Iterator[str]:
 
 
 def adopt_earlier_version(folder: RunFolder) -> None:
-    """Take over the tokenizer of a version that kept no record: its report says what it was made from."""
+    """Accept the tokenizer of an earlier version without a record, if its report says what it was made from."""
     try:
         report = json.loads((folder.path / REPORT_FILE).read_text(encoding="utf-8"))
         made_from, fingerprint = report["made_from"], report["fingerprint"]
@@ -203,7 +203,7 @@ def adopt_earlier_version(folder: RunFolder) -> None:
 
 
 def pretrain_options(args: TokenizerArguments) -> str:
-    """Options for pretrain.py: the demo's configuration or, for another text, five minutes; and what differs."""
+    """Options for pretrain.py: the demo's configuration, or five minutes on another text; and changed options."""
     known, size = vars(TokenizerArguments()), "--max_train_minutes 5"
     if args.dataset == "stdlib":
         known, size = known | PRETRAIN_DEMO, "--config recipes/configs/pretrain_demo.yaml"

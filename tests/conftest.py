@@ -1,4 +1,4 @@
-"""Nothing here reaches the network, and nothing asks for a GPU unless it is marked `gpu`."""
+"""Settings of all tests: no network, and no GPU unless a test is marked `gpu`."""
 
 import os
 

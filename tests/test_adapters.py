@@ -1,4 +1,4 @@
-"""LoRA: what it adapts, what is saved with it, whose adapter it is, and the same logits after loading and merging."""
+"""LoRA: its layers, what is saved with it, its base, and the same logits after loading and merging."""
 
 import json
 import subprocess
@@ -22,6 +22,7 @@ from hfllm.adapters import (
     merge_adapter,
     quantization_for_qlora,
     save_adapter,
+    tokenizer_source,
 )
 from tests.conftest import make_tiny_config
 
@@ -78,7 +79,7 @@ def test_at_the_books_shape_the_count_is_the_books_but_for_the_head():
     """The book (appendix E) adapts every linear layer of GPT-2 124M with rank 16, its new head among them: 2,666,528.
 
     We train the head of two labels whole instead: 768 * 2 weights in place of LoRA's (768 + 2) * 16 beside a random
-    head that stays as it is.
+    head that stays unchanged.
     """
     with torch.device("meta"):
         config = hfllm.GPTConfig.from_preset(
@@ -219,7 +220,7 @@ def test_an_adapter_with_another_number_of_labels_is_refused(folder, tmp_path):
         load_adapter(AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2), tmp_path)
 
 
-def test_the_fingerprint_is_the_bases_whatever_stands_on_it_and_in_whatever_precision(folder, base):
+def test_the_fingerprint_is_the_same_with_any_adapter_and_in_any_precision(folder, base):
     expected = base_fingerprint(base)
     assert base_fingerprint(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)) == expected
     assert base_fingerprint(AutoModelForSequenceClassification.from_pretrained(folder)) == expected
@@ -328,3 +329,9 @@ def test_qlora_without_bitsandbytes_says_what_to_install(monkeypatch):
         quantization_for_qlora()
     with pytest.raises(ValueError, match="bits=3"):
         quantization_for_qlora(bits=3)
+
+
+def test_a_folder_that_does_not_exist_is_refused_as_an_adapter(base, folder, tmp_path):
+    for open_it in (lambda name: tokenizer_source(folder, name), lambda name: load_adapter(base, name)):
+        with pytest.raises(ValueError, match="chat/adapter' is not an adapter"):
+            open_it(str(tmp_path / "chat" / "adapter"))

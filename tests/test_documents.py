@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md and docs/ say is true of the tree: links, commands, and numbers with a raw file."""
+"""README.md, CONTRIBUTING.md and docs/ fit the tree: links, commands, and numbers with a raw file."""
 
 import importlib.util
 import json
@@ -172,7 +172,7 @@ def test_the_numbers_of_a_raw_file_reach_the_readme_and_the_page_of_numbers(tmp_
     assert row in readme
     assert "| hfllm, modern | 151 tokens/s (1.50 / 1.87) | 151 tokens/s (1.50 / 1.87) |" in numbers
     assert "`measure decoding` on 2026-11-27, 2 cores of a CPU" in numbers
-    assert NO_FILE in numbers.split("<!-- scaling -->")[1], "what was not measured stays as it is"
+    assert NO_FILE in numbers.split("<!-- scaling -->")[1], "numbers that were not measured stay"
 
 
 def test_the_documents_hold_what_tables_py_makes_of_the_raw_files():

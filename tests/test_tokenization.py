@@ -96,7 +96,7 @@ def test_reading_stops_at_max_bytes_and_says_so(caplog):
     assert "first 12 bytes" in caplog.text
 
 
-def test_nothing_is_said_when_all_texts_are_read(caplog):
+def test_there_is_no_warning_when_all_texts_are_read(caplog):
     with caplog.at_level(logging.WARNING):
         train_bpe(["ab ab cab"], SMALLEST, max_bytes=9)
     assert caplog.text == ""
@@ -454,7 +454,7 @@ def test_the_tokenizer_stays_itself_beside_any_model_and_runs_no_code_of_it(
     assert tokenizer_fingerprint(load_tokenizer(tmp_path)) == tokenizer_fingerprint(tokenizer)
 
 
-def test_a_bare_tokenizer_json_of_ours_is_whole(tokenizer, tmp_path):
+def test_our_bare_tokenizer_json_is_complete(tokenizer, tmp_path):
     tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     for place in (tmp_path, tmp_path / "tokenizer.json"):
         loaded = load_tokenizer(place)
@@ -484,7 +484,7 @@ def test_a_missing_bos_is_replaced_by_eos_and_a_missing_eos_refused(tmp_path):
     assert load_tokenizer(tmp_path, require_eos=False).eos_token is None
 
 
-def test_a_folder_that_is_no_tokenizer_says_what_it_has_and_what_would_do(tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused_with_its_content(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match=r"it holds notes.txt\. .*tokenizer.json.*vocab.json and one merges.txt"):
         load_tokenizer(tmp_path)

@@ -25,7 +25,7 @@ from .values import check_text, printable, resolve_path
 
 T = TypeVar("T")
 
-# What the system says of a file that was asked for, or of the disk: the user's matter, whoever opened the file.
+# Errors of the system about a file that was asked for, or about the disk: the user can act on them, so no traceback.
 ABOUT_FILES = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP),
@@ -94,7 +94,7 @@ def _checked(parser: argparse.ArgumentParser, name: str, value: Any, location: L
 def check_recipe(arguments: Any) -> None:
     """Refuse an `output_dir` whose `arguments.yaml` another recipe wrote: two runs of two kinds do not share a folder.
 
-    Not even to overwrite it: what the one deletes and writes anew is not all that the other left there.
+    Not even to overwrite it: this recipe would not delete and write again all files of the other one.
 
     Raises:
         ValueError: names some of the options that the recipe at hand does not have.
@@ -104,7 +104,7 @@ def check_recipe(arguments: Any) -> None:
     if others := sorted(read_arguments(path).keys() - own):
         raise ValueError(
             f"--output_dir {arguments.output_dir} belongs to another recipe, whose options ({', '.join(others[:4])}) "
-            f"stand in its {path.name}. Choose another folder, or delete that one."
+            f"are in its {path.name}. Choose another folder, or delete that one."
         )
 
 
@@ -112,7 +112,7 @@ def read_arguments(path: str | Path) -> dict[str, Any]:
     """What `save_arguments` wrote; nothing if there is no such file.
 
     Raises:
-        ValueError: the file is no YAML of options.
+        ValueError: the file is not a YAML file of options.
     """
     path = Path(path)
     if not path.is_file():
@@ -123,7 +123,7 @@ def read_arguments(path: str | Path) -> dict[str, Any]:
         values = None
     if not isinstance(values, dict):
         raise ValueError(
-            f"{path} cannot be read, so nothing says whose run this is. Mend or delete it, or choose another folder."
+            f"{path} cannot be read, so nothing says whose run this is. Repair or delete it, or choose another folder."
         )
     return values
 
@@ -135,14 +135,14 @@ def save_arguments(arguments: Any, path: str | Path) -> None:
 
 
 def run(main: Callable[[T], None], arguments_class: type[T], *, description: str | None = None) -> None:
-    """Parse the command line and call `main`; a check of ours that fails is printed as one message, not as a traceback.
+    """Parse the command line and call `main`; if one of our checks fails, print its message without a traceback.
 
-    Only a ValueError, OSError, RuntimeError or FloatingPointError raised in hfllm or in the recipe itself is such a
-    check, and so is what the system says of a file or of a full disk. Anything else keeps its traceback, for it is a
-    bug, here or elsewhere. When nobody reads what is printed any more (`| head -1`), the program ends without a word.
-    Characters that the terminal or file cannot encode are printed with escapes.
+    Such checks are a ValueError, OSError, RuntimeError or FloatingPointError raised in hfllm or in the recipe itself,
+    and the system's errors about a file or a full disk. Anything else keeps its traceback, because it is a bug, here or
+    elsewhere. If the reader of a pipe has gone (`| head -1`), the program ends silently. Characters that the terminal
+    or file cannot encode are printed with escapes.
     """
-    # What imports have left need not be searched for garbage again, nor when Python ends: 0.1 s then instead of 1.0.
+    # The garbage collector need not search what the imports created, also not when Python ends: 0.1 s instead of 1.0.
     gc.freeze()
     atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
@@ -163,7 +163,7 @@ def _run(main: Callable[[T], None], arguments: T) -> None:
         sys.exit(128 + 13)  # as a shell says of a program that SIGPIPE ended
     except KeyboardInterrupt:
         print(
-            "\nInterrupted. The same command begins again; a run goes on from its newest checkpoint.", file=sys.stderr
+            "\nInterrupted. The same command starts again, and resumes a run that saved a checkpoint.", file=sys.stderr
         )
         sys.exit(128 + 2)
     except Exception as error:
@@ -176,8 +176,9 @@ def _run(main: Callable[[T], None], arguments: T) -> None:
 def with_dashes(message: str, names: Iterable[str]) -> str:
     """A message of the library, which speaks of parameters, with the options as the command line spells them.
 
-    `block_size=512` becomes `--block_size 512`. Alone, a name becomes `--block_size` if it has an underscore or stands
-    in backticks: `stride` in backticks is the option, and stride a word. In quotes, paths and dotted names it stays.
+    `block_size=512` becomes `--block_size 512`. Alone, a name becomes `--block_size` if it has an underscore or is in
+    backticks: `stride` in backticks is the option, without them an ordinary word. In quotes, paths and dotted names it
+    stays.
     """
     names = sorted(names, key=len, reverse=True)
     any_name = "|".join(names)
@@ -196,19 +197,20 @@ def with_dashes(message: str, names: Iterable[str]) -> str:
 
 
 def _reader_is_gone() -> bool:
-    """Whether standard output is the pipe that broke, and not one of the program's own."""
+    """Whether the pipe that broke is standard output, and not another pipe of the program."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _describe_error(error: Exception) -> str | None:
-    """What to print of an error that is the user's matter; None if it is a bug."""
+    """The message of an error that the user can act on; None if it is a bug."""
     in_rust = re.search(r"\(os error (\d+)\)", str(error))  # as tokenizers and safetensors say it
     code = error.errno if isinstance(error, OSError) else int(in_rust[1]) if in_rust else None
     if code in ABOUT_THE_DISK:
         name = getattr(error, "filename", None)
-        return f"{'' if name is None else f'{name}: '}{os.strerror(code)}. Make room, and start the same command again."
+        where = "" if name is None else f"{name}: "
+        return f"{where}{os.strerror(code)}. Free disk space, and start the same command again."
     if code in ABOUT_FILES and isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     traceback = error.__traceback__

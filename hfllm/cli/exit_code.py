@@ -1,4 +1,4 @@
-"""A recipe's exit code, noted for what started its launcher: `accelerate launch` ends with 1 whatever it was."""
+"""Note a recipe's exit code for scripts around `accelerate launch`, which ends with 1 for any failure."""
 
 import contextlib
 import os

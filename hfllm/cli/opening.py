@@ -1,4 +1,4 @@
-"""Open a recipe's model; a folder or id that is no such model is rejected before any weight is loaded."""
+"""Open a recipe's model; a folder or id without such a model is rejected before any weight is loaded."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from transformers import (
 
 
 def open_config(name: str, *, adapter: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a model, by its folder or Hub id; of a LoRA adapter's folder, that of its base.
+    """The config of a model, by its folder or Hub id; for a LoRA adapter's folder, the config of its base.
 
     With the adapter of a classifier, as `adapter` or in that folder, it is that of the classifier which the two make.
 
@@ -53,7 +53,7 @@ def _read_config(name: str, *, trust_remote_code: bool) -> PreTrainedConfig:
         if folder.is_dir():
             raise ValueError(f"model={name} cannot be opened: {error}") from error
         raise ValueError(
-            f"model={name!r} is neither a folder nor a model that the Hub gave us: {str(error).splitlines()[0]} "
+            f"model={name!r} is neither a folder nor a model that the Hub sent: {str(error).splitlines()[0]} "
             "A private one needs `hf auth login`. Train one with recipes/pretrain.py, or give the folder of a run."
         ) from error
 
@@ -71,13 +71,13 @@ def check_fit(config: PreTrainedConfig, *, num_ids: int, block_size: int | None 
 
 
 def open_causal_lm(name: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """A causal language model, by its folder or Hub id; `options` are those of `from_pretrained`.
+    """A causal language model, by its folder or Hub id; `options` go to `from_pretrained`.
 
-    Of a LoRA adapter's folder, such as a checkpoint of a fine-tuning run, it is the base with the adapter merged into
-    it. A classifier is rejected: transformers would open it without its head, and it would write text.
+    For a LoRA adapter's folder, such as a checkpoint of a fine-tuning run, it is the base with the adapter merged into
+    it. A classifier is rejected: transformers would open it without its head, as a model that writes text.
 
     Raises:
-        ValueError: there is no such model, its weights cannot be read, or it is no causal language model.
+        ValueError: there is no such model, its weights cannot be read, or it is not a causal language model.
     """
     if base := base_of_adapter(name):
         if _read_adapter_config(name).get("task_type") == "SEQ_CLS":
@@ -134,7 +134,7 @@ def _merged(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
 
 def base_of_adapter(name: str) -> str | None:
-    """The base of the LoRA adapter in a folder; None if the folder holds a whole model, or is none."""
+    """The base of the LoRA adapter in a folder; None if there is no folder, or a whole model in it."""
     folder = Path(name)
     if (folder / "config.json").exists() or not (folder / "adapter_config.json").exists():
         return None

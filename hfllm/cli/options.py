@@ -1,7 +1,7 @@
-"""Every option of the recipes, declared once: its type, default, help and range, and what it means to a run.
+"""Every option of the recipes, declared once: its type, default, help and range, and whether it identifies a run.
 
-A recipe's arguments are made of the groups below. The recipe declares its own few options, and says of the others only
-what differs:
+A recipe's arguments are made of the groups below. The recipe declares its own few options, and for the others only what
+differs:
 
     @arguments
     class TokenizerArguments(TrainingDataset, TextColumn, VocabSize, Cache, Overwrite, Config):
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class Compared(Enum):
-    """How a resumed run is compared with the run that began in its folder, as far as an option is concerned."""
+    """How an option's value is compared when a run is resumed."""
 
     BY_VALUE = "another value makes another run"
     BY_CONTENT = "another value makes another run where it leads to other text, or to another tokenizer, model or batch"
@@ -38,7 +38,7 @@ class Location(Enum):
     """What the path in an option is to the recipe."""
 
     READ = "a path that is read"
-    READ_OR_NAMED = "a path that is read, the id of something on the Hub, or a word that the recipe knows"
+    READ_OR_NAMED = "a path that is read, the id of something on the Hub, or a name that the recipe knows"
     WRITTEN = "a path that is written to"
 
 
@@ -47,7 +47,7 @@ class About:
     """What is declared of an option besides its type and default."""
 
     help: str
-    default_is: Any = None  # what None stands for; the help text shows it as the default
+    default_is: Any = None  # what None means; the help text shows it as the default
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
@@ -84,13 +84,13 @@ def option(
 ) -> Any:
     """Declare an option; without a default it is required. The other keywords are the fields of `About`.
 
-    Unless it is said otherwise (`compared`), a run that is resumed with another value is another run.
+    By default (`compared`), a run that is resumed with another value is another run.
     """
     return HfArg(default=default, default_factory=default_factory, metadata={"about": About(help, **about)})
 
 
 class _Changes(dict):
-    """What `differs` was given."""
+    """The arguments of `differs`."""
 
 
 _UNCHANGED = object()
@@ -402,7 +402,7 @@ class Dtype:
     """model"""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        None, help="Data type of the weights.", default_is="that of the model's files"
+        None, help="Data type of the weights.", default_is="as in the model's files"
     )
 
 
@@ -456,8 +456,9 @@ class Compile:
 class Precision:
     """model
 
-    accelerate says in which precision a recipe computes: `accelerate launch --mixed_precision bf16`. `bf16` is how some
-    recipes of earlier versions were told; commands and YAML files with it still work. A run notes it in arguments.yaml.
+    accelerate decides in which precision a recipe computes: `accelerate launch --mixed_precision bf16`. `bf16` is the
+    option of some recipes in earlier versions; commands and YAML files with it still work. A run notes it in
+    arguments.yaml.
     """
 
     bf16: bool = option(False, help="Compute in bfloat16.", is_hidden=True)
@@ -521,7 +522,7 @@ class Training(MaxSteps, TrainBatch, Seed):
     gradient_accumulation_steps: int | None = option(
         1, help="Forward passes per optimizer step.", at_least=1, compared=Compared.BY_CONTENT
     )
-    # Nothing learns at a rate above 10: a slip of the finger is told before anything is written.
+    # Nothing learns at a rate above 10: a typing error is reported before anything is written.
     learning_rate: float | None = option(None, help="Highest learning rate.", at_least=0, at_most=10)
     warmup_steps: int = option(0, help="Steps over which the learning rate rises from 0.", at_least=0)
 

@@ -47,7 +47,7 @@ class OptionParser(HfArgumentParser):
 
 
 class _Declaration:
-    """Takes what HfArgumentParser makes of a field, and of its spellings only the first: not `--no_x`, nor hyphens."""
+    """Collects what HfArgumentParser makes of a field, but only its first spelling: neither `--no_x` nor hyphens."""
 
     keywords: dict[str, Any] | None = None
 

@@ -7,7 +7,7 @@ from .options import Location
 
 
 def check_text(text: str) -> None:
-    """Reject what no file and no tokenizer takes: a NUL, and bytes of the command line that are not UTF-8.
+    """Reject characters that no file and no tokenizer accepts: a NUL, and bytes that are not UTF-8.
 
     Raises:
         ValueError: names the character, and says what to do.
@@ -32,7 +32,7 @@ def printable(text: str) -> str:
 def resolve_path(path: str, location: Location) -> str:
     """A path as every part of the library takes it: with `~` expanded, and without a slash at its end.
 
-    What may also be an id of the Hub, or a word that the recipe knows, changes only if it begins with `~`.
+    A value that may also be an id of the Hub, or a name that the recipe knows, changes only if it begins with `~`.
 
     Raises:
         ValueError: the path is empty, or the user of `~user` is not known.

@@ -1,4 +1,4 @@
-"""Whether two models say the same, token by token, and two tokenizers read the same."""
+"""Comparison of two models' logits and greedy tokens, and of two tokenizers."""
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 
-# Text that tokenizers which are not quite the same read differently: composed and combining accents, spaces and ends of
+# Text that tokenizers with small differences encode differently: composed and combining accents, spaces and ends of
 # lines, digits, emoji of several characters, scripts, control tokens, control characters.
 HARD_TEXTS = (
     "Every effort moves you",
@@ -33,7 +33,7 @@ class LogitComparison:
     Attributes:
         largest_difference: Over all logits; infinite if one of them is NaN, or infinite on one side only.
         largest_logit: The reference's largest absolute logit that is finite, to see the difference in proportion.
-        agreement: Share of the positions, 0 to 1, at which both find the same token the likeliest.
+        agreement: Share of the positions, 0 to 1, at which both have the same likeliest token.
         num_positions: Positions compared.
     """
 
@@ -98,7 +98,7 @@ def compare_logits(
 
 
 def random_prompts(vocab_size: int, lengths: Sequence[int], *, num_rows: int = 2, seed: int = 0) -> list[torch.Tensor]:
-    """Random ids (num_rows, length), one tensor for each length: they reach embeddings that text seldom does."""
+    """Random ids (num_rows, length), one tensor for each length: they reach embeddings that text seldom uses."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab_size, (num_rows, length), generator=generator) for length in lengths]
 
@@ -122,7 +122,7 @@ def greedy_tokens(model: nn.Module, input_ids: torch.Tensor, num_tokens: int) ->
 
 
 def tokenizer_differences(reference: PreTrainedTokenizerBase, candidate: PreTrainedTokenizerBase) -> list[str]:
-    """Where two tokenizers do not read `HARD_TEXTS`, their special tokens or a chat alike: a sentence for each."""
+    """A sentence for each of `HARD_TEXTS`, special tokens and chats that two tokenizers encode differently."""
     differences = []
 
     def compare(what: str, expected: Any, found: Any) -> None:
@@ -142,7 +142,7 @@ def tokenizer_differences(reference: PreTrainedTokenizerBase, candidate: PreTrai
 
 
 def _logits(side: nn.Module | Callable[..., Any], input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """In float64 on the CPU, so that the subtraction itself rounds nothing."""
+    """Logits in float64 on the CPU, so that the subtraction adds no rounding."""
     if isinstance(side, nn.Module):
         device = next(side.parameters()).device
         input_ids, mask = input_ids.to(device), None if mask is None else mask.to(device)

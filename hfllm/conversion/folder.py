@@ -10,13 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write model, generation config, tokenizer and chat template so that transformers 4 reads them as 5 does.
 
-    Programs that serve models are slow to move on, and transformers 4 runs a model with another `rope_theta`, or with a
-    rope scaling, as if it had none, without a word: it does not know `rope_parameters`. So both names are written
-    (checked with 4.57 and 5.23).
+    Many serving programs still use transformers 4, which does not know `rope_parameters` and silently ignores another
+    `rope_theta` or a rope scaling in it. So both names are written (checked with 4.57 and 5.23).
     """
     folder = Path(folder)
     model.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):  # which are written for their owner's eyes only
+    for weights in folder.glob("*.safetensors"):  # which only their owner could read otherwise
         shutil.copymode(folder / "config.json", weights)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (rope := config.get("rope_parameters")) and "auto_map" not in config:
@@ -30,7 +29,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write tokenizer and chat template under the names that transformers 4 knows, which 5 reads too.
 
-    4 stops at the class's new name, and at special tokens in a list under their new name.
+    transformers 4 fails at the class's new name, and at special tokens in a list under their new name.
     """
     folder = Path(folder)
     tokenizer.save_pretrained(folder)
@@ -39,7 +38,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    for name in ("is_local", "local_files_only"):  # how it was loaded here, which is nobody else's business
+    for name in ("is_local", "local_files_only"):  # how it was loaded here, which does not belong in a shared file
         config.pop(name, None)
     _write_json(folder / "tokenizer_config.json", config)
 

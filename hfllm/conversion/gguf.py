@@ -1,4 +1,4 @@
-"""A native gpt2, llama or qwen3 model and its tokenizer as one GGUF file, for llama.cpp and what is built on it."""
+"""A native gpt2, llama or qwen3 model and its tokenizer as one GGUF file, for llama.cpp and programs based on it."""
 
 import contextlib
 import logging
@@ -31,22 +31,22 @@ def export_gguf(
     *,
     dtype: str = "f32",
 ) -> Path:
-    """Write model and tokenizer as one GGUF file; `verify_gguf` then says whether it is the same model.
+    """Write model and tokenizer as one GGUF file; `verify_gguf` then checks that it is the same model.
 
-    `dtype` is that of the matrices: "f32", "f16", "bf16", or "q8_0" (8 bits and a scale for each 32 weights, 34 bytes
-    for 32). Norms, biases and the table of positions stay in float32. The file is written beside and renamed, so it is
-    whole or absent; an older one is replaced. One tensor at a time is in memory.
+    `dtype` is the type of the matrices: "f32", "f16", "bf16", or "q8_0" (8 bits and a scale for each 32 weights, 34
+    bytes for 32). Norms, biases and the table of positions stay in float32. The file is written under a temporary name
+    and renamed, so it is whole or absent; an older one is replaced. Only one tensor at a time is in memory.
 
     Raises:
-        ValueError: for a model, tokenizer or path that cannot be a GGUF file; names all that stands in the way.
-        OSError: if the file could not be written; nothing of it is left.
+        ValueError: for a model, tokenizer or path that cannot be a GGUF file; names all obstacles. OSError: if the file
+        could not be written; nothing of it is left.
     """
     gguf = import_gguf()
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
     path = Path(path)
     if path.suffix != ".gguf":
-        raise ValueError(f"{str(path)!r} does not end in .gguf, by which llama.cpp and transformers know such a file.")
+        raise ValueError(f"{str(path)!r} does not end in .gguf, by which programs recognise a GGUF file.")
     if obstacles := gguf_obstacles(model):
         raise ValueError("This model cannot be written as GGUF:\n" + "\n".join(f"- {line}" for line in obstacles))
     description = describe_tokenizer(tokenizer, model)
@@ -94,7 +94,7 @@ def import_gguf() -> ModuleType:
 
 
 def gguf_obstacles(model: PreTrainedModel) -> list[str]:
-    """What in a model llama.cpp does not know, one sentence each; empty if it can be exported."""
+    """The features of a model that llama.cpp does not have, one sentence each; empty if it can be exported."""
     config = model.config
     if config.model_type not in ARCHITECTURES or model.get_output_embeddings() is None:
         hint = " Convert it first: hfllm.to_native(model)." if config.model_type == "hfllm_gpt" else ""
@@ -112,7 +112,7 @@ def gguf_obstacles(model: PreTrainedModel) -> list[str]:
     if config.model_type == "qwen3" and config.attention_bias:
         obstacles.append("attention_bias=True: llama.cpp's qwen3 has no bias after the attention. Train without it.")
     if any(layer != "full_attention" for layer in getattr(config, "layer_types", None) or []):
-        obstacles.append("use_sliding_window=True: llama.cpp's qwen3 attends to everything.")
+        obstacles.append("use_sliding_window=True: llama.cpp's qwen3 attends to the whole text.")
     return obstacles + _rope_obstacles(config)
 
 
@@ -149,7 +149,7 @@ def _rope_obstacles(config: PreTrainedConfig) -> list[str]:
 
 
 def _add_architecture(writer: Any, config: PreTrainedConfig) -> None:
-    """The shape, in llama.cpp's words. transformers' GPT2Config answers to the common names as well."""
+    """The shape, by llama.cpp's names. transformers' GPT2Config has the common names as well."""
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -169,7 +169,7 @@ def _add_architecture(writer: Any, config: PreTrainedConfig) -> None:
 
 
 def _add_rope(writer: Any, config: PreTrainedConfig) -> None:
-    """Frequencies and their scaling; that of llama3 is a tensor, see `gguf_tensors`."""
+    """Frequencies and their scaling; llama3's scaling is a tensor, see `gguf_tensors`."""
     types = import_gguf().RopeScalingType
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -182,8 +182,8 @@ def _add_rope(writer: Any, config: PreTrainedConfig) -> None:
         writer.add_rope_scaling_type(types.YARN)
         writer.add_rope_scaling_factor(factor)
         writer.add_rope_scaling_orig_ctx_len(original_length)
-        # Both multiply cos and sin by a factor (Peng et al. 2023, section 3.4). llama.cpp computes the paper's, and
-        # multiplies it by this key; transformers' config may say another.
+        # Both multiply cos and sin by a factor (Peng et al. 2023, section 3.4). llama.cpp computes the paper's factor
+        # and multiplies it by this key; transformers' config may have another factor.
         _, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, device="cpu")
         writer.add_rope_scaling_attn_factors(attention_factor / (0.1 * math.log(factor) + 1))
 
@@ -218,15 +218,15 @@ def gguf_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     is_tied = head.data_ptr() == model.get_input_embeddings().weight.data_ptr()
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and is_tied:
-            continue  # llama.cpp takes the embedding where there is no output.weight
+            continue  # llama.cpp uses the embedding if there is no output.weight
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
             raise ValueError(
-                f"{name} has no name in llama.cpp's {config.model_type}. A model with adapters is merged first: "
+                f"{name} has no name in llama.cpp's {config.model_type}. Merge a model with adapters first: "
                 "model.merge_and_unload()."
             )
         if config.model_type == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            tensor = tensor.T  # Conv1D keeps (in, out), llama.cpp wants (out, in) as Linear has it
+            tensor = tensor.T  # Conv1D has (in, out), llama.cpp expects (out, in), as in Linear
         elif config.model_type == "llama" and "q_proj" in name:
             tensor = _interleave_halves(tensor, config.num_attention_heads)
         elif config.model_type == "llama" and "k_proj" in name:
@@ -237,22 +237,23 @@ def gguf_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _interleave_halves(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Reorder a projection's output channels for llama.cpp's llama, which turns the pairs (2i, 2i + 1) of a head where
-    transformers turns (i, i + D/2). Its qwen3 turns pairs as transformers does. Takes (H * D, C), or a bias (H * D,).
+    """Reorder a projection's output channels, (H * D, C) or a bias (H * D,), for llama.cpp's llama.
+
+    It rotates the pairs (2i, 2i + 1) of a head, where transformers and llama.cpp's qwen3 rotate (i, i + D/2).
     """
     halves = weight.unflatten(0, (num_heads, 2, -1))  # (H * D, ...) -> (H, 2, D/2, ...)
     return halves.transpose(1, 2).flatten(0, 2)
 
 
 def _llama3_frequency_divisors(config: PreTrainedConfig) -> torch.Tensor:
-    """What llama.cpp divides each pair's frequency by (D/2,), from transformers' own frequencies."""
+    """The divisors (D/2,) of llama.cpp's frequencies, from transformers' own frequencies."""
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     return (config.rope_parameters["rope_theta"] ** -exponents / scaled.double()).float()
 
 
 def _storage(gguf: ModuleType, name: str, shape: torch.Size, dtype: str) -> Any:
-    """How a tensor is stored. llama.cpp adds vectors, and looks positions up, in float32 only."""
+    """The storage type of a tensor. llama.cpp adds vectors and looks up positions in float32 only."""
     if len(shape) == 1 or name == "position_embd.weight":
         return gguf.GGMLQuantizationType.F32
     if dtype == "q8_0" and shape[-1] % Q8_BLOCK:
@@ -261,7 +262,7 @@ def _storage(gguf: ModuleType, name: str, shape: torch.Size, dtype: str) -> Any:
 
 
 def _add_tensor_list(writer: Any, model: PreTrainedModel, dtype: str) -> int:
-    """Names, shapes and types stand in front of all tensors; returns the bytes of the tensors."""
+    """Write names, shapes and types, which come before all tensors; returns the bytes of the tensors."""
     gguf = import_gguf()
     total_bytes, halves = 0, []
     for name, tensor in gguf_tensors(model):
@@ -274,7 +275,7 @@ def _add_tensor_list(writer: Any, model: PreTrainedModel, dtype: str) -> int:
             halves.append(name)
     if halves:
         logger.warning(
-            "%d of the matrices have rows that are no multiple of %d, so they are stored as f16 instead of q8_0: %s.",
+            "%d matrices have rows whose length is not a multiple of %d; these are stored as f16 instead of q8_0: %s.",
             len(halves),
             Q8_BLOCK,
             ", ".join(halves[:3]) + (", ..." if len(halves) > 3 else ""),
@@ -290,8 +291,10 @@ def _stored(name: str, tensor: torch.Tensor, dtype: str) -> Any:
     if not math.isfinite(largest):
         raise ValueError(f"{name} holds a NaN or an infinity: the training went wrong. Take an earlier checkpoint.")
     storage = _storage(gguf, name, tensor.shape, dtype)
-    # A block's scale is a float16 too, of its largest weight / 127.
+    # A block's scale, its largest weight / 127, is a float16 too.
     limit = {gguf.GGMLQuantizationType.F16: 65504.0, gguf.GGMLQuantizationType.Q8_0: 65504.0 * 127}.get(storage)
     if limit is not None and largest > limit:
-        raise ValueError(f"{name} holds {largest:.3g}, more than {storage.name} can ({limit:.3g}). Use dtype='bf16'.")
+        raise ValueError(
+            f"{name} has the weight {largest:.3g}, and {storage.name} ends at {limit:.3g}. Use dtype='bf16'."
+        )
     return gguf.quantize(array, storage)

@@ -1,4 +1,4 @@
-"""What a GGUF file says about a byte-level BPE tokenizer, so that llama.cpp gives the same ids."""
+"""The entries of a GGUF file for a byte-level BPE tokenizer, with which llama.cpp gives the same ids."""
 
 import json
 import logging
@@ -11,14 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-# llama.cpp cuts text into words by patterns compiled into it, which a GGUF file can only name. Each name here was tried
+# llama.cpp cuts text into words by built-in patterns, which a GGUF file can only name. Each name here was tested
 # against the tokenizers library (tests/conversion/test_llama_cpp.py).
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3_PATTERN = _QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-# (pattern, whether a word that is a token is taken whole, without merging) -> llama.cpp's name
+# (pattern, whether a word that equals a token becomes that token without merging) -> llama.cpp's name
 _PRE_TOKENIZERS = {
     (_GPT2_PATTERN, False): "gpt-2",
     (_QWEN2_PATTERN, False): "qwen2",
@@ -41,7 +41,7 @@ class GGUFTokenizer:
         token_types: NORMAL, CONTROL (only from a chat template or with "parse special"), USER_DEFINED or UNUSED.
         merges: `"left right"`, the first learned first.
         eot_id: The token that ends a turn of a chat, if it is not the eos.
-        add_bos, add_eos: Whether encoding a text puts the token in front of it or behind it.
+        add_bos, add_eos: Whether encoding a text adds the token at its start or end.
         chat_template: One template, or several by name.
     """
 
@@ -59,10 +59,11 @@ class GGUFTokenizer:
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> GGUFTokenizer:
-    """The tokenizer as a GGUF file holds it, with as many tokens as the model's embedding has rows.
+    """The tokenizer in the form of a GGUF file, with as many tokens as the model's embedding has rows.
 
     Raises:
-        ValueError: if llama.cpp cannot split text as this tokenizer does, or the two do not belong together.
+        ValueError: if llama.cpp cannot split text as this tokenizer does, or tokenizer and model do not belong
+        together.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -93,17 +94,17 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMode
 
 
 def without_generation_tags(template: str) -> str:
-    """The same template with `{% generation %}`, which marks what is trained on, made an `{% if true %}`.
+    """The same template with `{% generation %}`, which marks the learned text, replaced by `{% if true %}`.
 
-    Rendered text stays the same to the character, trimmed whitespace included. Only transformers and some engines know
-    the tag; others refuse to load a model whose template has it (llama-cpp-python before its pull request 2226).
+    Rendered text stays exactly the same, trimmed whitespace included. Only transformers and some engines know the tag;
+    others refuse to load a model whose template has it (llama-cpp-python before its pull request 2226).
     """
     template = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
     return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", template)
 
 
 def _pre_tokenizer(state: dict[str, Any]) -> str:
-    """llama.cpp's name for how a tokenizer.json splits text, or an error that says what was found."""
+    """llama.cpp's name for the way a tokenizer.json splits text; otherwise an error that says what was found."""
     model = state["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
         kind = "a SentencePiece-like BPE (byte_fallback)" if model["type"] == "BPE" else f"a {model['type']} model"
@@ -120,11 +121,11 @@ def _pre_tokenizer(state: dict[str, Any]) -> str:
         if normalizer["type"] != "NFC":
             raise ValueError(
                 f"The tokenizer normalizes text ({normalizer['type']}) before it splits it; llama.cpp does not, and "
-                "would give other ids. A tokenizer for GGUF has no normalizer, as those of train_bpe."
+                "would give other ids. A tokenizer for GGUF has no normalizer, like those of train_bpe."
             )
         logger.warning(
-            "The tokenizer brings text into Unicode's NFC first; llama.cpp does not. Ids are the same for text that is "
-            "NFC already, as nearly all text is; decomposed accents ('e' + U+0301) get other ids there."
+            "The tokenizer first normalizes text to Unicode's NFC; llama.cpp does not. Ids are equal for text in NFC, "
+            "as nearly all text is; decomposed accents ('e' + U+0301) get other ids there."
         )
 
     steps = state.get("pre_tokenizer") or {"type": "nothing"}
@@ -147,20 +148,20 @@ def _pre_tokenizer(state: dict[str, Any]) -> str:
     if not name:
         raise ValueError(
             f"llama.cpp has no name for how this tokenizer splits text: {patterns!r}, ignore_merges={ignore_merges}. "
-            f"Known are {_KNOWN}. Train one with train_bpe, or name it in hfllm/conversion/gguf_tokenizer.py if "
-            "llama.cpp has come to know it."
+            f"Known are {_KNOWN}. Train one with train_bpe, or add it to hfllm/conversion/gguf_tokenizer.py if "
+            "llama.cpp now has it."
         )
     return name
 
 
 def _tokens(state: dict[str, Any], *, num_rows: int) -> tuple[list[str], list[int]]:
-    """The text and type of each id. Rows of the embedding without a token are UNUSED, by a name that no token has."""
+    """The text and type of each id. Rows of the embedding without a token are UNUSED, with a name that no token has."""
     text_of = {token_id: text for text, token_id in state["model"]["vocab"].items()}
     type_of = dict.fromkeys(text_of, NORMAL)
     for token in state["added_tokens"]:
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
             raise ValueError(
-                f"The token {token['content']!r} swallows whitespace or matches whole words only (lstrip, rstrip, "
+                f"The token {token['content']!r} includes whitespace or matches whole words only (lstrip, rstrip, "
                 "single_word); llama.cpp does not do that. Save the tokenizer without these flags."
             )
         text_of[token["id"]] = token["content"]
@@ -213,7 +214,7 @@ def _special_ids(
 
 
 def _added_around(tokenizer: PreTrainedTokenizerBase, bos_id: int, eos_id: int) -> tuple[bool, bool]:
-    """Whether the tokenizer's post-processor puts the bos in front of a text, and the eos behind it."""
+    """Whether the tokenizer's post-processor adds the bos at a text's start, and the eos at its end."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
     for add_bos in (False, True):
@@ -221,6 +222,6 @@ def _added_around(tokenizer: PreTrainedTokenizerBase, bos_id: int, eos_id: int) 
             if whole == [bos_id] * add_bos + bare + [eos_id] * add_eos:
                 return add_bos, add_eos
     raise ValueError(
-        f"The tokenizer encodes 'a' as {tokenizer.convert_ids_to_tokens(whole)}: llama.cpp can put a bos token in "
-        "front of a text and an eos token behind it, and nothing else."
+        f"The tokenizer encodes 'a' as {tokenizer.convert_ids_to_tokens(whole)}: llama.cpp can add a bos token "
+        "at the start of a text and an eos token at its end, and nothing else."
     )

@@ -1,4 +1,4 @@
-"""Whether a GGUF file is the model and tokenizer it was made from: read back by transformers, and run by llama.cpp."""
+"""Verification of a GGUF file against its model and tokenizer, by transformers and by llama.cpp."""
 
 import math
 import os
@@ -27,8 +27,11 @@ PROMPTS = ("The", "def ", "Once upon a time", "import os\n", "1, 2, 3,", "\u4e2d
 
 @dataclass(frozen=True)
 class GGUFReport:
-    """What was found out about a file that passed. `logits` compares the model with the file read back by
-    transformers: what the rounding of the weights changes. `llama_cpp` is None if it was not at hand."""
+    """The result for a file that passed.
+
+    `logits` compares the model with the file read back by transformers: the effect of rounding the weights.
+    `llama_cpp` is None if llama.cpp is not installed.
+    """
 
     path: Path
     dtype: str
@@ -41,7 +44,7 @@ class GGUFReport:
             f"{self.path.name}: {self.dtype}, {self.num_bytes / 2**20:,.1f} MiB",
             "every tensor read back by transformers is the model's, to the rounding of its type",
             f"logits with the weights read back: {self.logits}",
-            str(self.llama_cpp or f"llama.cpp itself was not at hand, so it did not try the file. {how_to_get()}"),
+            str(self.llama_cpp or f"llama.cpp itself is not installed, so it did not test the file. {how_to_get()}"),
         ]
         return "\n".join(lines)
 
@@ -58,12 +61,12 @@ def verify_gguf(
 ) -> GGUFReport:
     """Compare a GGUF file with the native model and the tokenizer that it was exported from.
 
-    Always: transformers reads the file back, and shape, tensors, logits and token ids are compared. Where llama.cpp is
-    at hand (see `find_llama_cpp`, to which `node_modules` goes): its token ids, its rendering of the chat template, and
-    its greedy tokens and logits after the prompts and after random ids. `timeout`, in seconds, is llama.cpp's.
+    Always: transformers reads the file back, and shape, tensors, logits and token ids are compared. If llama.cpp is
+    installed (see `find_llama_cpp`, which takes `node_modules`): its token ids, its rendering of the chat template, and
+    its greedy tokens and logits after the prompts and after random ids. `timeout` for llama.cpp is in seconds.
 
     Raises:
-        RuntimeError: if anything differs by more than the arithmetic explains; says what, and by how much.
+        RuntimeError: if anything differs by more than rounding explains; says what, and by how much.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} compares nothing; give at least 1.")
@@ -101,8 +104,11 @@ def _dtype_of(reader: Any) -> str:
 
 
 def _on_the_cpu_in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself if it is that already, else another with its weights. Not a copy: `model.to(torch.bfloat16)` has
-    rounded the frequencies of rotary positions too, which no file holds and every reader computes anew."""
+    """The model itself if it is in float32 on the CPU already, else another one with its weights.
+
+    Not a copy: `model.to(torch.bfloat16)` has also rounded the frequencies of rotary positions, which no file holds and
+    every reader computes again.
+    """
     if all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters()):
         return model
     state = {name: tensor.to("cpu", torch.float32) for name, tensor in model.state_dict().items()}
@@ -126,7 +132,7 @@ def _check_config(path: Path, model: PreTrainedModel) -> None:
 
 
 def _check_tensors(reader: Any, model: PreTrainedModel, read_back: PreTrainedModel, dtype: str) -> None:
-    """Each tensor within the rounding of its type; transformers has undone the layout with code of its own."""
+    """Check each tensor up to the rounding of its type; transformers converts the layout back with its own code."""
     stored = {tensor.name: tensor for tensor in reader.tensors}
     found = dict(gguf_tensors(read_back))
     for name, tensor in gguf_tensors(model):
@@ -148,7 +154,7 @@ def _check_tensors(reader: Any, model: PreTrainedModel, read_back: PreTrainedMod
 
 
 def _largest_rounding(tensor: torch.Tensor, storage: str) -> torch.Tensor:
-    """How far rounding to nearest may move each value, half a unit in the last place, or half a step of q8_0."""
+    """The largest change of each value by rounding: half a unit in the last place, or half a step of q8_0."""
     if storage == "f32":
         return torch.zeros(())
     if storage == "f16":
@@ -161,9 +167,9 @@ def _largest_rounding(tensor: torch.Tensor, storage: str) -> torch.Tensor:
 
 
 def _check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The ids by the tokenizer that transformers builds from the file alone."""
+    """Check the ids of the tokenizer that transformers builds from the file alone."""
     found = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-    # llama.cpp's "llama-bpe" takes a word that is a token whole; transformers' reader does not know.
+    # llama.cpp's "llama-bpe" does not merge inside a word that is a token; transformers' reader does not know that.
     found.backend_tokenizer.model.ignore_merges = tokenizer.backend_tokenizer.model.ignore_merges
     normalizes = getattr(tokenizer.backend_tokenizer, "normalizer", None) is not None
     for text in [*texts_for(tokenizer), "".join(tokenizer.all_special_tokens)]:

@@ -1,11 +1,11 @@
-// Asks llama.cpp, through the npm package node-llama-cpp, what it makes of a GGUF file.
+// Runs llama.cpp on a GGUF file, through the npm package node-llama-cpp.
 //
 // node llama_cpp.mjs JOB RESULT: two JSON files. The job holds
 //   package        node-llama-cpp's folder
 //   model          the GGUF file
 //   threads        CPU threads
 //   texts          texts to encode, with control tokens read as such and as plain text
-//   conversations  what a chat template is given, one object for each conversation
+//   conversations  the inputs of the chat template, one object for each conversation
 //   runs           [{prompt, continuation}]: token ids; the continuation is fed one token at a time
 //   top            how many of the largest logits to report at each step of a run
 import {readFile, writeFile} from "node:fs/promises";
@@ -13,8 +13,8 @@ import path from "node:path";
 import {pathToFileURL} from "node:url";
 
 process.on("uncaughtException", (error) => {
-    console.error(String(error)); // without the stack: llama.cpp's own messages are what explains it
-    // Those come from a thread of its own, and may still be waiting in the event loop: let it turn before the end.
+    console.error(String(error)); // without the stack: llama.cpp's own messages explain the error
+    // They come from another thread, and may still be waiting in the event loop: let it run before the end.
     setTimeout(() => process.exit(1), 200);
 });
 
@@ -24,7 +24,7 @@ const {getLlama} = await import(pathToFileURL(path.join(job.package, "dist", "in
 
 const llama = await getLlama({
     gpu: false,
-    build: "never", // only what is installed: nothing is compiled, nothing is fetched
+    build: "never", // only what is installed: nothing is compiled or downloaded
     skipDownload: true,
     progressLogs: false,
     maxThreads: job.threads,
@@ -60,7 +60,7 @@ if (job.runs.length > 0) {
     const context = await model.createContext({
         contextSize: Math.max(...job.runs.map(({prompt, continuation}) => prompt.length + continuation.length)),
         threads: job.threads,
-        // The default cache is float16, which would blur what is compared.
+        // The default cache is float16, which would make the comparison less exact.
         experimentalKvCacheKeyType: "F32",
         experimentalKvCacheValueType: "F32",
         flashAttention: false

@@ -1,4 +1,4 @@
-"""llama.cpp, where it is at hand: the npm package node-llama-cpp brings it prebuilt, and llama_cpp.mjs asks it."""
+"""Access to llama.cpp, if installed: the npm package node-llama-cpp has it prebuilt, and llama_cpp.mjs runs it."""
 
 import json
 import os
@@ -19,14 +19,14 @@ SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """What runs llama.cpp: the program `node` (20 or newer), and the package's folder."""
+    """The programs for llama.cpp: `node` (20 or newer), and the package's folder."""
 
     node: str
     package: Path
 
 
 def find_llama_cpp(node_modules: str | os.PathLike | None = None) -> LlamaCpp | None:
-    """node-llama-cpp in the folder given, in that of $HFLLM_NODE_MODULES, or in the one beside this Python.
+    """node-llama-cpp in the given folder, in $HFLLM_NODE_MODULES, or in the folder beside this Python.
 
     Raises:
         ValueError: if a folder was named and does not hold it, or there is no node to run it.
@@ -50,7 +50,7 @@ def _default_folder() -> Path:
 
 
 def how_to_get() -> str:
-    return f"To have it (Node.js 20 or newer): npm install --prefix {_default_folder()} {PACKAGE}"
+    return f"To install it (Node.js 20 or newer): npm install --prefix {_default_folder()} {PACKAGE}"
 
 
 def ask_llama_cpp(llama_cpp: LlamaCpp, job: dict[str, Any], *, timeout: float) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def ask_llama_cpp(llama_cpp: LlamaCpp, job: dict[str, Any], *, timeout: float) -
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            start_new_session=True,  # so that whatever it starts ends with it
+            start_new_session=True,  # so that all processes that it starts end with it
         )
         try:
             _, messages = process.communicate(timeout=timeout)

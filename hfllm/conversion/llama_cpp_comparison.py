@@ -1,4 +1,4 @@
-"""What llama.cpp makes of a GGUF file, beside what PyTorch computes with the weights that the file holds."""
+"""Comparison of llama.cpp's results on a GGUF file with PyTorch's on the same weights."""
 
 import copy
 import math
@@ -17,7 +17,8 @@ from .gguf import Q8_BLOCK
 from .llama_cpp import LlamaCpp, ask_llama_cpp
 
 
-# What tokenizers disagree about: spaces, line ends, digits, contractions, accents composed and not, scripts, emoji.
+# Text that tokenizers encode differently: spaces, line ends, digits, contractions, accents composed and not, scripts,
+# emoji.
 TEXTS = (
     "Hello, world! It's 9:41; they'LL've gone, don't you think?",
     "  two  leading,   three inner and trailing  ",
@@ -36,11 +37,11 @@ CONVERSATION = [
     {"role": "user", "content": "Caf\u00e9 \U0001f600?\r\nAnd  2 + 2?"},
 ]
 
-# llama.cpp's logits against PyTorch's, with the weights as the file holds them. Of a float32 file they differ by the
-# order of additions and, for gpt2, by a GELU looked up in a table of float16 values: at most 0.0018 of the logits'
-# standard deviation over tiny, trained and eight-layer random models of the three architectures. In the other dtypes
-# llama.cpp also rounds what goes into each matrix product. What that alone changes is measured for the model at hand;
-# the differences were 0.8 to 1.3 times as large as that over the same models.
+# The tolerance of llama.cpp's logits against PyTorch's, with the file's weights. For a float32 file they differ by the
+# order of additions and, for gpt2, by a GELU from a table of float16 values: at most 0.0018 of the logits' standard
+# deviation over tiny, trained and eight-layer random models of the three architectures. In the other dtypes llama.cpp
+# also rounds the inputs of each matrix product. The effect of that alone is measured for each model; over the same
+# models, the differences were 0.8 to 1.3 times as large.
 FLOOR = 0.005  # of the standard deviation
 ROUNDING_FACTOR = 3.0
 TOP = 20  # logits compared at each position, the largest by llama.cpp
@@ -48,7 +49,7 @@ TOP = 20  # logits compared at each position, the largest by llama.cpp
 
 @dataclass(frozen=True)
 class NearTie:
-    """A greedy token that differs, where the two candidates' logits are closer than the arithmetic is exact."""
+    """A greedy token that differs where the two candidates' logits are equal up to rounding."""
 
     prompt: int
     position: int  # of the new tokens, from 0
@@ -59,8 +60,10 @@ class NearTie:
 
 @dataclass(frozen=True)
 class LlamaCppComparison:
-    """What llama.cpp made of the file. Differences and tolerance are in logits; `rounding` is what rounding the inputs
-    of matrix products as llama.cpp does changes in PyTorch."""
+    """llama.cpp's results on the file. Differences and tolerance are in logits.
+
+    `rounding` is the effect in PyTorch of rounding the inputs of matrix products as llama.cpp does.
+    """
 
     release: str
     num_texts: int
@@ -105,14 +108,14 @@ def compare_with_llama_cpp(
     dtype: str,
     timeout: float,
 ) -> LlamaCppComparison:
-    """Ids of texts, rendered conversations, and `num_new` greedy tokens after each prompt (token ids).
+    """Compare ids of texts, rendered conversations, and `num_new` greedy tokens after each prompt (token ids).
 
-    `model` holds the weights as the file does, in float32 on the CPU. llama.cpp is fed PyTorch's greedy tokens one at
-    a time and says its own at each step: as long as they are the same this is its own greedy generation, and a near tie
-    does not spoil what follows.
+    `model` holds the weights as the file does, in float32 on the CPU. llama.cpp gets PyTorch's greedy tokens one at a
+    time and gives its own at each step: while they are the same, this is its own greedy generation, and a near tie does
+    not affect the tokens after it.
 
     Raises:
-        RuntimeError: if anything differs by more than the arithmetic explains.
+        RuntimeError: if anything differs by more than rounding explains.
     """
     texts = texts_for(tokenizer)
     if tokenizer.backend_tokenizer.normalizer is not None:  # llama.cpp has none, see gguf_tokenizer.py
@@ -169,7 +172,7 @@ def _named_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def _check_encodings(answer: dict[str, Any], texts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Ids with control tokens read as such, and with their text left text; and what is put around a text."""
+    """Check ids with control tokens parsed and with their text left as text, and the tokens added around a text."""
     as_text = copy.deepcopy(tokenizer.backend_tokenizer)
     as_text.encode_special_tokens = True
     for text, ids, plain_ids in zip(texts, answer["encoded"], answer["encodedAsPlainText"], strict=True):
@@ -204,7 +207,7 @@ def _check_conversations(
 
 @torch.no_grad()
 def _greedy(model: PreTrainedModel, prompt: list[int], num_new: int) -> tuple[list[int], torch.Tensor]:
-    """The likeliest token `num_new` times, whatever it is, and the logits it was taken from (num_new, V)."""
+    """`num_new` greedy tokens, also past an end token, and the logits they were chosen from (num_new, V)."""
     tokens, rows, cache = [], [], None
     input_ids = torch.tensor([prompt])
     for _ in range(num_new):
@@ -223,7 +226,7 @@ def _effect_of_rounding(
     greedy: list[tuple[list[int], torch.Tensor]],
     dtype: str,
 ) -> float:
-    """The largest difference among each position's TOP logits if what goes into matrix products is rounded."""
+    """The largest difference among each position's TOP logits if the inputs of matrix products are rounded."""
     if dtype == "f32":
         return 0.0
     largest = 0.0
@@ -237,7 +240,7 @@ def _effect_of_rounding(
 
 @contextmanager
 def _rounding_inputs(model: nn.Module, dtype: str) -> Iterator[None]:
-    """ggml brings the input of a matrix product to a type that goes with the matrix's: f16, bf16 or q8_0."""
+    """Round the inputs of matrix products to the matrix's type as ggml does: f16, bf16 or q8_0."""
 
     def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (_rounded(inputs[0], dtype), *inputs[1:])

@@ -1,4 +1,4 @@
-"""A causal language model from a folder or the Hub, with nothing in it left at random."""
+"""Load a causal language model from a folder or the Hub, without any random weights."""
 
 import re
 from os import PathLike
@@ -15,7 +15,7 @@ NATIVE_TYPES = ("gpt2", "llama", "qwen3")
 
 
 def native_class(native_type: str) -> type[PreTrainedModel]:
-    """transformers' causal language model of that type."""
+    """transformers' causal language model class of that type."""
     from transformers import GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM  # here: each takes time to import
 
     return {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM, "qwen3": Qwen3ForCausalLM}[native_type]
@@ -24,8 +24,8 @@ def native_class(native_type: str) -> type[PreTrainedModel]:
 def load_causal_lm(name: str | PathLike, **kwargs: Any) -> PreTrainedModel:
     """The causal language model of a folder or an id of the Hub, if it is ours or a native gpt2, llama or qwen3.
 
-    Unlike `from_pretrained`, nothing is ever left at random: weights that miss, that have no place or another shape
-    are an error, with their names. `kwargs` go to `from_pretrained`.
+    Unlike with `from_pretrained`, no weight is ever random: missing weights, surplus ones and other shapes are an error
+    that names them. `kwargs` go to `from_pretrained`.
     """
     name = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else str(name)
     config = _read_config(name, kwargs)
@@ -62,10 +62,10 @@ def load_causal_lm(name: str | PathLike, **kwargs: Any) -> PreTrainedModel:
 
 
 def _read_config(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's config.json as it stands there, before any class is chosen for it."""
+    """The content of a checkpoint's config.json, before any class is chosen for it."""
     path = Path(name) / kwargs.get("subfolder", "")
     adapter = (
-        f"{name!r} is a LoRA adapter, which is no model of its own. Merge it into the model it was trained on "
+        f"{name!r} is a LoRA adapter, not a whole model. Merge it into the model it was trained on "
         "(`AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()`), save that, and give its folder."
     )
     if path.is_dir():
@@ -86,7 +86,7 @@ def _read_config(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{name!r} is neither a model's folder nor a model that the Hub gave us: {reason} A private one needs "
+            f"{name!r} is neither a model's folder nor a model that the Hub sent: {reason} A private one needs "
             "`hf auth login`."
         ) from error
     if not config:

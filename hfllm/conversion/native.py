@@ -1,8 +1,8 @@
-"""The same weights as ours and as transformers' native gpt2, llama or qwen3: `from_native` and `to_native`.
+"""Conversion between our GPT and transformers' native gpt2, llama and qwen3: `from_native` and `to_native`.
 
-Both ways copy numbers and compute none, so logits agree to rounding and the way back gives the same tensors to the bit.
-llama and qwen3 have our names and layouts. gpt2 keeps its matrices transposed (its `Conv1D` multiplies from the other
-side) and queries, keys and values in one.
+Both only copy numbers, so logits agree up to rounding and the way back gives the same tensors to the bit. llama and
+qwen3 have our names and layouts. gpt2 has transposed matrices (its `Conv1D` multiplies from the other side) and one
+matrix for queries, keys and values.
 """
 
 import copy
@@ -21,8 +21,8 @@ from .loading import NATIVE_TYPES, load_causal_lm, native_class
 
 logger = logging.getLogger(__name__)
 
-# What a config must have to be one of the native classes. Everything that is not named here has a field there, or can
-# be written exactly: a bias that ours lacks and theirs has becomes zeros.
+# The values that a config needs to be one of the native classes. Everything else has a field there, or can be expressed
+# exactly: a bias that only theirs has becomes zeros.
 _ROTARY_DECODER = {
     "position_embedding_type": "rotary",
     "norm_type": "rms_norm",
@@ -53,7 +53,7 @@ _IN_WORDS = {
     ("use_qk_norm", False): "no norm over queries and keys",
     ("mlp_bias", False): "no biases in its MLP",
     ("final_logit_softcapping", None): "no cap on its logits",
-    ("classifier_pooling", "last"): "classifiers that stand on the last token",
+    ("classifier_pooling", "last"): "classifiers that read the last token",
 }
 
 # gpt2's names for the parts of a block, and ours. `attn.c_attn` is our three projections side by side.
@@ -81,13 +81,13 @@ def from_native(model: str | PathLike | PreTrainedModel, **kwargs: Any) -> GPTFo
     scaling are carried over; the tokenizer is not touched.
 
     Raises:
-        ValueError: for a model that ours cannot be (another class or head, a mixture of experts, quantized weights,
-            an option without a counterpart), or whose weights miss, are too many, or have other shapes; says which.
+        ValueError: for a model that cannot be converted (another class or head, a mixture of experts, quantized
+        weights, an option without a counterpart), or with missing or surplus weights or other shapes; says which.
     """
     if isinstance(model, (str, PathLike)):
         model = load_causal_lm(model, **kwargs)
         if isinstance(model, GPTForCausalLM):
-            raise ValueError("This model is one of ours already: open it with GPTForCausalLM.from_pretrained.")
+            raise ValueError("This model is an hfllm GPT already: open it with GPTForCausalLM.from_pretrained.")
     elif kwargs:
         raise ValueError(f"{sorted(kwargs)} belong to loading, but a model in memory was given.")
     native_type = _check_native(model)
@@ -107,7 +107,7 @@ def to_native(model: GPTForCausalLM, native_type: str | None = None) -> PreTrain
     without a field in the native config are dropped with a warning; they do nothing after training.
 
     Raises:
-        ValueError: if the config is none of that class, with each field in the way (see `native_obstacles`).
+        ValueError: if the config does not fit that class; names each field that prevents it (see `native_obstacles`).
     """
     if not isinstance(model, GPTForCausalLM):
         raise ValueError(f"to_native takes a GPTForCausalLM, not a {type(model).__name__}.{_advice(model)}")
@@ -134,9 +134,10 @@ def to_native(model: GPTForCausalLM, native_type: str | None = None) -> PreTrain
 
 
 def native_obstacles(config: GPTConfig, native_type: str) -> list[str]:
-    """Why a model of this config is not a native gpt2, llama or qwen3: a sentence for each field in the way.
+    """Why a model of this config is not a native gpt2, llama or qwen3: a sentence for each field that prevents it.
 
-    Each names the field, its value, what the native class has, and what to train with next time. None: it converts.
+    Each names the field, its value, the native class's value, and what to train with next time. Empty: it can be
+    converted.
     """
     if native_type not in NATIVE_TYPES:
         raise ValueError(f"There is no conversion to {native_type!r}; there are {', '.join(NATIVE_TYPES)}.")
@@ -164,7 +165,7 @@ def native_obstacles(config: GPTConfig, native_type: str) -> list[str]:
     if native_type == "llama" and config.hidden_size % heads != 0:
         obstacles.append(
             f"hidden_size={config.hidden_size} is not a multiple of num_attention_heads={heads}, which llama needs "
-            "whatever head_dim is. Next time, pretrain with a num_attention_heads that divides hidden_size."
+            "with any head_dim. Next time, pretrain with a num_attention_heads that divides hidden_size."
         )
     if native_type != "gpt2" and (config.pad_token_id or 0) >= config.vocab_size:
         obstacles.append(
@@ -199,7 +200,7 @@ def _check_native(model: Any) -> str:
 
 
 def _check_weights(model: PreTrainedModel) -> None:
-    """Only plain weights that are all here can be copied."""
+    """Raise a ValueError unless all weights are plain and loaded, so that they can be copied."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("This model carries a LoRA adapter: merge it first, with PEFT's merge_and_unload().")
     quantized = next((p.dtype for p in model.parameters() if not p.is_floating_point()), None)
@@ -211,13 +212,13 @@ def _check_weights(model: PreTrainedModel) -> None:
 
 def _advice(model: Any) -> str:
     if isinstance(model, GPTForCausalLM):
-        return " It is one of ours already."
+        return " It is an hfllm GPT already."
     if hasattr(model, "merge_and_unload"):
         return " Merge the adapter first: model.merge_and_unload()."
     if (pooling := getattr(getattr(model, "config", None), "classifier_pooling", "last")) != "last":
         return (
             f" Only causal language models are converted, and this classifier has classifier_pooling={pooling!r}, "
-            "where transformers' own classes stand on the last token: it has no native twin."
+            "where transformers' own classes read the last token: there is no native class for it."
         )
     if isinstance(model, PreTrainedModel):
         return " Only causal language models are converted; other heads are trained on them afterwards."
@@ -230,7 +231,7 @@ def _nearest_type(config: GPTConfig) -> str:
 
 
 def _notes(config: GPTConfig, native_type: str) -> list[str]:
-    """What is not carried over although it was chosen; none of it changes a logit."""
+    """The settings that are not carried over; none of them changes a logit."""
     notes = []
     dropouts = () if native_type == "gpt2" else ("embedding_dropout", "residual_dropout")
     for name in dropouts:
@@ -240,7 +241,7 @@ def _notes(config: GPTConfig, native_type: str) -> list[str]:
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
-    """By the weights themselves: a config may say so of a checkpoint that holds two different matrices."""
+    """Whether the weights themselves are tied; a config may say so for a checkpoint with two different matrices."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 

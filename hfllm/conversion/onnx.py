@@ -1,4 +1,4 @@
-"""A causal language model as an ONNX file, for onnxruntime and whatever else reads the format."""
+"""Export of a causal language model to an ONNX file, for onnxruntime and other programs that read it."""
 
 import copy
 import importlib
@@ -26,10 +26,10 @@ AXIS_NAMES = ("batch_size", "sequence_length")
 # Opset 20 has GELU in one node; onnxruntime reads it since 1.17 (January 2024).
 OPSET = 20
 
-# A protobuf ends at 2 GiB. Beyond this many bytes the weights go into a second file, beside the first.
+# A protobuf holds at most 2 GiB. Beyond this many bytes the weights go into a second file, beside the first.
 SINGLE_FILE_BYTES = 3 * 2**29
 
-# Rotary frequencies that are computed anew from the longest position of a batch: a graph has one set of them.
+# Rotary frequencies that depend on the longest position of a batch; a graph has only one set of them.
 CHANGING_ROPE_TYPES = ("dynamic", "longrope")
 
 
@@ -51,17 +51,17 @@ def export_onnx(model: PreTrainedModel, path: str | Path) -> Path:
     """Write a causal language model, ours or a native one, as an ONNX file in float32; returns its path.
 
     The inputs are `input_ids`, `attention_mask` and `position_ids`, int64 of shape (B, T) with any B and T; the output
-    is `logits` (B, T, V). All three are needed: positions count from 0 and leave padding on the left out, as
-    `(attention_mask.cumsum(-1) - 1).clip(0)` does. Where they restart within a row, our own models keep the two
-    documents apart, as they do in PyTorch; native ones, in ONNX as in transformers, do so only without a mask, so not
-    here. Logits at padding mean nothing. A position beyond learned ones is an error of the runtime.
+    is `logits` (B, T, V). All three are needed: positions count from 0 without padding on the left, as in
+    `(attention_mask.cumsum(-1) - 1).clip(0)`. Where they restart within a row, our own models keep the two documents
+    apart, as in PyTorch; native ones do so only without a mask, so not here. Logits at padding mean nothing. A position
+    beyond learned ones is an error of the runtime.
 
-    There is no cache of keys and values in the graph: each call computes the whole text, which suits scoring, and
-    short generation. Programs that generate with a cache of their own (optimum's, transformers.js, onnxruntime-genai)
-    look for more inputs than these.
+    The graph has no cache of keys and values: each call computes the whole text, which suits scoring and short
+    generation. Programs that generate with their own cache (optimum, transformers.js, onnxruntime-genai) need more
+    inputs than these.
 
-    Weights beyond 1.5 GiB go into a second file, `<name>_data`, which must stay beside the first. Nothing is left
-    half-written: the files are made elsewhere, checked by onnx, and renamed. `verify_onnx` compares the logits.
+    Weights beyond 1.5 GiB go into a second file, `<name>_data`, which must stay beside the first. The files are written
+    elsewhere, checked by onnx, and renamed, so they are whole or absent. `verify_onnx` compares the logits.
 
     Raises:
         ValueError: for a model that has no such graph; says why.
@@ -78,8 +78,8 @@ def export_onnx(model: PreTrainedModel, path: str | Path) -> Path:
     _import("onnxscript")  # torch.onnx needs it
 
     graph_model = _trace(model).model
-    # torch writes into every node which lines of whose files it came from: paths that are nobody else's business, and
-    # for a small model most of the file.
+    # torch writes into every node the files and lines that it came from: private paths and, for a small model, most of
+    # the file.
     onnx_ir.passes.common.ClearMetadataAndDocStringPass()(graph_model)
     graph_model.graph.name = model.config.model_type
     graph_model.metadata_props.update(_describe(model))
@@ -102,13 +102,13 @@ def export_onnx(model: PreTrainedModel, path: str | Path) -> Path:
 def verify_onnx(path: str | Path, model: PreTrainedModel, *, tolerance: float = 1e-4) -> LogitComparison:
     """Compare the logits of an ONNX file, run by onnxruntime on the CPU, with those of the model it was made from.
 
-    The batches are none of those the graph was traced with: one token; several rows; the whole context, or as much of
-    it as has 64 Mi logits; and rows padded on the left and on the right. `tolerance` is in proportion to the model's
-    largest logit, where that is above 1.
+    The batches differ from the one that the graph was traced with: one token; several rows; the whole context, or as
+    much of it as has 64 Mi logits; and rows padded on the left and on the right. `tolerance` is relative to the model's
+    largest logit, if that is above 1.
 
     Raises:
-        ValueError: if the logits differ by more; the file is then of another model, or broken.
-        RuntimeError: if a package is missing.
+        ValueError: if the logits differ by more: the file belongs to another model, or is broken. RuntimeError: if a
+        package is missing.
     """
     session = open_onnx(path)
     model = _in_float32(model)
@@ -160,12 +160,12 @@ def run_onnx(
 
 
 def count_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions (B, T) that leave padding on the left out."""
+    """Positions (B, T), counted without padding on the left."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def _trace(model: PreTrainedModel) -> Any:
-    # Two rows and eight tokens, because torch takes a length of 1 for a constant. Neither is one in the graph.
+    # Two rows and eight tokens, because torch would make a length of 1 a constant. Both are variable in the graph.
     input_ids = torch.zeros(2, min(8, _context(model)), dtype=torch.long)
     attention_mask = torch.ones_like(input_ids)
     example = (input_ids, attention_mask, count_positions(attention_mask))
@@ -183,7 +183,7 @@ def _trace(model: PreTrainedModel) -> Any:
     if len(shapes) != 3 or any(isinstance(axis, int) for shape in shapes for axis in shape):
         raise ValueError(
             f"The graph of this {type(model).__name__} is bound to one shape: its inputs are "
-            f"{program.model.graph.inputs}. Its forward depends on them in a way that torch.export cannot follow."
+            f"{program.model.graph.inputs}. Its forward depends on them in a way that torch.export does not support."
         )
     program.rename_axes({axis: name for shape in shapes for axis, name in zip(shape, AXIS_NAMES)})
     return program
@@ -203,7 +203,7 @@ def _check_model(model: PreTrainedModel) -> None:
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
-            f"This {name} is quantized, which the ONNX format cannot say in its way. Export the weights it was made "
+            f"This {name} is quantized in a way that ONNX does not have. Export the weights it was made "
             "from, and quantize the file with onnxruntime.quantization."
         )
     rope_type = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
@@ -227,7 +227,7 @@ def _describe(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself if it is in float32 on the CPU, where onnxruntime runs anywhere, or else a copy that is."""
+    """The model itself if it is in float32 on the CPU, or else such a copy."""
     if all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters()):
         return model
     return copy.deepcopy(model).to(device="cpu", dtype=torch.float32)
@@ -235,7 +235,7 @@ def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def _ready(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout and gradients, and with the attention that the exporter knows; as it was afterwards."""
+    """Within the block, no dropout and no gradients, and the attention that the exporter supports."""
     was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("sdpa")
@@ -249,7 +249,7 @@ def _ready(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that it does without, and on torch's own use of torch."""
+    """Hide the exporter's remarks about packages that it does not need, and about torch's own code."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -266,7 +266,7 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise RuntimeError(
-            f"ONNX needs the package {name!r}, which is not here: pip install -e '.[export]'."
+            f"ONNX needs the package {name!r}, which is not installed: pip install -e '.[export]'."
         ) from error
 
 

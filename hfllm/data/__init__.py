@@ -1,4 +1,4 @@
-"""Text -> rows: documents of any source, split, encoded, packed, and read in an order that resumes exactly."""
+"""From text to rows: documents of any source, split, encoded, packed, and read in an order that resumes exactly."""
 
 from .corpus import Corpus, load_corpus, split_documents
 from .packing import Rows, prepare_rows

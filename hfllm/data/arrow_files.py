@@ -1,4 +1,4 @@
-"""Parquet and Arrow -> records; numbers of a `ClassLabel` become its names."""
+"""Reader of Parquet and Arrow files; numbers of a `ClassLabel` become its names."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,14 +13,14 @@ from .records import ReadOptions, Record, header_problem
 
 
 BATCH_ROWS = 64
-# Beside Arrow's own errors: a damaged file may hold a value that is no date, no text or no number of its type.
+# Beside Arrow's own errors: a damaged file may hold a value that is not a valid date, text or number.
 UNREADABLE = (*DAMAGED, ValueError, OverflowError)
 
 ClassNames = Mapping[str, list[str]]  # of the columns that are numbers of classes
 
 
 def read(path: Path, options: ReadOptions, *, within: range | None = None) -> Iterator[Record]:
-    """The rows of a file; with `within`, of those row groups of a .parquet."""
+    """The rows of a file; with `within`, only of these row groups of a .parquet."""
     kind = "Parquet" if format_of(path) == ".parquet" else "Arrow"
     row = 1
     try:
@@ -49,7 +49,7 @@ def read(path: Path, options: ReadOptions, *, within: range | None = None) -> It
 def _parquet(
     source: pa.NativeFile, options: ReadOptions, within: range | None
 ) -> tuple[pa.Schema, int, int | None, Iterator[pa.RecordBatch]]:
-    """The schema, how many rows stand before those of `within`, how many those are, and the rows."""
+    """The schema, the number of rows before those of `within`, the number of rows in it, and the rows."""
     file = pq.ParquetFile(source)
     schema = file.schema_arrow
     groups = within or range(file.num_row_groups)
@@ -96,13 +96,13 @@ def batch_records(
     class_names: ClassNames,
     unread: tuple[str, ...] = (),
 ) -> Iterator[Record]:
-    """The rows of a piece of a table; `place` and the row number say where each one stands."""
+    """The rows of a piece of a table; `place` and the row number say where each one is."""
     rows: list[Any]
-    batch.validate()  # a damaged file may lead out of its buffers, and Arrow follows without looking
+    batch.validate()  # offsets of a damaged file may point outside its buffers, and Arrow does not check
     try:
         batch.validate(full=True)
         rows = batch.to_pylist()
-    except UNREADABLE:  # one of them is at fault: which?
+    except UNREADABLE:  # find which one it is
         rows = [_row_alone(batch.slice(index, 1)) for index in range(len(batch))]
     for number, row in enumerate(rows, start=first_row):
         if isinstance(row, str):

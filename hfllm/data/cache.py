@@ -4,7 +4,7 @@
         data.arrow      a schema and record batches, which are mapped into memory
         account.json    what `write` returned; the file's size, a checksum of each record batch and one of all the rest
 
-The checksums are xxh3_64: they find what a disk, a cable or a memory got wrong, and cost a tenth of a sha256.
+The checksums are xxh3_64: they find errors of a disk, a cable or a memory, and take a tenth of the time of a sha256.
 """
 
 import errno
@@ -41,13 +41,13 @@ def cached_dataset(
     cache_dir: str | os.PathLike | None = None,
     verify_now: bool = True,
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """The memory-mapped dataset made from `made_from`, and its account; `write` makes them when no sound one is there.
+    """The memory-mapped dataset made from `made_from`, and its account; `write` makes them if there is no sound one.
 
     `write` gets the path of the Arrow stream file to write and returns the account, which is kept as JSON beside it.
-    Every text, option and format version that the file depends on belongs into `made_from`: it is the file's address.
+    Every text, option and format version that the file depends on belongs in `made_from`: it is the file's address.
 
-    All of the file is verified, and made again if it has changed since it was written. With `verify_now=False`, for
-    files that are read at random and perhaps never whole, the record batches are left to `batch_verifier`.
+    The whole file is verified, and made again if it has changed since it was written. With `verify_now=False`, for
+    files that are read at random and perhaps never whole, `batch_verifier` verifies the record batches later.
     """
     root = Path(cache_dir).expanduser() if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "hfllm"
     address = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
@@ -118,7 +118,7 @@ def _is_sound(content: memoryview, batch: list[Any]) -> bool:
 
 
 def _checksum_of_frame(content: memoryview, batches: list[list[Any]]) -> str:
-    """Of all that is not a batch's data: the schema, and where in the file each column begins and ends."""
+    """A checksum of all but the batches' data: the schema, and where in the file each column begins and ends."""
     digest = xxhash.xxh3_64()
     start = 0
     for offset, num_bytes, _ in batches:
@@ -139,7 +139,7 @@ def _mapped(path: Path) -> memoryview:
 
 
 def _build(folder: Path, write: Callable[[Path], dict[str, Any]], verify_batches: bool) -> dict[str, Any]:
-    """Write the folder beside its place, force it to disk, and rename it: whoever sees it sees all of it."""
+    """Write the folder beside its final place, force it to disk, and rename it: nobody sees a part of it."""
     # The host is in the name because the lock below may not reach other machines on a shared file system.
     prefix = f".{folder.name}.{platform.node()}."
     temporary = folder.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
@@ -155,7 +155,7 @@ def _build(folder: Path, write: Callable[[Path], dict[str, Any]], verify_batches
             account := _account_if_sound(folder, verify_batches)
         ) is not None:  # another process made it while we waited for the lock
             return account
-        # We hold the lock, so what this machine began earlier under this name was interrupted and will never be whole.
+        # We hold the lock, so an unfinished folder of this machine under this name is left from an interruption.
         for leftover in folder.parent.glob(f"{prefix}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()

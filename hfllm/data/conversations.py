@@ -1,4 +1,4 @@
-"""Dataset name -> conversations: rows of several published forms, recognised by their columns, checked, and split."""
+"""Conversations from rows of several published forms, recognised by their columns, checked, and split."""
 
 import hashlib
 import itertools
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, Any]]  # role and content, both texts; a response that is not learned has weight 0
 
-# The forms, the first that fits counts.
+# The forms; the first that fits is used.
 FORMS = (
     "messages: a list of {role, content, [weight]}",
     "conversations: a list of {from, value} (ShareGPT)",
@@ -40,7 +40,7 @@ BESIDE = "each with [system]"  # a column in brackets may be missing
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 ROLES |= {"chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 ANSWERS = ("response", "completion")
-# What a model would have to call, or has called. Left out, the rest of the conversation would mean something else.
+# Tools, and calls of them. Without these, the rest of the conversation would mean something else.
 TOOL_COLUMNS = ("tools", "functions", "tool_calls", "function_call")
 TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 
@@ -79,9 +79,9 @@ def load_conversations(
 ) -> Conversations:
     """The conversations of `stdlib` (questions about this Python, drawn by `seed`), of files here or of the Hub.
 
-    Rows may have any of FORMS; `column_map` renames columns first, e.g. {"question": "instruction"}. A row that is no
-    conversation (no response, roles out of order, a content that is no text, calls of tools) is an error with its
-    place, or, with `on_bad_record="skip"`, left out and counted. Columns that are not used are named in a line.
+    Rows may have any of FORMS; `column_map` renames columns first, e.g. {"question": "instruction"}. A row that is not
+    a conversation (no response, roles out of order, a content that is not a text, calls of tools) is an error with its
+    place, or, with `on_bad_record="skip"`, left out and counted. Columns that are not used are logged.
     """
     check_on_bad_record(on_bad_record)
     if local_paths(dataset, dataset_config=dataset_config, split=split) == []:
@@ -110,7 +110,7 @@ def load_conversations(
 def further_questions(number: int, *, seed: int, held_back: Iterable[Conversation]) -> list[Conversation]:
     """More of `stdlib`'s expressions to train on, beside those that `load_conversations` gives.
 
-    None begins with a prompt that is held back, so that a test stays one, however much is trained on.
+    None begins with a prompt that is held back, so that the test questions stay unseen.
     """
     known = {prompt_key(conversation) for conversation in held_back}
     questions = further_expressions(
@@ -125,7 +125,7 @@ def further_questions(number: int, *, seed: int, held_back: Iterable[Conversatio
 def reword_questions(rows: list[Conversation], *, seed: int) -> list[Conversation]:
     """`stdlib`'s conversations with their questions in other words, as people ask them (`python_questions.reword`).
 
-    A model that has only seen one wording understands no other.
+    A model that has seen only one wording does not understand others.
     """
     draw = random.Random(f"wordings {seed}")
     return [
@@ -136,10 +136,10 @@ def reword_questions(rows: list[Conversation], *, seed: int) -> list[Conversatio
 
 
 def join_turns(rows: list[Conversation], *, max_turns: int, seed: int) -> list[Conversation]:
-    """Each row once, one of 1 to `max_turns` in a conversation, all these lengths alike often, in a random order.
+    """Join rows into conversations of 1 to `max_turns` rows: each row once, each length equally often, in random order.
 
-    A model that has only seen conversations of one turn is lost in the second turn of a chat. Rows with a system
-    message or with turns of their own stay as they are.
+    A model that has seen only conversations of one turn fails in the second turn of a chat. Rows with a system message
+    or with several turns stay as they are.
     """
     if max_turns < 1:
         raise ValueError(f"max_turns={max_turns}: a conversation has at least one turn.")
@@ -219,7 +219,7 @@ def as_messages(row: dict[str, Any]) -> Messages:
 
 def _as_messages(row: dict[str, Any]) -> tuple[Messages, set[str]]:
     """The messages, and the columns and keys that are not used."""
-    # A table has every column in every row: those of another form are None.
+    # A table has every column in every row: the columns of other forms are None.
     values = {name: value for name, value in row.items() if value is not None}
     _refuse_tools(values)
     unused: set[str] = set()
@@ -245,8 +245,7 @@ def _as_messages(row: dict[str, Any]) -> tuple[Messages, set[str]]:
         nulls = [name for name, value in row.items() if value is None]
         are_null = f" ({', '.join(map(repr, nulls))} {'is' if len(nulls) == 1 else 'are'} null)" if nulls else ""
         raise ValueError(
-            f"the columns {list(values)}{are_null} are none of the forms known; {_known_forms()}. Rename them with "
-            "column_map."
+            f"the columns {list(values)}{are_null} fit no known form; {_known_forms()}. Rename them with column_map."
         )
     messages = [*_turns_before(values, used, unused), *messages]
     messages = _with_system(messages, values.get("system"))
@@ -263,7 +262,7 @@ def _refuse_tools(values: Mapping[str, Any]) -> None:
 
 
 def _question(values: Mapping[str, Any], name: str) -> str:
-    """The question with what is in the column `input` below it, as Alpaca's prompt has it."""
+    """The question with the text of the column `input` below it, as in Alpaca's prompt."""
     question = _text(values[name], name)
     more = _text(values.get("input", ""), "input").strip()
     return f"{question.strip()}\n\n{more}" if more else question
@@ -289,7 +288,7 @@ def _turns_before(values: Mapping[str, Any], used: set[str], unused: set[str]) -
 
 
 def _with_system(messages: Messages, system: Any) -> Messages:
-    """The messages behind the system message that a column gives."""
+    """The messages, after a column's system message if there is one."""
     if system is None or not _text(system, "system").strip():
         return messages
     if messages and messages[0]["role"] == "system":
@@ -340,12 +339,12 @@ def _reply(reply: Any, column: str, unused: set[str]) -> Messages:
 
 
 def check_messages(messages: Messages) -> None:
-    """A conversation is an optional system message, then user and assistant in turns, and somebody answers."""
+    """Check for an optional system message, then user and assistant in turns, with at least one response."""
     for number, message in enumerate(messages):
         _text(message["content"], f"content of message {number + 1}")
     roles = [message["role"] for message in messages]
     if unknown := [role for role in roles if role not in ("system", "user", "assistant")]:
-        raise ValueError(f"the role {unknown[0]!r} is none of system, user and assistant.")
+        raise ValueError(f"the role {unknown[0]!r} is not system, user or assistant.")
     turns = roles[1:] if roles[:1] == ["system"] else roles
     expected = ["user" if turn % 2 == 0 else "assistant" for turn in range(len(turns))]
     if turns != expected:
@@ -405,7 +404,7 @@ def split_conversations(
 
 
 def prompt_key(conversation: Conversation) -> str:
-    """What is said before the first response, without case and spacing."""
+    """The text before the first response, without case and spacing."""
     before = []
     for message in conversation.messages:
         if message["role"] == "assistant":
@@ -415,7 +414,7 @@ def prompt_key(conversation: Conversation) -> str:
 
 
 def shared_prompts(training: Iterable[Conversation], held_out: Iterable[Conversation]) -> int:
-    """How many of the conversations held out begin with a prompt that is trained on."""
+    """The number of held-out conversations that begin with a prompt that is trained on."""
     known = {prompt_key(conversation) for conversation in training}
     return sum(prompt_key(conversation) in known for conversation in held_out)
 
@@ -436,7 +435,8 @@ def load_preferences(
 
     `prompt` is a text or messages that end with the user's; `chosen` and `rejected` are texts or the assistant's
     messages, which may repeat the prompt, and must differ. Beside them, `system`, `input` and `history` go into the
-    prompt. Pairs of one prompt are on the same side; with a `validation_dataset`, that one validates.
+    prompt. Pairs with the same prompt are on the same side of the split. A `validation_dataset` is used instead of a
+    split.
     """
     if local_paths(dataset, dataset_config=dataset_config, split=split) == []:
         raise ValueError("'stdlib' has no preferences: give a Hub id or files with prompt, chosen and rejected.")
@@ -494,7 +494,7 @@ def _as_preference(row: dict[str, Any]) -> tuple[dict[str, Messages], set[str]]:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if any("weight" in message for message in [*prompt, *reply]):
-            raise ValueError(f"{name} has a message with weight 0, and of preferences the whole reply is learned.")
+            raise ValueError(f"{name} has a message with weight 0, but the whole reply of a preference is learned.")
         replies[name] = reply
     if replies["chosen"] == replies["rejected"]:
         raise ValueError("chosen and rejected are the same, so nothing is preferred.")

@@ -1,4 +1,4 @@
-"""Dataset name -> documents: a Hub id, local files or folders, or the standard library of the running Python."""
+"""Documents of a Hub dataset, local files or folders, or the standard library of the running Python."""
 
 import hashlib
 import logging
@@ -30,12 +30,12 @@ from .sources import by_short_names, find_source
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2  # part of the cache's address: raise it when the same sources would give other files
+FORMAT_VERSION = 2  # part of the cache's address: increase it when the same sources would give other files
 PART_CHARACTERS = 1 << 16
 BATCH_BYTES = 8 << 20  # text in memory before it is written out
 BATCH_PARTS = 1 << 16
-NUM_SOURCES = 1000  # files whose share of the documents is kept in the account
-NUM_NAMED_SOURCES = 8  # ... and told of what is held out
+NUM_SOURCES = 1000  # files whose share of the documents is in the account
+NUM_NAMED_SOURCES = 8  # ... and shown for the held-out text
 FEW_DOCUMENTS = 10
 LONG_BYTES = 1 << 13  # a shorter document is never cut for validation
 SCHEMA = pa.schema([("text", pa.large_string()), ("document", pa.int64())])
@@ -43,8 +43,8 @@ SCHEMA = pa.schema([("text", pa.large_string()), ("document", pa.int64())])
 # Where a long document may be cut, best first. Encoding its parts one by one must give the tokens of the whole, so the
 # cut has to fall between two pre-tokens, and no look-ahead may notice that the text ends there. A run of whitespace is
 # where the GPT-2, Llama 3 and Qwen patterns look ahead (`\s+(?!\S)`); a single newline or space between two other
-# characters is no run. They end a pre-token after the newline (some take a slash along) and begin one before the space.
-# The third way may cost a token; a text that offers none of them is cut anywhere.
+# characters is not a run. They end a pre-token after the newline (some include a slash) and begin one before the space.
+# The third way may cost a token; a text without any of these places is cut anywhere.
 CUTS = [re.compile(".*" + place, re.DOTALL) for place in (r"\S\n(?=[^\s/])", r"\S(?= \S)", r"\s(?=\S)")]
 
 
@@ -77,11 +77,11 @@ def load_corpus(
     """The documents of a dataset, read once in bounded memory and then found again by the content of their sources.
 
     `dataset` is `stdlib` (the source of the running Python's standard library), a file, folder or pattern, several of
-    them separated by commas, or the id of a dataset on the Hub. A text file (.txt, .md, .py, ...) is a document, with
-    its line ends untouched, or one for each stretch between lines that are the `document_separator`; so is a line of
-    .jsonl, an object of .json, a row of .csv, .tsv, .parquet or .arrow. Of a folder, all such files below it are read,
-    in sorted order, but for the folders in `exclude` (see `files_below`). NUL characters are text; a byte-order mark at
-    a file's start is not.
+    them separated by commas, or the id of a dataset on the Hub. A text file (.txt, .md, .py, ...) is one document, with
+    its line ends unchanged, or several, separated by lines that equal `document_separator`. A line of .jsonl, an object
+    of .json and a row of .csv, .tsv, .parquet or .arrow are one document each. In a folder, all such files below it are
+    read, in sorted order, except the folders in `exclude` (see `files_below`). NUL characters are text; a byte-order
+    mark at a file's start is not.
 
     A record without text (corrupt JSON, no such column, bytes that are not UTF-8, ...) is an error with its file and
     line, or, with `on_bad_record="skip"`, left out and counted. Empty documents are dropped and counted.
@@ -121,7 +121,7 @@ def count_documents(number: int) -> str:
 def cut_into_parts(pieces: Iterable[str]) -> Iterator[str]:
     """A document's text in parts of at most PART_CHARACTERS, cut where a tokenizer does not notice (see CUTS).
 
-    How the text comes in pieces makes no difference.
+    The result does not depend on how the text is divided into pieces.
     """
     buffer = ""
     for piece in pieces:
@@ -192,7 +192,7 @@ def _record_batch(parts: list[bytes], numbers: list[int]) -> pa.RecordBatch:
 
 
 def _nothing_left(dataset: str, account: dict[str, Any]) -> str:
-    """What to say when no document is left."""
+    """The error message when no document is left."""
     num_bad, num_empty = account["bad_records"], account["empty_documents"]
     if not num_bad:
         return f"{dataset!r} has no text: {count_documents(num_empty)}, and nothing in any of them."
@@ -206,12 +206,12 @@ def split_documents(corpus: Corpus, *, validation_fraction: float) -> tuple[data
     """The documents to train on, in a fixed pseudo-random order, and those to validate on.
 
     Documents are chosen by a hash of their content, so the choice does not depend on their order, and equal documents
-    are on the same side. Validation takes them, as they come by that hash, while they fit into `validation_fraction`
-    of the bytes; if none fits, the smallest.
+    are on the same side. Validation takes documents in the order of that hash while they fit into `validation_fraction`
+    of the bytes; if none fits, it takes the smallest.
 
-    Where long documents hold most of the text, whole ones would be all of validation or nothing of it: then each of
-    them is trained on up to its last `validation_fraction`, and validates from there on. It is cut where a paragraph
-    ends, or a line. A single document is cut as in the book, at the very character.
+    If long documents hold most of the text, a single one could be all of validation. Each of them is then cut: training
+    takes its beginning, and validation its last `validation_fraction`. The cut is at the end of a paragraph or line. A
+    single document is cut at the exact character, as in the book.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction={validation_fraction}: it is at least 0 and less than 1.")
@@ -232,7 +232,7 @@ def split_documents(corpus: Corpus, *, validation_fraction: float) -> tuple[data
         if share > 2 * validation_fraction:
             logger.warning("Validation takes %.0f %% of the bytes: the documents are few and long.", 100 * share)
 
-    # Files that are neighbours are alike. The seed is fixed because the split belongs to the data, not to a run.
+    # Neighbouring files are similar. The seed is fixed because the split belongs to the data, not to a run.
     training = np.flatnonzero(~held_out)
     training = training[rows_at(np.arange(len(training)), num_rows=len(training), seed=0)]
     validation = np.flatnonzero(held_out | is_cut)
@@ -249,7 +249,7 @@ def split_documents(corpus: Corpus, *, validation_fraction: float) -> tuple[data
 
 
 def held_out_by_file(corpus: Corpus, validation: datasets.Dataset) -> dict[str, datasets.Dataset]:
-    """The documents to validate on of each file, by a short name, if they are of a few files; else none."""
+    """The validation documents of each file, by a short name, if they are from a few files; else an empty dict."""
     sources = corpus.account.get("sources", [])
     if not 1 < len(sources) <= NUM_NAMED_SOURCES:
         return {}
@@ -261,7 +261,7 @@ def held_out_by_file(corpus: Corpus, validation: datasets.Dataset) -> dict[str, 
 
 
 def describe_held_out(corpus: Corpus, validation: datasets.Dataset) -> str:
-    """What `split_documents` holds out, by the files that it is from."""
+    """What `split_documents` holds out, as shares of the files."""
     columns: list[np.ndarray] = [np.empty((2, 0), dtype=np.int64)]
     for batch in validation.with_format("arrow").iter(batch_size=1000):
         columns.append(np.stack([batch["document"].to_numpy(), pc.binary_length(batch["text"]).to_numpy()]))
@@ -277,7 +277,7 @@ def describe_held_out(corpus: Corpus, validation: datasets.Dataset) -> str:
 
 
 def num_shared_documents(corpus: Corpus, other: Corpus) -> int:
-    """How many documents of `other` are in `corpus`, too."""
+    """The number of documents of `other` that are also in `corpus`."""
     known, others = (_documents_index(each.documents)[2] for each in (corpus, other))
     return int(np.isin(others, known).sum())
 

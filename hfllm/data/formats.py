@@ -1,4 +1,4 @@
-"""Files on disk -> bytes and text: formats and compression by a file's endings, the encoding by its first bytes."""
+"""Bytes and text of files: format and compression by the name's endings, the encoding by the first bytes."""
 
 import bz2
 import codecs
@@ -37,7 +37,7 @@ READ += f", each also compressed ({', '.join(COMPRESSIONS)})"
 PIECE_CHARACTERS = 1 << 20  # how much of a text file is in memory at a time
 SAMPLE_BYTES = 1 << 12
 
-# In this order: the mark of UTF-32 begins with that of UTF-16. Both codecs take the mark away.
+# In this order, because the mark of UTF-32 begins with the mark of UTF-16. Both codecs remove the mark.
 MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -74,7 +74,7 @@ ZIPPED = {
     (".docx", ".odt", ".pptx", ".epub"): "a document with markup; save its text as .txt",
 }
 
-# What reading compressed or Arrow data raises when they are damaged; an OSError with a number is the disk's.
+# Errors raised when damaged compressed or Arrow data is read; an OSError with a number comes from the disk.
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException, UnicodeError)
 
 
@@ -103,7 +103,7 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 class _ArrowStream(io.RawIOBase):
-    """Arrow's stream, as Python's buffers read one. Arrow is here anyway, and knows zstd; Python does so from 3.14."""
+    """Arrow's stream as a Python raw stream. Arrow is installed anyway and reads zstd; Python does from 3.14 on."""
 
     def __init__(self, stream: pa.NativeFile):
         self.stream = stream
@@ -122,7 +122,7 @@ class _ArrowStream(io.RawIOBase):
 
 
 def open_text(path: Path, *, newline: str) -> TextIO:
-    """The file's text without its byte-order mark. What cannot be decoded becomes surrogates, for `text_problem`."""
+    """The file's text without its byte-order mark. Undecodable bytes become surrogates, for `text_problem`."""
     encoding = encoding_of(path)
     errors = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
     return io.TextIOWrapper(open_bytes(path), encoding=encoding, errors=errors, newline=newline)
@@ -161,7 +161,7 @@ def refusal(path: Path) -> str | None:
 
 
 def decoding_problem(path: Path) -> str | None:
-    """Where the file's first byte that is no text stands, or None."""
+    """The place of the file's first byte that is not text, or None."""
     encoding = encoding_of(path)
     name = encoding.removesuffix("-sig").upper()
     decoder = codecs.getincrementaldecoder(encoding.removesuffix("-sig"))()

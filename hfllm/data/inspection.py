@@ -1,4 +1,4 @@
-"""A row as a reader sees it: its documents, what is learned in each, and where one ends."""
+"""Description of a packed row for people: its documents, their targets, and where each ends."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,9 +6,9 @@ import torch
 
 
 def describe_row(batch: Mapping[str, torch.Tensor], index: int, decode: Callable[[list[int]], str]) -> str:
-    """Row `index` of a batch of `Rows`, a line a document: its places in the row, its targets, and its text.
+    """Row `index` of a batch of `Rows`, one line per document: its places in the row, its targets, and its text.
 
-    `decode` makes text of token ids, special tokens included, so that the documents' start and end tokens show.
+    `decode` turns token ids into text, special tokens included, so that the documents' start and end tokens show.
     """
     input_ids, position_ids, shift_labels = (
         batch[name][index].tolist() for name in ("input_ids", "position_ids", "shift_labels")

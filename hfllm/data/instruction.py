@@ -1,8 +1,8 @@
-"""Conversations -> token ids and the mask of what is learned, packed into rows.
+"""Conversations as token ids and a mask of the learned tokens, packed into rows.
 
-A conversation is rendered and tokenised once, as a whole, by the model's own chat template: a prompt and a response
-that are tokenised apart and joined may have other tokens at the seam than the model sees when it answers. What is
-learned are the responses, and with each the token that ends the turn, by which the model learns to stop.
+A conversation is rendered and tokenised once, as a whole, by the model's own chat template: if prompt and response were
+tokenised separately, the tokens where they meet could differ from what the model sees when it answers. The responses
+are learned, each with the token that ends the turn, so that the model learns to stop.
 """
 
 import bisect
@@ -24,7 +24,7 @@ from .templates import check_template, without_control_tokens
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 INPUTS = ("input_ids", "position_ids")
 BATCH = 512  # conversations rendered and tokenised at a time
-PROMPTS_CHECKED = 32  # conversations; a template that is wrong is wrong in each
+PROMPTS_CHECKED = 32  # conversations; a wrong template is wrong in all of them
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class EncodedConversations:
     stop_token_id: int  # the token that ends a response
 
     def summary(self) -> str:
-        """What became of the conversations, for people."""
+        """What became of the conversations, in words."""
         account = self.account
         share = account["learned_tokens"] / max(1, account["tokens"])
         text = (
@@ -62,16 +62,16 @@ def encode_conversations(
     max_length: int,
     train_on_prompt: bool = False,
 ) -> EncodedConversations:
-    """Token ids and what of them is learned; the tokenizer's chat template says how a conversation is written.
+    """Token ids, and which of them are learned; the tokenizer's chat template says how a conversation is written.
 
-    What is learned is what the template puts between `{% generation %}` and `{% endgeneration %}`. A template without
-    that is rendered turn by turn to find the responses' places in the text, and refused where these renderings do not
-    continue each other. A template by which the model answers after another prompt than it was trained on is refused,
-    too. With `train_on_prompt`, all tokens but the first are learned.
+    The learned tokens are those that the template puts between `{% generation %}` and `{% endgeneration %}`. A template
+    without these is rendered turn by turn to find the responses' places in the text, and refused if one rendering does
+    not continue the one before. A template is also refused if its generation prompt differs from the prompt in
+    training. With `train_on_prompt`, all tokens but the first are learned.
 
-    A response with the weight 0 is read and not learned. A conversation longer than `max_length` tokens is cut at its
-    end, and dropped if nothing to learn is left of it; if so of all, that is an error. So is a response that is not
-    ended by a control token: the model would never stop.
+    A response with the weight 0 is read but not learned. A conversation longer than `max_length` tokens is cut at its
+    end, and dropped if nothing to learn is left of it; it is an error if all are dropped. A response that does not end
+    with a control token is an error too: the model would never stop.
     """
     check_template(tokenizer)
     encoded: list[EncodedConversation] = []
@@ -119,8 +119,7 @@ def encode_prompt(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills rows up. Where a tokenizer has no pad token its eos will do: positions, labels and masks say what is
-    padding, not ids."""
+    """The id that pads rows: the pad token's, or else the eos's. Positions, labels and masks say what is padding."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
@@ -137,7 +136,7 @@ def _encode_batch(
 
 
 def _encode_by_turns(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """For templates that do not say what is learned: the responses' places are where longer renderings go on."""
+    """For templates without generation marks: find the responses by rendering longer and longer conversations."""
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     spans = []
     for turn, message in enumerate(messages):
@@ -161,14 +160,14 @@ def _encode_by_turns(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> 
             raise ValueError(
                 f"The tokenizer of {tokenizer.name_or_path!r} has a token in which the prompt ends and the response "
                 f"begins, {text[start:end]!r}: the model would not see that prompt when it answers. Correct the chat "
-                "template, so that a control token or a newline stands between them."
+                "template, so that a control token or a newline is between them."
             )
         mask.append(any(inside) and end > start)
     return encoding["input_ids"], mask
 
 
 def _check_mask(mask: np.ndarray, conversation: Conversation) -> None:
-    """A template whose `{% generation %}` stands in the wrong place fails in silence, with nothing or all learned."""
+    """Refuse a template with `{% generation %}` in the wrong place, where nothing or everything would be learned."""
     if not mask.any() or mask.all():
         what = "all" if mask.all() else "none"
         raise ValueError(
@@ -178,7 +177,7 @@ def _check_mask(mask: np.ndarray, conversation: Conversation) -> None:
 
 
 def _unlearned_responses(mask: np.ndarray, conversation: Conversation) -> np.ndarray:
-    """The tokens of the responses whose weight is 0, of all that the mask has, a run of tokens each."""
+    """The tokens of the responses with weight 0, where each response is a run of tokens in the mask."""
     responses = [message for message in conversation.messages if message["role"] == "assistant"]
     if all(map(is_learned, responses)):
         return np.zeros_like(mask)
@@ -195,7 +194,7 @@ def _unlearned_responses(mask: np.ndarray, conversation: Conversation) -> np.nda
 def _check_prompt(
     token_ids: np.ndarray, mask: np.ndarray, conversation: Conversation, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """What stands before the last response must be what `add_generation_prompt` gives, to the last space."""
+    """Check that the text before the last response equals what `add_generation_prompt` gives, to the last space."""
     is_start = mask & ~np.append(False, mask[:-1])
     before = token_ids[: int(np.flatnonzero(is_start)[-1])].tolist()
     last = max(turn for turn, message in enumerate(conversation.messages) if message["role"] == "assistant")
@@ -203,7 +202,7 @@ def _check_prompt(
     if before != prompt:
         raise ValueError(
             f"{conversation.place}: the chat template of {tokenizer.name_or_path!r} writes another prompt with "
-            f"add_generation_prompt, ending in {tokenizer.decode(prompt[-8:])!r}, than stands before a response in "
+            f"add_generation_prompt, ending in {tokenizer.decode(prompt[-8:])!r}, than before a response in "
             f"training, ending in {tokenizer.decode(before[-8:])!r}. Correct it, to the last space and newline."
         )
 
@@ -224,7 +223,7 @@ def _the_stop_token(stop_ids: set[int], tokenizer: PreTrainedTokenizerBase) -> i
 class ConversationRows:
     """Rows of one or several conversations each, read at random, padded to the longest of a batch.
 
-    `position_ids` restart at 0 with each conversation, by which the model keeps them apart, and are 0 on padding.
+    `position_ids` restart at 0 with each conversation, which keeps them apart in the model, and are 0 on padding.
     """
 
     def __init__(self, encoded: EncodedConversations, *, block_size: int, pad_token_id: int, packing: bool = True):
@@ -284,7 +283,7 @@ class ConversationRows:
 
 
 def pack(lengths: Sequence[int], block_size: int) -> list[list[int]]:
-    """Which conversations share a row of at most `block_size` tokens: best fit, the longest ones first; none is cut."""
+    """The conversations of each row of at most `block_size` tokens: best fit, longest first; none is cut."""
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
@@ -302,9 +301,9 @@ def pack(lengths: Sequence[int], block_size: int) -> list[list[int]]:
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, rows: ConversationRows) -> None:
-    """Compare a row of several conversations with each of them alone; a model that lets them mix is an error."""
+    """Compare a row of several conversations with each of them alone; it is an error if the model lets them mix."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"{type(model).__name__} takes no position_ids, by which conversations are kept apart.")
+        raise ValueError(f"{type(model).__name__} takes no position_ids, which keep conversations apart.")
     shared = [index for index, row in enumerate(rows.contents) if len(row) > 1]
     if not shared:
         return
@@ -337,7 +336,7 @@ def mark_learned(row: EncodedConversation, tokenizer: PreTrainedTokenizerBase) -
 def fit_messages(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, *, max_prompt_length: int
 ) -> tuple[Messages, list[int], int]:
-    """The newest messages whose prompt has at most so many tokens, its token ids, and how many messages were dropped.
+    """The newest messages whose prompt fits into a number of tokens, its ids, and how many messages were dropped.
 
     The oldest turns go first, a question together with its answer; the system message stays. The prompt is encoded
     again: the keys and values of a longer conversation were computed at other positions and after what was dropped.

@@ -1,4 +1,4 @@
-"""JSON files -> records: a list, an object a line, or one object after another, however they are laid out."""
+"""Reader of JSON files: a list, one object per line, or one object after another, in any layout."""
 
 import json
 import re
@@ -29,7 +29,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=_as_object)
 
 
 def read_lines_of_json(path: Path, options: ReadOptions, *, within: range | None = None) -> Iterator[Record]:
-    """The objects of a .jsonl file, one a line; with `within`, of the lines that begin in that range of bytes."""
+    """The objects of a .jsonl file, one per line; with `within`, of the lines that begin in that range of bytes."""
     for place, text in _lines(path, within):
         if not text.strip():
             continue
@@ -62,7 +62,7 @@ def _lines(path: Path, within: range | None) -> Iterator[tuple[str, str]]:
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[Record]:
-    """The objects of a .json file: of a list, of `{"data": [...]}`, or one after another, on lines or laid out."""
+    """The objects of a .json file: in a list, in `{"data": [...]}`, or one after another, in any layout."""
     with open_text(path, newline="") as file:
         text = _JsonText(file)
         if text.next_character() == "[":
@@ -95,7 +95,7 @@ def _read_list(path: Path, text: "_JsonText", options: ReadOptions) -> Iterator[
             if delimiter == "]":
                 break
     if text.next_character():
-        yield Record(f"{path}, line {text.line:,}", problem="not valid JSON: something stands after the list")
+        yield Record(f"{path}, line {text.line:,}", problem="not valid JSON: there is something after the list")
 
 
 def _read_sequence(path: Path, text: "_JsonText", options: ReadOptions) -> Iterator[Record]:
@@ -146,7 +146,7 @@ class _JsonText:
         self.line = 1  # of the character at `start`
 
     def next_character(self) -> str:
-        """The next character that is no white space; "" at the end of the file."""
+        """The next character that is not whitespace; "" at the end of the file."""
         while True:
             self._move_to(SPACE.match(self.buffer, self.start).end())  # type: ignore[union-attr]  # it matches ""
             if self.start < len(self.buffer):
@@ -161,7 +161,7 @@ class _JsonText:
         self._move_to(self.start + num_characters)
 
     def value(self) -> Any:
-        """The value that begins here. An item is known to be whole when something after it is in sight."""
+        """The value that begins here. It is known to be complete when the buffer holds a character after it."""
         while True:
             try:
                 value, end = DECODER.raw_decode(self.buffer, self.start)

@@ -1,4 +1,4 @@
-"""Labelled texts: read from files, the Hub or the standard library, checked, split so that no text straddles."""
+"""Labelled texts: read from files, the Hub or the standard library, checked, and split with equal texts together."""
 
 import ast
 import hashlib
@@ -44,7 +44,7 @@ STDLIB_PACKAGES = (
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts and their labels as words, in the order in which they were read; `account` says what was left out."""
+    """Texts and their labels as strings, in the order in which they were read; `account` says what was left out."""
 
     texts: list[str]
     labels: list[str]
@@ -135,12 +135,12 @@ def _checked(record: Record, text_column: str, label_column: str) -> Record:
     if label is None:
         given = columns[label_column]
         what = repr(given)[:60] if isinstance(given, str | float) else json_type(given)
-        label_problem = f"its {label_column!r} is {what}, not a word or a whole number"
+        label_problem = f"its {label_column!r} is {what}, not a text or a whole number"
     return replace(record, problem=text_problem(columns[text_column], text_column) or label_problem)
 
 
 def join_labelled_texts(parts: Mapping[str, LabelledTexts]) -> LabelledTexts:
-    """Several datasets as one; `named_rows` says which rows are whose, if they are several."""
+    """Several datasets as one; `named_rows` says which rows belong to which, if there are several."""
     if len(parts) == 1:
         return next(iter(parts.values()))
     named_rows, start = {}, 0
@@ -157,7 +157,7 @@ def join_labelled_texts(parts: Mapping[str, LabelledTexts]) -> LabelledTexts:
 
 
 def label_names(labels: Iterable[str]) -> list[str]:
-    """The distinct labels in the order of their ids: numbers by their value, words by the alphabet.
+    """The distinct labels in the order of their ids: numbers by value, texts alphabetically.
 
     One label alone, or about as many labels as texts, is an error: there would be nothing to tell apart.
     """
@@ -179,12 +179,12 @@ def label_names(labels: Iterable[str]) -> list[str]:
 
 
 def normalized(text: str) -> str:
-    """What two texts share that are the same but for case and white space."""
+    """The text without case and whitespace differences, to compare texts."""
     return " ".join(text.split()).casefold()
 
 
 def balance_labels(data: LabelledTexts, *, seed: int) -> LabelledTexts:
-    """As many texts of each label as the rarest one has, drawn at random, in their old order."""
+    """As many texts of each label as the rarest one has, drawn at random, in the original order."""
     labels = np.array(data.labels)
     names, counts = np.unique(labels, return_counts=True)
     generator = np.random.default_rng(seed)
@@ -197,8 +197,8 @@ def split_by_text(
 ) -> list[LabelledTexts]:
     """The data in parts of these fractions, each with its share of every label; equal texts are in the same part.
 
-    Equal means equal but for case and white space. The sizes are those of the book, `int(fraction * rows)` and the rest
-    for the last part that has a fraction, unless a text that occurs several times stands at a cut.
+    Texts that differ only in case and whitespace are equal. The sizes are as in the book, `int(fraction * rows)` and
+    the rest for the last part that has a fraction, unless equal texts are on both sides of a cut.
     """
     if min(fractions) < 0 or not math.isclose(sum(fractions), 1.0):
         raise ValueError(f"fractions={tuple(fractions)}: they are at least 0, and sum to 1.")
@@ -229,13 +229,13 @@ def split_by_text(
 
 
 def check_labels_known(names: Sequence[str], **parts: LabelledTexts) -> None:
-    """A part (`validation=...`, `test=...`) with labels that the training texts lack is an error."""
+    """Raise a ValueError if a part (`validation=...`, `test=...`) has labels that the training texts lack."""
     for part, data in parts.items():
         if unknown := Counter(label for label in data.labels if label not in set(names)):
             listing = ", ".join(f"{label!r} ({count:,} texts)" for label, count in unknown.most_common(5))
             raise ValueError(
                 f"The {part} texts have labels that no training text has: {listing}. Those trained on are "
-                f"{list(names)}. Mend the labels, or leave the given {part} texts out, and a part of the training "
+                f"{list(names)}. Correct the labels, or leave the given {part} texts out, and a part of the training "
                 "texts is held back instead."
             )
 
@@ -243,7 +243,7 @@ def check_labels_known(names: Sequence[str], **parts: LabelledTexts) -> None:
 def describe_labelled_texts(
     train: LabelledTexts, validation: LabelledTexts, test: LabelledTexts, names: Sequence[str]
 ) -> str:
-    """What is there, before anything is trained: how many, of which labels, and what is odd about them."""
+    """A description of the data before training: numbers of texts and labels, repeats, conflicts and leaks."""
     parts = (train, validation, test)
     counts = Counter(train.labels)
     common, most = counts.most_common(1)[0]
@@ -276,7 +276,7 @@ def describe_labelled_texts(
 
 
 def _read_labelled(path: Path, options: ReadOptions, *, text_column: str, label_column: str) -> Iterator[Record]:
-    """A file's records; those of lines `label<TAB>text` without a header, if the first line is one."""
+    """A file's records, also of a file of lines `label<TAB>text` without a header, recognised by its first line."""
     suffix = format_of(path)
     if suffix not in ("", ".tsv", *TEXT):
         return read_file(path, options)
@@ -345,7 +345,7 @@ def _stdlib_records() -> Iterator[Record]:
 
 
 def _label(value: Any) -> str | None:
-    """A label as a word; None if the value is none."""
+    """A label as a string; None if the value cannot be a label."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str | int):

@@ -1,11 +1,11 @@
 """One lane of a stream: its shards in the order of each epoch, read in chunks, as rows that are taken one by one.
 
-A chunk is made of about `chunk_bytes` of text: its documents are encoded, shuffled, and packed as `prepare_rows` packs
-those of a corpus, its last row padded; then its rows are shuffled. Where a long document goes on in the next chunk,
-that one begins with the last token of this one, so that the token after it has something to be predicted from.
+A chunk is made of about `chunk_bytes` of text: its documents are encoded, shuffled, and packed as in `prepare_rows`,
+with the last row padded; then its rows are shuffled. If a long document continues in the next chunk, that chunk begins
+with the last token of this one, so that its first new token can be predicted.
 
 A chunk is a pure function of the place where it begins. So the next one can be made in the background while the rows of
-this one are taken, and whoever knows the place and the number of rows taken since goes on exactly there.
+this one are taken, and the place and the number of rows taken since are enough to resume exactly.
 """
 
 import logging
@@ -28,7 +28,7 @@ from .shards import Shard
 
 logger = logging.getLogger(__name__)
 
-# What is counted of the text that was read. It holds: targets == text_tokens + documents, which have an eos each.
+# Counts of the text that was read. Always: targets == text_tokens + documents, because each document has an eos.
 ACCOUNT = ["documents", "empty_documents", "held_out_documents", "bad_records", "records_without_column"]
 ACCOUNT += ["text_bytes", "text_tokens", "rows", "targets", "padding_tokens"]
 
@@ -58,10 +58,10 @@ class Place:
     """Where a chunk begins: before a part (see `cut_into_parts`) of a record of a shard, each counted from 0."""
 
     epoch: int = 0
-    shard: int = 0  # of those that the lane has in this epoch
+    shard: int = 0  # among the lane's shards of this epoch
     record: int = 0
     part: int = 0
-    token_id: int | None = None  # the one before, if the place is inside a document
+    token_id: int | None = None  # the token before, if the place is inside a document
     chunk: int = 0  # chunks of the lane before this one, in all epochs
 
 
@@ -112,7 +112,7 @@ class Lane:
 
     @property
     def mark(self) -> tuple[Place, int, Counter[str]]:
-        """Where the lane is. To go back to it takes a new lane: the thread may be making a chunk for this one."""
+        """Where the lane is. Only a new lane can return there: the thread may be making a chunk for this one."""
         return self.place, self.first_row, self.account
 
     @mark.setter
@@ -132,7 +132,8 @@ class Lane:
         while self.chunk is None or number >= self.first_row + len(self.chunk.token_ids):
             self._advance()
         index, chunk = number - self.first_row, self.chunk
-        # Not earlier, so that memory holds a chunk and a half for a lane, and all lanes begin before any goes on.
+        # Not earlier, so that memory holds a chunk and a half per lane, and all lanes begin before one makes a second
+        # chunk.
         if self.worker is not None and self._next_chunk is None and 2 * index >= len(chunk.token_ids):
             self._next_chunk = self.worker.submit(self._make_chunk, chunk.end)
         return chunk.token_ids[index], chunk.positions[index]
@@ -151,7 +152,7 @@ class Lane:
             self.chunk = (next_chunk or self.worker.submit(self._make_chunk, self.place)).result()
 
     def _make_chunk(self, place: Place) -> Chunk:
-        parts, self._parts = self._parts, None  # not kept if anything fails below: it would seem to be at its end
+        parts, self._parts = self._parts, None  # not kept if anything fails below, where it would seem to be at its end
         if parts is None or self._parts_begin != place:
             parts = self._read(place)
         texts: list[str] = []
@@ -244,7 +245,7 @@ class Lane:
 def documents_of(
     shard: Shard, options: ChunkOptions, account: dict[str, Any], *, first_record: int = 0
 ) -> Iterator[tuple[int, Iterator[str]]]:
-    """Number and parts of each record that is trained on, from a record on; the others are counted in the account."""
+    """Number and parts of each record to train on, from a given record on; the account counts the others."""
     for number, record in enumerate(_records(shard)):
         if number < first_record:
             continue
@@ -270,8 +271,8 @@ def _records(shard: Shard) -> Iterator[Record]:
         yield from shard.records()
     except OSError as error:
         raise OSError(
-            f"{shard.name} cannot be read: {error}. The stream needs the files that it began with. Put this one back, "
-            "or mend the connection, and start again: the run resumes."
+            f"{shard.name} cannot be read: {error}. The stream needs the files that it began with. Put it back, "
+            "or check the connection, and start again: the run resumes."
         ) from error
 
 
@@ -281,7 +282,7 @@ def new_account() -> dict[str, Any]:
 
 
 def digest(first_part: str) -> bytes:
-    """What tells a document from others: two that begin with the same part are taken for the same."""
+    """A document's digest; two documents that begin with the same part are taken for the same."""
     return sha256(first_part.encode()).digest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Documents -> rows of block_size + 1 token ids, on disk, to be read at random.
+"""Documents packed into rows of block_size + 1 token ids, on disk, read at random.
 
 The model sees a row's first block_size tokens, and its targets are the same row shifted by one. `position_ids` restart
 at 0 with each document and with each row, and a token is a target exactly if its position in the row is not 0: the
@@ -25,11 +25,11 @@ from .cache import batch_verifier, cached_dataset
 from .corpus import count_documents
 
 
-FORMAT_VERSION = 1  # part of the cache's address: raise it when the same documents would give other rows
+FORMAT_VERSION = 1  # part of the cache's address: increase it when the same documents would give other rows
 ENCODE_BYTES = 4 << 20  # text handed to the encoder at a time
 ENCODE_PARTS = 4096
-LARGEST_POSITION = 1 << 30  # a document's tokens further on count as this one: every row begins anew anyway
-CHUNK_TOKENS = 1 << 21  # about so many token ids form a record batch of the file
+LARGEST_POSITION = 1 << 30  # the position of all later tokens of a document: every row restarts at 0 anyway
+CHUNK_TOKENS = 1 << 21  # about this many token ids form a record batch of the file
 
 Encoder = Callable[[list[str]], list[np.ndarray]]
 Encoded = Iterator[tuple[np.ndarray, np.ndarray]]  # token ids of some parts, and where among them documents begin
@@ -38,9 +38,9 @@ RowBatches = Iterator[
     tuple[np.ndarray, np.ndarray, np.ndarray]
 ]  # token ids and positions (rows, T + 1), overlap (rows,)
 
-# What the account of rows says, in the order in which the tokens get there. These hold:
-#   targets + boundary_tokens + cropped_tokens == text_tokens + special_tokens, and cropped_tokens == 0
-#   row_tokens == text_tokens + special_tokens + padding_tokens + rows - 1, when packed: neighbours share a token
+# The account of rows, in the order in which tokens are counted. Always: targets + boundary_tokens + cropped_tokens ==
+# text_tokens + special_tokens, and cropped_tokens == 0 row_tokens == text_tokens + special_tokens + padding_tokens +
+# rows - 1, when packed: neighbours share a token
 ACCOUNT = ["documents", "text_bytes", "text_tokens", "special_tokens", "boundary_tokens", "cropped_tokens"]
 ACCOUNT += ["rows", "row_tokens", "padding_tokens", "row_targets", "targets", "target_bytes"]
 
@@ -49,8 +49,8 @@ class Rows:
     """Prepared rows, read from the memory map without copying anything but the rows asked for.
 
     `dataset` has the columns `input_ids`, `position_ids` (lists of block_size + 1), `num_targets` and `overlap`, the
-    number of the row's leading targets that an earlier row has too. `num_bytes` is the UTF-8 text that the targets
-    stand for, each counted once, and `account` what became of the documents' tokens. Rows are verified when they are
+    number of the row's leading targets that an earlier row has too. `num_bytes` is the number of UTF-8 bytes of the
+    targets, each counted once, and `account` says what became of the documents' tokens. Rows are verified when they are
     first read, a record batch at a time.
     """
 
@@ -73,7 +73,7 @@ class Rows:
         return len(self.dataset)
 
     def summary(self) -> str:
-        """What became of the documents, for people; nothing vanishes."""
+        """What became of the documents, in words; every token is accounted for."""
         account = self.account
         return (
             f"{count_documents(account['documents'])}, {account['text_bytes']:,} bytes -> "
@@ -96,8 +96,8 @@ class Rows:
     def batch(self, indices: np.ndarray, *, count_once: bool = False) -> dict[str, torch.Tensor]:
         """The rows as `input_ids`, `position_ids` and `shift_labels`, each (B, T) int64 with T = block_size.
 
-        `shift_labels` are already shifted, under the name by which transformers' loss takes such labels; where there
-        is no target they are -100. `count_once` hides the targets that an earlier row has too, as evaluation wants it.
+        `shift_labels` are already shifted, and named as transformers' loss expects such labels; they are -100 where
+        there is no target. `count_once` hides the targets that an earlier row has too, as evaluation needs.
         """
         indices = np.asarray(indices)
         if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
@@ -113,7 +113,7 @@ class Rows:
 
 
 class JoinedRows:
-    """Rows of several texts, one after another; `parts` has those of each, by its name."""
+    """Rows of several texts, one after another; `parts` has the rows of each text, by its name."""
 
     def __init__(self, parts: dict[str, Rows]):
         self.parts = parts
@@ -177,7 +177,7 @@ def prepare_rows(
 
     With `stride`, as in the book's chapter 2, no token is added, and a window slides over each document by itself,
     `stride` tokens further each time, the last one padded. Windows overlap by block_size - stride targets. A document's
-    first token is no target then, so its bytes do not count: `token_bytes` says how many a token id stands for.
+    first token is then not a target, so its bytes do not count: `token_bytes` gives the bytes of a token id.
 
     `encode` turns texts into token ids without special tokens. `key` must identify the documents and the tokenizer.
     Fewer tokens than one row needs are an error unless `allow_short`.
@@ -223,7 +223,7 @@ def check_options(
         raise ValueError(f"stride={stride}: it is at least 1, and at most block_size={block_size} or tokens are lost.")
     if stride is not None and not can_count_bytes:
         raise ValueError(
-            "stride needs token_bytes, the UTF-8 bytes of a token id, to count the text that the targets stand for. "
+            "stride needs token_bytes, the UTF-8 bytes of a token id, to count the text of the targets. "
             "For a byte-level BPE: lambda token_id: len(tokenizer.convert_ids_to_tokens(token_id))."
         )
     for name, token_id in special_ids.items():
@@ -236,7 +236,7 @@ def check_options(
 def _encode_documents(
     documents: datasets.Dataset, encode: Encoder, account: Counter[str], *, vocab_size: int, progress: bool
 ) -> Encoded:
-    """The token ids of the documents' parts, encoded many at a time; the account gets what there is of text."""
+    """The token ids of the documents' parts, encoded many at a time; the account counts the text."""
     last_document = None
     with tqdm(desc="Text to rows", unit="B", unit_scale=True, disable=not progress) as bar:
         for texts, numbers, num_bytes in _batches_of_parts(documents):
@@ -253,7 +253,7 @@ def _encode_documents(
 
 
 def encode_texts(texts: list[str], encode: Encoder, *, vocab_size: int) -> list[np.ndarray]:
-    """What `encode` gives for the texts, checked."""
+    """The texts' token ids from `encode`, checked."""
     encoded = encode(texts)
     if len(encoded) != len(texts):
         raise ValueError(f"encode gave {len(encoded):,} arrays for {len(texts):,} texts.")
@@ -323,7 +323,7 @@ def _separate_documents(encoded: Encoded, account: Counter[str], token_bytes: Ca
 def cut_rows(segments: Segments, account: Counter[str], *, block_size: int, step: int, pad_token_id: int) -> RowBatches:
     """Rows of block_size + 1 tokens that begin every `step` tokens of a stream, their positions, and their overlap.
 
-    What is left at a stream's end becomes a padded row if any of it is a new target.
+    The rest at a stream's end becomes a padded row if it has any new target.
     """
     width = block_size + 1
     most_rows = max(1, CHUNK_TOKENS // width)  # at a time: with a small step, rows outweigh the stream they view

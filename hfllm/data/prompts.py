@@ -1,4 +1,4 @@
-"""A file of prompts -> the prompts: one a line of text, or one a row of a table or a JSON object."""
+"""Prompts from a file: one per line of text, per row of a table, or per JSON object."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from .records import ReadOptions, text_problem
 def load_prompts(name: str, *, column: str = "prompt") -> list[str]:
     """The prompts in a file, in order; a line without a visible character holds none.
 
-    Of .jsonl, .json, .csv, .tsv, .parquet and .arrow, `column` has the prompts; every other file is text.
+    In .jsonl, .json, .csv, .tsv, .parquet and .arrow files, `column` has the prompts; every other file is text.
     """
     path = Path(name).expanduser()
     if not path.is_file():

@@ -1,8 +1,8 @@
-"""Questions about the Python that runs, with answers the interpreter gives: the offline data of chapter 7.
+"""Questions about the running Python, answered by its interpreter: the offline data of chapter 7.
 
 Three kinds of question have an answer that is right or wrong, character by character: what an expression prints, which
 function a docstring describes, and what the first line of a function's docstring is. Expressions are drawn from a seed
-and evaluated; functions are those of modules that are imported and asked. Nothing is downloaded, nothing is made up.
+and evaluated; functions come from imported modules. Nothing is downloaded, nothing is made up.
 """
 
 import ast
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-# Modules whose import does nothing but define; classes of builtins stand for their methods.
+# Modules whose import only defines names; classes of builtins are there for their methods.
 MODULES: list[str] = """
     abc argparse array ast base64 binascii bisect builtins calendar cmath codecs collections collections.abc
     colorsys configparser contextlib copy csv datetime decimal difflib dis email.utils enum fileinput fnmatch
@@ -37,7 +37,7 @@ WORDS: list[str] = """
     stone tiger uncle voice water xenon youth zebra ant bee cat dog egg fig hat ink jam key
 """.split()  # noqa: SIM905
 
-# What an expression of ours may be made of; `evaluate_expression` refuses everything else.
+# What an expression may be made of; `evaluate_expression` refuses everything else.
 FUNCTIONS: dict[str, Callable] = {f.__name__: f for f in (len, sorted, sum, max, min, abs, list, range, str, bool)}
 METHODS = {
     "upper",
@@ -61,12 +61,12 @@ NODES = (
 )
 LARGEST_NUMBER = 10_000
 ASKING = "What does Python print for "
-# How people ask it. The first is that of the questions as they are drawn, half of all.
+# How people ask it. The first is the wording of the questions as they are drawn, and half of all.
 WORDINGS = {f"{ASKING}{{}}": 0.5, "{}": 0.2, "What is {}?": 0.2, ">>> {}": 0.1}
 DOUBLE_QUOTED = 0.25  # of the expressions with texts
 # Of further questions. There are some 7,000 different expressions with strings in all, so they are soon used up.
 FURTHER_SHARES = {"arithmetic": 0.25, "string": 0.2, "list": 0.35, "comparison": 0.2}
-MISSES_IN_A_ROW = 1000  # expressions drawn that were drawn before, after which there are no others
+MISSES_IN_A_ROW = 1000  # repeated draws in a row, after which no others are expected
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Question:
 def python_questions(num_expressions: int = 12_000, *, seed: int = 0) -> list[Question]:
     """Questions in a random order, no question twice: expressions, docstrings and names of this Python's functions.
 
-    `num_expressions` is a quarter each of arithmetic, strings, lists and comparisons. How many functions there are, and
-    what their docstrings say, depends on the Python that runs.
+    `num_expressions` is a quarter each of arithmetic, strings, lists and comparisons. The number of functions and their
+    docstrings depend on the running Python.
     """
     draw = random.Random(seed)
     questions = [*_expression_questions(num_expressions, draw), *_function_questions()]
@@ -95,7 +95,7 @@ def describe_questions(questions: list[Question]) -> str:
 
 
 def evaluate_expression(expression: str) -> str:
-    """What the interpreter prints for the expression: its repr. Only what NODES, FUNCTIONS and METHODS allow is run."""
+    """The repr of an expression's value. Only what NODES, FUNCTIONS and METHODS allow is evaluated."""
     tree = ast.parse(expression, mode="eval")
     for node in ast.walk(tree):
         allowed = isinstance(node, NODES)
@@ -113,9 +113,9 @@ def evaluate_expression(expression: str) -> str:
 
 
 def further_expressions(number: int, *, seed: int, is_known: Callable[[str], bool]) -> list[Question]:
-    """More questions of what an expression prints, drawn in the same way, none twice and none that is known.
+    """More questions about expressions, drawn in the same way, none twice and none that `is_known`.
 
-    They are shared out by FURTHER_SHARES; a kind of which there are no others left gives what it has.
+    FURTHER_SHARES divides them among the kinds; a kind that runs out gives fewer.
     """
     draw = random.Random(f"further {seed}")
     questions = []
@@ -134,9 +134,9 @@ def further_expressions(number: int, *, seed: int, is_known: Callable[[str], boo
 
 
 def reword(question: str, draw: random.Random) -> str:
-    """The question of an expression in one of WORDINGS, its texts perhaps in double quotes; any other as it is.
+    """An expression's question in one of WORDINGS, its texts perhaps in double quotes; any other question unchanged.
 
-    The answer stays the same: Python prints a text in single quotes, in whichever it was written.
+    The answer stays the same: Python prints a text in single quotes, however it was written.
     """
     if not question.startswith(ASKING):
         return question
@@ -291,7 +291,7 @@ def first_line(function: Any) -> str | None:
 def _call(name: str, function: Any) -> str | None:
     try:
         signature = inspect.signature(function)
-    except (ValueError, TypeError):  # a function in C that does not say
+    except (ValueError, TypeError):  # a C function without a signature
         return None
     if not _is_the_same_everywhere(function, signature):
         return None
@@ -300,10 +300,10 @@ def _call(name: str, function: Any) -> str | None:
 
 
 def _is_the_same_everywhere(function: Any, signature: inspect.Signature) -> bool:
-    """Whether each default that is a text stands in the function's source, as far as there is one.
+    """Whether each default that is a text is also in the function's source, if it has one.
 
-    Others were found out when Python started, such as the interpreter's path in `platform.architecture`: with them the
-    same seed would ask something else in another environment, and train another model.
+    Other defaults are set when Python starts, such as the interpreter's path in `platform.architecture`. With them, the
+    same seed would give other questions in another environment, and train another model.
     """
     texts = [parameter.default for parameter in signature.parameters.values() if isinstance(parameter.default, str)]
     if not texts or not inspect.isfunction(inspect.unwrap(function)):

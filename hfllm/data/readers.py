@@ -1,4 +1,4 @@
-"""The reader of files: each record with its place, or what is wrong with it."""
+"""The reader of all files: each record with its place, or with its problem."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -66,7 +66,7 @@ def can_be_cut(path: Path) -> bool:
 def read_documents(
     path: Path, text_column: str, options: ReadOptions | None = None, *, within: range | None = None
 ) -> Iterator[Record]:
-    """The documents of one file; those of a table or of JSON are in `text_column`."""
+    """The documents of one file; in a table or in JSON they are in `text_column`."""
     options = replace(options or ReadOptions(), required={text_column: "text_column"}, only={text_column})
     for record in read_file(path, options, within=within):
         yield as_document(record, text_column, source=str(path))

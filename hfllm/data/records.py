@@ -1,4 +1,4 @@
-"""A record of a file or a dataset, what can be wrong with it, and the one account of what was read and left out."""
+"""A record of a file or a dataset, its possible problems, and the account of what was read and left out."""
 
 import difflib
 import logging
@@ -15,7 +15,7 @@ NUM_TOLD = 3  # of the remarks
 MOST_UNUSED = 1000  # names of columns: JSON objects may have any
 
 
-@dataclass(slots=True)  # not frozen: that takes five times as long, and a corpus has millions
+@dataclass(slots=True)  # not frozen: creating a frozen one takes five times as long, and a corpus has millions
 class Record:
     """A document, its text in pieces of any size; or the columns of a row; or, with `problem`, nothing of use."""
 
@@ -24,7 +24,7 @@ class Record:
     columns: Mapping[str, Any] | None = None  # of a table's row or a JSON object
     problem: str | None = None
     lacks_column: bool = False
-    num_lost: int = 1  # records that a problem stands for: a quotation mark that never closes takes many
+    num_lost: int = 1  # records that a problem concerns: a quotation mark that never closes affects many
     remark: str | None = None  # what is odd about a record that is used
     unread: tuple[str, ...] = ()  # columns of the file that were not asked for
     source: str = ""  # the file that it is from
@@ -68,7 +68,7 @@ def as_document(record: Record, text_column: str, *, source: str = "") -> Record
 
 
 def text_problem(value: Any, name: str) -> str | None:
-    """Why the value of a column is no text, or None."""
+    """Why the value of a column is not a valid text, or None."""
     if not isinstance(value, str):
         return f"its {name!r} is {json_type(value)}, not a string"
     try:
@@ -89,7 +89,7 @@ def json_type(value: Any) -> str:
 
 
 def lacking(column: str, columns: Iterable[str], option: str = "text_column") -> str:
-    """What to say of a table or an object that lacks a column: the nearest name, and all there are."""
+    """The message about a table or an object that lacks a column, with the nearest name and all names."""
     columns = list(columns)
     nearest = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
     hint = f"did you mean {option}={nearest[0]!r}?" if nearest else f"name the right one with {option}"
@@ -97,7 +97,7 @@ def lacking(column: str, columns: Iterable[str], option: str = "text_column") ->
 
 
 def lacks_required(columns: Collection[str], options: ReadOptions) -> str | None:
-    """What to say of columns among which a required one is missing, or None."""
+    """The message about a missing required column, or None."""
     for name, option in options.required.items():
         if name not in columns:
             return lacking(name, columns, option)
@@ -105,14 +105,14 @@ def lacks_required(columns: Collection[str], options: ReadOptions) -> str | None
 
 
 def repeated(header: Iterable[str]) -> str | None:
-    """What to say of a table that has a column's name twice, so that a row's cells have two meanings; None if not."""
+    """The message about a table that has a column's name twice; None if each name is there once."""
     counts = Counter(name for name in header if name)  # columns without a name mean nothing
     names = [repr(name) for name, count in counts.items() if count > 1]
     return f"the header has {', '.join(names)} more than once; give each column a name of its own" if names else None
 
 
 def header_problem(place: str, header: Collection[str], options: ReadOptions) -> Record | None:
-    """The record that says what is wrong with a table's columns, or None."""
+    """A record with the problem of a table's columns, or None."""
     if problem := repeated(header):
         return Record(place, problem=problem)
     if problem := lacks_required(header, options):
@@ -121,13 +121,13 @@ def header_problem(place: str, header: Collection[str], options: ReadOptions) ->
 
 
 def new_account() -> dict[str, Any]:
-    """What `is_good` counts in."""
+    """An empty account for `is_good`."""
     counts = dict.fromkeys(("empty_documents", "bad_records", "records_without_column"), 0)
     return {**counts, "bad_record_examples": [], "remarks": [], "num_remarks": 0, "unused_columns": []}
 
 
 def is_good(record: Record, account: dict[str, Any], *, on_bad_record: str) -> bool:
-    """Whether a record can be used; one that cannot stops the reading or is counted in the account."""
+    """Whether a record can be used; a bad one raises an error or is counted in the account."""
     if record.problem is None:
         note_unused(record.unread, account)
         if record.remark is not None:
@@ -158,7 +158,7 @@ def check_on_bad_record(on_bad_record: str) -> None:
 
 
 def tell_account(dataset: str, account: Mapping[str, Any]) -> None:
-    """Log what was skipped, what looked odd and which columns are not used, a line for each."""
+    """Log what was skipped, what looked odd and which columns are not used, one line each."""
     if account["bad_records"]:
         first = account["bad_record_examples"][0]
         logger.warning("%s: %s bad records were skipped, first %s", dataset, f"{account['bad_records']:,}", first)

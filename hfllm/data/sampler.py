@@ -53,5 +53,5 @@ def rows_of_step(
 @functools.lru_cache(maxsize=2)  # a step can cross from one epoch into the next
 def _order_of_epoch(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     # Not Generator.permutation: numpy promises that the bits of PCG64 never change, but not what a Generator makes of
-    # them, and a run resumed under a later numpy must go on in the same order.
+    # them, and a run resumed with a later numpy must keep the same order.
     return np.argsort(np.random.PCG64([seed, epoch]).random_raw(num_rows), kind="stable")

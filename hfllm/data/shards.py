@@ -1,7 +1,7 @@
-"""Dataset name -> shards: pieces of its text that are read one by one, each from its beginning, by whoever needs it.
+"""Shards of a dataset: pieces of its text that can be read independently, each from its beginning.
 
-Nothing is copied and nothing but names and sizes is read in advance, so the text may be larger than the disk (on the
-Hub) or than the time one has to read it all.
+Nothing is copied, and only names and sizes are read in advance, so the text may be larger than the disk (on the Hub) or
+too large to read as a whole.
 """
 
 import hashlib
@@ -40,10 +40,10 @@ from .sources import (
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1  # part of a stream's identity: raise it when the same files would give other shards
-NUM_PIECES = 256  # that a text is cut into, where its files can be cut, ...
-LEAST_PIECE_BYTES, MOST_PIECE_BYTES = 1 << 16, 32 << 20  # ... unless they get smaller or larger than that
-FEW_SHARDS = 16  # a dataset on the Hub with fewer than that is cut further, where its format allows it
+FORMAT_VERSION = 1  # part of a stream's identity: increase it when the same files would give other shards
+NUM_PIECES = 256  # into which a text is cut, if its files can be cut, ...
+LEAST_PIECE_BYTES, MOST_PIECE_BYTES = 1 << 16, 32 << 20  # ... unless the pieces would be smaller or larger than this
+FEW_SHARDS = 16  # a dataset on the Hub with fewer shards is cut further, if its format allows it
 SAMPLE_BYTES = 1 << 16
 HELD_OUT_SHARDS = 64
 HELD_OUT_BYTES = 8 << 20
@@ -51,7 +51,7 @@ HELD_OUT_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Shard:
-    """A piece of the text. `records()` reads it from its beginning; `num_bytes` is its size beside that of others."""
+    """A piece of the text. `records()` reads it from its beginning; `num_bytes` is its relative size."""
 
     name: str
     num_bytes: int
@@ -62,9 +62,8 @@ class Shard:
 class Shards:
     """The shards of a dataset, in a fixed order.
 
-    `contents` names the files and what tells them from changed ones: their size and either a checksum that their host
-    gives or one of samples, since nobody reads a corpus of this size just to identify it. `num_bytes` is the size of
-    the files, or None if nobody says.
+    `contents` names the files with their size and a checksum: the host's own, or one of samples, because reading a
+    whole corpus only to identify it takes too long. `num_bytes` is the size of the files, or None if it is not known.
     """
 
     name: str
@@ -72,7 +71,7 @@ class Shards:
     contents: list[tuple[str, str]]
     num_bytes: int | None
     text_column: str
-    reading: dict[str, str] = field(default_factory=dict)  # what else tells these documents from others of the files
+    reading: dict[str, str] = field(default_factory=dict)  # further options that decide which documents the files give
 
 
 def find_shards(
@@ -85,11 +84,11 @@ def find_shards(
     document_separator: str | None = None,
     exclude: Iterable[str | os.PathLike] = (),
 ) -> Shards:
-    """The shards of what `dataset` stands for, by the same rules as `load_corpus`.
+    """The shards of a dataset, by the same rules as `load_corpus`.
 
-    A .jsonl file here is cut between lines and a .parquet file between row groups, so that a large one is many shards
-    and all are of about the same size; any other file, a compressed one too, is one shard. Of a dataset on the Hub, a
-    shard is what `datasets` takes for one, mostly a file. Empty files are left out.
+    A local .jsonl file is cut between lines and a .parquet file between row groups, so that a large file gives many
+    shards of about the same size; any other file, also a compressed one, is one shard. For a dataset on the Hub, the
+    shards are those of `datasets`, usually files. Empty files are left out.
     """
     options = document_options(text_column, delimiter=delimiter, document_separator=document_separator)
     paths = local_paths(dataset, dataset_config=dataset_config, split=split)
@@ -106,7 +105,7 @@ def find_shards(
     shards: list[Shard] = []
     contents: list[tuple[str, str]] = []
     for path, size in sizes.items():
-        # Relative to what was named, so that a corpus that moved to another disk is still the same.
+        # Relative to the named folder, so that a corpus that moved to another disk is still the same.
         name = path.absolute().relative_to(root).as_posix()
         contents.append((name, f"{size:,} bytes, sha256 of samples {_sampled_sha256(path, size)[:16]}"))
         if paths:
@@ -157,11 +156,11 @@ def _pieces_of_lines(size: int, piece_bytes: int) -> list[tuple[range, int]]:
 
 
 def _row_groups(path: Path, piece_bytes: int) -> list[tuple[range, int]]:
-    """Neighbouring row groups, enough at a time for so many bytes of all their columns."""
+    """Ranges of neighbouring row groups, each with at least `piece_bytes` in all their columns."""
     try:
         metadata = pq.read_metadata(path)
     except (pa.ArrowException, OSError):
-        return []  # whoever reads the file says what is wrong with it
+        return []  # the reader of the file will report the problem
     pieces: list[tuple[range, int]] = []
     start = num_bytes = 0
     for group in range(metadata.num_row_groups):
@@ -196,7 +195,7 @@ def _hub_shards(dataset: str, dataset_config: str | None, *, split: str, text_co
         Shard(name, max(1, size), partial(_hub_records, table, number, name, text_column))
         for number, (name, size) in enumerate(zip(names, sizes))
     ]
-    # Where `datasets` names no files, its hash of the dataset stands for them.
+    # If `datasets` names no files, its hash of the dataset identifies them.
     contents = contents or [(f"{dataset}, {dataset_config}, {split}", str(builder.hash))]
     return Shards(dataset, shards, contents, sum(num_bytes for _, num_bytes, _ in files) or None, text_column)
 
@@ -238,9 +237,9 @@ def hold_out(
 ) -> Corpus:
     """Documents to validate on, kept on disk: HELD_OUT_BYTES of them, or `fraction` of the files' bytes if it is less.
 
-    They are taken from the beginnings of HELD_OUT_SHARDS shards or, if these are small, more, so that little is read
-    to find them; a document larger than all that is wanted is passed over. What trains on the same shards leaves
-    these texts out if it is told to: see `RowStream`.
+    They are taken from the beginnings of HELD_OUT_SHARDS shards or, if these are small, of more, so that little is read
+    to find them; a document larger than the wanted size is passed over. `RowStream` leaves these documents out of
+    training (`held_out`).
     """
     if fraction is not None and not 0 < fraction < 1:
         raise ValueError(f"fraction={fraction}: it is more than 0 and less than 1.")

@@ -1,4 +1,4 @@
-"""Dataset name -> the files, folders or tables that it stands for, and their records."""
+"""The files, folders or tables that a dataset's name means, and their records."""
 
 import contextlib
 import difflib
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Not the library itself: its tests, other people's packages, and the record of how this machine's Python was built.
 STDLIB_LEAVES_OUT = re.compile(r"tests?|idle_test|site-packages|dist-packages|__pycache__|config-.*|_sysconfigdata.*")
-RUN_FILE = "arguments.yaml"  # a folder with this file below a folder of texts is what a recipe wrote
+RUN_FILE = "arguments.yaml"  # a folder with this file was written by a recipe, and is not read as text
 SAVED_TO_DISK = ("state.json", "dataset_info.json")  # beside the tables of Dataset.save_to_disk
 
 Part = tuple[str, Callable[[], Iterator[Record]]]  # a file or a dataset: its name and what reads it
@@ -55,7 +55,7 @@ def find_source(
     exclude: Iterable[str | os.PathLike] = (),
     read: Callable[[Path, ReadOptions], Iterator[Record]] = read_file,
 ) -> Source:
-    """What `dataset` stands for: `stdlib`, else the local files of that name, else the dataset on the Hub."""
+    """What `dataset` names: `stdlib`, else the local files of that name, else the dataset on the Hub."""
     paths = local_paths(dataset, dataset_config=dataset_config, split=split)
     if paths is None:
         return _hub_source(dataset, dataset_config, split=split, options=options)
@@ -68,7 +68,7 @@ def find_source(
 
 
 def is_local(dataset: str) -> bool:
-    """Whether a dataset's name stands for `stdlib` or files here, and not for a dataset on the Hub."""
+    """Whether a dataset's name means `stdlib` or local files, and not a dataset on the Hub."""
     return dataset == "stdlib" or bool(_local_paths(dataset))
 
 
@@ -79,7 +79,7 @@ def named_datasets(dataset: str) -> dict[str, str]:
 
 
 def by_short_names(names: Iterable[str]) -> dict[str, str]:
-    """Names of files and datasets by what tells them apart in a number's name: `fr` for texts/fr.txt.gz."""
+    """Short names of files and datasets, for the names of numbers: `fr` for texts/fr.txt.gz."""
     named: dict[str, str] = {}
     for name in dict.fromkeys(names):
         stem = Path(name).name
@@ -110,7 +110,7 @@ def local_paths(dataset: str, *, dataset_config: str | None, split: str) -> list
 def _local_paths(dataset: str) -> list[Path]:
     """The files and folders that `dataset` names; none if it can only be an id on the Hub.
 
-    A file that is there is taken before commas and wildcards are read.
+    A file of exactly that name takes precedence over commas and wildcards.
     """
     if not dataset.strip():
         raise ValueError("The dataset has no name. Give a file, a folder, an id on the Hub, or 'stdlib'.")
@@ -140,7 +140,7 @@ def _exists(name: str) -> bool:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """What a pattern such as texts/*.txt or texts/**/*.md stands for."""
+    """The files that match a pattern such as texts/*.txt or texts/**/*.md."""
     found = sorted(map(Path, glob.glob(str(pattern), recursive=True)), key=lambda path: path.parts)  # noqa: PTH207
     read = [path for path in found if path.is_dir() or format_of(path) in SUFFIXES]
     if not read:
@@ -152,20 +152,20 @@ def _matches(pattern: Path) -> list[Path]:
 
 def _nearest_names(path: Path) -> str:
     if not path.parent.is_dir():
-        return f" Nor is there a folder {str(path.parent)!r}."
+        return f" There is no folder {str(path.parent)!r} either."
     names = [other.name for other in path.parent.iterdir()]
     nearest = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=3)]
-    return f" Nearest: {', '.join(nearest)}." if nearest else f" {str(path.parent)!r} has {len(names):,} other entries."
+    return f" Nearest: {', '.join(nearest)}." if nearest else f" No name in {str(path.parent)!r} is similar."
 
 
 def files_below(
     paths: Sequence[Path], *, exclude: Iterable[str | os.PathLike] = ()
 ) -> tuple[list[Path], dict[str, int]]:
-    """The files to read, and what of a folder is not read: how many files of each kind.
+    """The files to read, and how many files of each kind are not read.
 
-    A file that is named itself may have no ending: it is text. Of a folder, files of the known endings are read, links
-    followed once. Left out, and told, are other files, links that lead to what is read already or to nothing, and
-    folders of runs: those named in `exclude` (paths), and those that hold what a recipe writes.
+    A file that is named itself may have no ending: it is text. In a folder, files of the known endings are read, and
+    links are followed once. Other files, links to what is read already or to nothing, and folders of runs (those in
+    `exclude`, and those that a recipe wrote) are left out and reported.
     """
     excluded = {Path(path).expanduser().resolve() for path in exclude}
     files: list[Path] = []
@@ -332,7 +332,7 @@ def hub_class_names(features: datasets.Features | None) -> dict[str, list[str]]:
 
 @contextlib.contextmanager
 def hub_errors_explained(dataset: str, dataset_config: str | None, split: str) -> Iterator[None]:
-    """What `datasets` raises when it cannot find or load a dataset, with the next step."""
+    """Turn the errors of `datasets` about a dataset that it cannot find or load into messages with the next step."""
     try:
         yield
     except (ConnectionError, FileNotFoundError) as error:

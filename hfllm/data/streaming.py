@@ -1,4 +1,4 @@
-"""Shards -> an endless stream of rows, for text that is larger than the disk.
+"""An endless stream of rows from shards, for text that is larger than the disk.
 
 The stream is read in lanes. In each epoch the shards are shuffled and dealt to the lanes, and each lane reads its own
 (see `lanes`). Row p of the stream is the next one of lane p % num_lanes, and belongs to process p % num_processes.
@@ -29,23 +29,23 @@ from .shards import Shard, Shards
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1  # part of the identity: raise it when the same text would give another stream
-NUM_LANES = 16  # texts of so many places mix in a step, and up to so many processes share them
+FORMAT_VERSION = 1  # part of the identity: increase it when the same text would give another stream
+NUM_LANES = 16  # texts from this many places mix in a step, and at most this many processes share them
 CHUNK_BYTES = 1 << 20
 MOST_NAMED_FILES = 256
 SHARDS = 3  # what is shuffled: part of the seed
 
 
 class RowStream:
-    """Rows of block_size + 1 token ids, of which `take` gives a process its share; endless, each epoch in a new order.
+    """An endless stream of rows of block_size + 1 ids, in a new order each epoch; `take` gives a process its share.
 
-    `shards` is what `find_shards` found. `held_out` are sets of documents to leave out wherever they appear, such as
-    those of `hold_out`. The options from `block_size` to `key` are those of `prepare_rows`.
+    `shards` comes from `find_shards`. `held_out` are sets of documents to leave out wherever they appear, such as those
+    of `hold_out`. The options from `block_size` to `key` are as in `prepare_rows`.
 
     A stream resumes exactly from its `state_dict`, on any number of processes up to the number of shards. By default a
-    chunk has CHUNK_BYTES of text, or that of some 256 rows if it is more, so that padding its last row takes some
-    0.2 % of the tokens at most. Memory holds a chunk and a half for each lane of the process, in 8 bytes a token at
-    most. With `prefetch` a thread reads and encodes ahead; without it, steps wait for that now and then.
+    chunk has CHUNK_BYTES of text, or the text of some 256 rows if that is more, so that padding its last row takes at
+    most 0.2 % of the tokens. Memory holds a chunk and a half for each lane of the process, at most 8 bytes per token.
+    With `prefetch`, a thread reads and encodes ahead; without it, some steps wait for that.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class RowStream:
         return num_lanes
 
     def take(self, num_rows: int) -> dict[str, torch.Tensor]:
-        """The process's share of the stream's next `num_rows` rows, (num_rows / num_processes, T) like `Rows.batch`.
+        """The process's share of the stream's next `num_rows` rows, (num_rows / num_processes, T); see `Rows.batch`.
 
         All processes take the same numbers of rows. A step's rows are taken at once or in several micro-batches: they
         are the same rows, however they are cut.
@@ -161,7 +161,7 @@ class RowStream:
         return {name: total[name] for name in ACCOUNT}
 
     def summary(self) -> str:
-        """What is read, and how, for people."""
+        """What is read, and how, in words."""
         size = f" of {self.shards.num_bytes:,} bytes" if self.shards.num_bytes else ""
         return (
             f"{len(self.shards.shards):,} shards{size}, in {self.num_lanes} lanes that are shuffled by "
@@ -175,7 +175,7 @@ class RowStream:
         return {**state, "identity": self.identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where a stream of the same text and options was, on whatever number of processes."""
+        """Resume exactly where a stream of the same text and options was, on any number of processes."""
         saved = state["identity"]
         differences = [
             f"    {name}: {saved.get(name)!r} then, {self.identity.get(name)!r} now"
@@ -185,12 +185,12 @@ class RowStream:
         if differences:
             raise ValueError(
                 "This is the state of another stream:\n" + "\n".join(differences) + "\n"
-                "Go on with the text and the options that it was made with, or start anew."
+                "Resume with the text and the options that it was made with, or start again."
             )
         missing = [str(lane) for lane in self._own_lanes(state["num_lanes"]) if str(lane) not in state["lanes"]]
         if missing:
             raise ValueError(
-                f"The state has no lane {', '.join(missing)} of {state['num_lanes']}: it is that of a single process. "
+                f"The state has no lane {', '.join(missing)} of {state['num_lanes']}: it comes from a single process. "
                 "Join those of all processes by merge_states."
             )
         self.position = state["position"]
@@ -218,7 +218,7 @@ class RowStream:
                 *(self.num_processes, num_lanes, times, num_lanes),
             )
         self.num_lanes = num_lanes
-        # A new function each time, because the thread may still be making a chunk for the lanes there were before.
+        # A new function each time, because the thread may still be making a chunk for the previous lanes.
         deal = functools.lru_cache(maxsize=4)(functools.partial(self._deal, num_lanes))  # lanes differ in their epochs
 
         def shards_of(number: int) -> Callable[[int], list[Shard]]:
@@ -248,7 +248,7 @@ class RowStream:
         return lanes
 
     def _check_text(self) -> None:
-        """Stop if there is nothing to train on, in any shard: a lane would look for it for ever."""
+        """Raise an error if no shard has anything to train on: a lane would search forever."""
         account = new_account()
         if any(True for shard in self.shards.shards for _ in documents_of(shard, self.options, account)):
             return
@@ -268,14 +268,14 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
     lanes: dict[str, dict[str, Any]] = {}
     for state in states:
         for number, lane in state["lanes"].items():
-            # Two processes that share a lane may be in different chunks of it; the later one is less to read again.
+            # Two processes that share a lane may be in different chunks of it; from the later one, less is read again.
             if number not in lanes or lane["first_row"] > lanes[number]["first_row"]:
                 lanes[number] = lane
     return {**states[0], "lanes": {number: lanes[number] for number in sorted(lanes, key=int)}}
 
 
 def _identity_of(shards: Shards) -> dict[str, Any]:
-    """What tells the text from another; files are named as long as they are few enough to read their names."""
+    """The identity of the text; files are named if there are only a few."""
     contents = sha256(repr((shards.contents, shards.text_column)).encode()).hexdigest()
     identity = {
         "stream.format_version": f"{FORMAT_VERSION}.{SHARDS_VERSION}",

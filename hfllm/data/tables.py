@@ -1,4 +1,4 @@
-"""Tables of text, .csv and .tsv -> records: strict about the number of cells, and about what a quotation mark swallows.
+"""Reader of .csv and .tsv tables: strict about the number of cells, and about lines inside quotation marks.
 
 Rows end at a line feed, with or without a carriage return before it. So form feeds and the line separators of Unicode
 are text in every cell.
@@ -13,7 +13,7 @@ from .records import ReadOptions, Record, header_problem
 
 
 DELIMITERS = (",", ";", "\t", "|")
-LONGEST_CELL = 2**31 - 1  # characters; csv's default of 131,072 is shorter than many documents
+LONGEST_CELL = 2**31 - 1  # characters; csv's default of 131,072 is less than many documents have
 
 Row = tuple[int, list[str], list[str] | csv.Error]  # number of its first line, its lines, its cells
 
@@ -88,7 +88,7 @@ def _recognise_delimiter(path: Path) -> tuple[str, str | None]:
 
 
 def _alone(line: str, delimiter: str, *, strict: bool = False) -> list[str]:
-    """The cells of a line by itself; quotation marks are plain characters unless `strict`."""
+    """The cells of a single line; quotation marks are plain characters unless `strict`."""
     try:
         if strict:
             return next(csv.reader([line], delimiter=delimiter, strict=True), [])
@@ -103,7 +103,7 @@ def _recover(
     """The records of lines that are not valid together.
 
     If each line after the first is a row by itself, only the first is bad: its quotation mark is a plain character.
-    Otherwise it may be a long text that is torn, and none of its lines is used.
+    Otherwise it may be a long text that is incomplete, and none of its lines is used.
     """
     further = [(number, _alone(line, delimiter, strict=True), line) for number, line in enumerate(lines[1:], first + 1)]
     are_rows = all(len(cells) == len(header) or not line.strip() for _, cells, line in further)

@@ -1,4 +1,4 @@
-"""How a conversation is written where a tokenizer does not say: chat templates for base models."""
+"""Chat templates for base models, whose tokenizers have none."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from .readers import whole_text
 
 
 # Chapter 7's prompt, which is Alpaca's (Taori et al. 2023), as plain text: it needs no token that the model has never
-# seen. What it has before the first turn is the system message, if there is one. In front stands the bos, unless the
-# eos is also the bos, as GPT-2 has it. The eos ends a response, so the model learns to stop at what it stopped at
-# before. A message's outer whitespace is dropped, so that no token holds a response's beginning and what stands before.
+# seen. A system message replaces the text before the first turn. The bos comes first, unless the eos is also the bos,
+# as in GPT-2. The eos ends a response, so the model stops at the token that ended its documents. A message's outer
+# whitespace is dropped, so that no token spans a response's beginning and the text before it.
 ALPACA = """\
 {{- BOS -}}
 {%- if messages[0]['role'] == 'system' -%}
@@ -51,11 +51,11 @@ TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML}
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> str | None:
-    """Give the tokenizer, in place, the chat template `alpaca`, `chatml` or a Jinja file's; what was done, in words.
+    """Set the tokenizer's chat template to `alpaca`, `chatml` or a Jinja file; returns what was done, in words.
 
-    `save_pretrained` writes it with the tokenizer, so that everybody's `apply_chat_template` writes a conversation as
-    it was trained. A control token's text in a message is broken up by a space, by the template itself (by a file's
-    only if the file does it). Without a choice nothing is done.
+    `save_pretrained` writes it with the tokenizer, so that `apply_chat_template` writes a conversation everywhere as in
+    training. The template breaks up a control token's text in a message by a space (a file's template only if the file
+    does so). Without a choice nothing is done.
     """
     if choice is None:
         return None
@@ -75,7 +75,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> s
 
 
 def _written_for(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """The template with this tokenizer's bos, and its control tokens broken up in what somebody says."""
+    """The template with this tokenizer's bos, which breaks up its control tokens in messages."""
     replacements = "".join(
         f".replace({_quoted(t)}, {_quoted(broken_up(t))})" for t in control_tokens(tokenizer, template)
     )
@@ -85,7 +85,7 @@ def _written_for(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text as Jinja (and minja, and huggingface.js) read one."""
+    """A text as a string literal of Jinja (and minja, and huggingface.js)."""
     return "'" + json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"').replace("'", "\\'") + "'"
 
 
@@ -98,12 +98,12 @@ def _read_template(name: str) -> str:
         )
     template = whole_text(path, what="chat_template")
     if "messages" not in template:
-        raise ValueError(f"chat_template={name!r}: the file is no chat template, which goes through `messages`.")
+        raise ValueError(f"chat_template={name!r}: the file is not a chat template, which loops over `messages`.")
     return template
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A tokenizer that does not say how a conversation is written is an error."""
+    """Raise a ValueError if the tokenizer has no chat template."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, so nothing says how a conversation is "
@@ -114,7 +114,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str = "") -> list[str]:
-    """The texts that the tokenizer takes for control tokens, longest first; of other added ones those in `template`."""
+    """The tokenizer's control tokens, longest first, and other added tokens that occur in `template`."""
     tokens = [
         token.content
         for token in tokenizer.added_tokens_decoder.values()
@@ -126,8 +126,8 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str = "") -> li
 def without_control_tokens(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Messages:
     """The messages, with the text of each control token in them broken up by a space: `<|im_end|>` -> `<|im_end |>`.
 
-    The templates of our own tokenizers and of this file do the same to what they are given, so for them it changes
-    nothing; others leave it to the caller, and whoever types a control token there ends the turn of somebody else.
+    The templates of our own tokenizers and of this file do the same, so this changes nothing for them. Other templates
+    leave it to the caller: there, a user who types a control token could end a turn.
     """
     control = control_tokens(tokenizer, tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else "")
     cleaned = []

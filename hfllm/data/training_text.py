@@ -1,4 +1,4 @@
-"""Text to what a training step reads, from prepared rows or from a stream, and the rows to evaluate on."""
+"""The rows that training steps read, prepared or streamed, and the rows to evaluate on."""
 
 import logging
 import os
@@ -37,12 +37,12 @@ class TrainingText:
 
     Attributes:
         train: Prepared rows, or a stream that has no end.
-        validation: Prepared rows; none of their documents is trained on, unless they were given.
+        validation: Prepared rows; none of their documents is trained on, unless they were given separately.
         fingerprint: sha256 of the text.
-        tokenizer: What encoded them.
+        tokenizer: The tokenizer that encoded the text.
         tokenizer_sha256: Its fingerprint.
-        identity: What tells these training rows from others, by name.
-        summary: What was found, for people.
+        identity: The identity of the training rows, by name.
+        summary: What was found, in words.
     """
 
     train: Rows | RowStream
@@ -55,13 +55,13 @@ class TrainingText:
 
     @property
     def validation_parts(self) -> dict[str, Rows]:
-        """The validation rows of each text by its name, where several are to be told apart; else nothing."""
+        """The validation rows of each text by its name, if several are reported separately; else an empty dict."""
         return self.validation.parts if isinstance(self.validation, JoinedRows) else {}
 
     def read_step(
         self, step: int, *, batch_size: int, accumulation: int, seed: int, accelerator: Accelerator
     ) -> tuple[list[dict[str, torch.Tensor]], int]:
-        """This process's share of a step's rows, a batch for each forward pass, and the targets of all processes.
+        """This process's share of a step's rows, a batch per forward pass, and the number of targets of all processes.
 
         A step has batch_size * accumulation * num_processes rows: the same ones, however that product is cut. From a
         stream, steps are read in turn.
@@ -122,11 +122,11 @@ def prepare_text(
 ) -> TrainingText:
     """Split the documents before anything else, then encode and cut them into rows; the main process does it for all.
 
-    What is evaluated on is the `validation_dataset` (several of them, separated by commas, are told apart by their
-    names), the `validation_split`, or else `validation_fraction` of the text; the ends of a few long files are told
-    apart, too. With `streaming`, only that is kept on
-    the disk, and training text is read and encoded as it is needed. `encode` and `tokenizer_sha256` are the
-    tokenizer's encoder and fingerprint; the other options are those of `load_corpus`, `prepare_rows` and `RowStream`.
+    The validation text is the `validation_dataset` (several, separated by commas, are reported by name), the
+    `validation_split`, or else `validation_fraction` of the text; if that is the ends of a few long files, these are
+    reported by name too. With `streaming`, only the validation text is kept on the disk, and training text is read and
+    encoded as it is needed. `encode` and `tokenizer_sha256` are the tokenizer's encoder and fingerprint; the other
+    options are as in `load_corpus`, `prepare_rows` and `RowStream`.
 
     Raises:
         ValueError: if there is nothing to evaluate on, or options exclude each other; says what to give.
@@ -190,7 +190,7 @@ def prepare_text(
             else:
                 training, rest = split_documents(corpus, validation_fraction=validation_fraction)
                 is_cut = corpus.account["documents"] > 1 and len(training) + len(rest) > len(corpus.documents)
-                how = " cut" if is_cut else ""  # rows that were prepared before long documents were cut are others
+                how = " cut" if is_cut else ""  # so that rows prepared before long documents were cut are not reused
                 rows = prepare(f"train{how}", training, corpus)
                 named = held_out_by_file(corpus, rest) if is_cut else {}
                 held_out = [rest]

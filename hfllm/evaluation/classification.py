@@ -1,4 +1,4 @@
-"""Scores of classifiers, and the baselines beside them."""
+"""Scores of classifiers, and of two baselines."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,7 +68,7 @@ def score_labelled_texts(
 ) -> dict[str, Any]:
     """The `test_...` scores that recipes/finetune_classification.py writes, of these texts and the model's labels."""
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    model.config.pad_token_id = tokenizer.pad_token_id  # with it, transformers' own classes find the end of a text
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which transformers' own classes find the end of a text
     texts = [row[:block_size] for row in tokenizer(data.texts, truncation=False, verbose=False)["input_ids"]]
     logits = predict_logits(
         model,
@@ -126,8 +126,8 @@ def logistic_regression(
 ) -> tuple[np.ndarray, float]:
     """Log-probabilities (N, labels) of the test texts by scikit-learn's logistic regression, and its strength C.
 
-    It sees words and pairs of words by TF-IDF with sublinear counts. Of three strengths, the one that is best on the
-    validation texts is taken, as is the epoch of the neural model.
+    Its features are words and pairs of words, by TF-IDF with sublinear counts. Of three strengths, it takes the best on
+    the validation texts, just as the neural model's epoch is chosen.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -153,8 +153,8 @@ def score_beside_baselines(
 ) -> dict[str, Any]:
     """The numbers of metrics.json: `eval_...` and `test_...` of the logits of these parts, and of two baselines.
 
-    The baselines are a logistic regression on the same parts, `test_logistic_regression_...`, and always predicting
-    the most frequent label of the part `train`, `test_majority_accuracy`.
+    The baselines are a logistic regression on the same parts, `test_logistic_regression_...`, and the most frequent
+    label of the part `train` as the answer to every text, `test_majority_accuracy`.
     """
     scores = {part: score_predictions(logits[part], np.array(parts[part][1]), names) for part in ("eval", "test")}
     metrics = {f"eval_{name}": scores["eval"][name] for name in ("loss", "accuracy", "f1_macro")}
@@ -171,7 +171,7 @@ def score_beside_baselines(
 
 
 def describe_scores(metrics: Mapping[str, Any]) -> str:
-    """Two small tables of what `score_beside_baselines` found, and a sentence if the logistic regression is better."""
+    """Two tables of the numbers of `score_beside_baselines`, and a sentence if the logistic regression is better."""
     labels, num_texts = metrics["test_per_label"], metrics["test_texts"]
     rows = {"this model": "test", "logistic regression, TF-IDF": "test_logistic_regression"}
     width = max(map(len, (*labels, *rows)))

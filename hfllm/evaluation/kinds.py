@@ -19,7 +19,7 @@ def find_kind(configs: Mapping[str, PretrainedConfig]) -> Kind:
     if len(set(kinds.values())) > 1:
         listing = ", ".join(f"{name} is a {kind} model" for name, kind in kinds.items())
         raise ValueError(
-            f"Only models of one kind can be compared, and these are of two: {listing}. Measure each apart."
+            f"Only models of one kind can be compared, and these are of two: {listing}. Measure each separately."
         )
     kind = next(iter(kinds.values()))
     if kind == "classifier":

@@ -1,4 +1,4 @@
-"""Conversations: the loss on their responses, and a model's own replies compared with them."""
+"""Evaluation on conversations: the loss on responses, and exact match of a model's own replies."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Reply(NamedTuple):
 
 
 def stop_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, stop_token_id: int) -> None:
-    """Make `generate` stop, from now on, at the token that ends a turn as well as at the end of a document."""
+    """Set `generate` to stop at the token that ends a turn, and at the end of a document."""
     model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, stop_token_id})
     model.generation_config.pad_token_id = padding_token_id(tokenizer)
 
@@ -74,7 +74,7 @@ def score_conversations(
     max_new_tokens: int | None = None,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """`test_loss` in nats per token of the responses, each counted once, and what was read.
+    """`test_loss` in nats per token of the responses, each counted once, and the counts of what was read.
 
     With `max_new_tokens` the model also answers each prompt, and `exact_match` compares the replies.
     """
@@ -109,7 +109,7 @@ def exact_match(questions: Sequence[Conversation], replies: Sequence[Reply]) -> 
     """The share of replies that equal the response, as `metrics/exact_answer` counts them, in all and of each kind.
 
     `test_answers_unfinished` of the `test_answers` reached their limit of tokens, and `test_answers_empty` were empty:
-    too few tokens can look like too little knowledge.
+    replies that are too short can look like missing knowledge.
     """
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()

@@ -44,9 +44,9 @@ class Evaluation:
 def evaluate_rows(model: nn.Module, rows: Rows, *, batch_size: int, accelerator: Accelerator) -> Evaluation:
     """Score every target of `rows` once, cut among the processes; each process gets the numbers of all.
 
-    A mean of batch means depends on the batches whenever they differ in their number of targets, and a process that
-    repeats rows to fill its share counts them twice. Here only sums are exchanged: the result is the same, up to
-    rounding in the logits, for any batch size and any number of processes.
+    A mean of batch means depends on the batches if their numbers of targets differ, and a process that repeats rows to
+    fill its share counts them twice. Here only sums are exchanged: the result is the same, up to rounding in the
+    logits, for any batch size and any number of processes.
     """
     if len(rows) == 0 or rows.num_bytes <= 0:
         raise ValueError(
@@ -59,7 +59,7 @@ def evaluate_rows(model: nn.Module, rows: Rows, *, batch_size: int, accelerator:
 
 
 def join_evaluations(parts: Iterable[Evaluation]) -> Evaluation:
-    """The evaluation of several texts as one: each token counts alike."""
+    """The evaluation of several texts as one: each token has the same weight."""
     parts = list(parts)
     num_tokens = sum(part.num_tokens for part in parts)
     return Evaluation(

@@ -100,15 +100,15 @@ def evaluate_windows(
 ) -> Evaluation:
     """Score every target once, cut among the processes; each process gets the numbers of all.
 
-    `num_bytes` is the UTF-8 text that all the targets stand for. Losses are computed and summed in float64 from the
-    model's logits. Rows are padded on the right, where a causal model does not look.
+    `num_bytes` is the number of UTF-8 bytes of all targets. Losses are computed and summed in float64 from the model's
+    logits. Rows are padded on the right, where a causal model does not look.
     """
     if not windows or num_bytes <= 0:
         raise ValueError(
             f"There is nothing to evaluate: {len(windows):,} windows, {num_bytes:,} bytes. Is the text empty?"
         )
     start = time.perf_counter()
-    # Longest first: what does not fit into memory fails at once, and the rows of a batch have similar lengths.
+    # Longest first: a lack of memory shows at once, and the rows of a batch have similar lengths.
     order = sorted(range(len(windows)), key=lambda index: -len(windows[index].input_ids))
     order = order[accelerator.process_index :: accelerator.num_processes]
     loss_sum, num_tokens = 0.0, 0
@@ -123,7 +123,7 @@ def evaluate_windows(
     finally:
         model.train(was_training)
 
-    # MPS has no float64, so there the sums travel on the CPU.
+    # MPS has no float64, so there the sums are on the CPU.
     device = torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
     totals = torch.tensor([loss_sum, num_tokens], dtype=torch.float64, device=device)
     loss_sum, total_tokens = accelerator.reduce(totals, reduction="sum").tolist()

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Trainer that are whole or do not exist, and training that stops and resumes on them.
+"""Checkpoints of transformers' Trainer that are whole or do not exist, and exact resuming from them.
 
     checkpoints/checkpoint-100/
         model.safetensors, config.json      or adapter_model.safetensors with LoRA: as Trainer writes them
@@ -11,8 +11,8 @@
         manifest.json                       size and sha256 of all the above, written last
 
 A checkpoint is written elsewhere, flushed to the disk and then renamed: at every moment the folder either holds it
-complete or does not hold it. `broken-checkpoint-100` failed verification and was set aside. Nothing is pickled, but for
-what torch writes itself of a sharded model (FSDP, DeepSpeed), which is read only after its sha256 was checked.
+complete or does not hold it. `broken-checkpoint-100` failed verification and was set aside. Nothing is pickled, except
+torch's own files of a sharded model (FSDP, DeepSpeed), which are read only after their sha256 was checked.
 """
 
 import contextlib
@@ -48,23 +48,23 @@ OPTIMIZER, OPTIMIZER_NUMBERS = "optimizer.safetensors", "optimizer.json"
 SCHEDULER, SCALER, RANDOM_STATES = "scheduler.json", "scaler.json", "random_states.safetensors"
 STATE = "trainer_state.json"
 WRITING = "writing"  # the folder beside the checkpoints in which one is written
-DELETING = "deleting-"  # what a checkpoint's name begins with while it is deleted
+DELETING = "deleting-"  # prefix of a checkpoint's name while it is deleted
 SPARE_BYTES = 1 << 20  # for the files of a checkpoint that are not tensors
 
 
 class CheckpointedTrainer(Trainer):
-    """transformers' Trainer with whole checkpoints, exact resumption, and a checkpoint when it is told to stop.
+    """transformers' Trainer with whole checkpoints, exact resumption, and a checkpoint when a signal stops it.
 
     `was_stopped` says after `train` whether SIGTERM or Ctrl-C ended it; the newest checkpoint then has all its steps,
-    and the run is to end with `hfllm.runs.signals.EXIT_CODE`. See `train_from_newest`.
+    and the process must exit with `hfllm.runs.signals.EXIT_CODE`. See `train_from_newest`.
 
-    The order of rows is a function of the seed and the epoch, also where they are grouped by length, for which Trainer
-    draws from the state of the process.
+    The order of rows is a function of the seed and the epoch, also if they are grouped by length, where Trainer would
+    use the random state of the process.
     """
 
     was_stopped = False
-    # Saved with each checkpoint, so that it opens by itself. As its `processing_class` Trainer would also write the
-    # tokenizer's special tokens over those at which the model stops.
+    # Saved with each checkpoint, so that it opens by itself. As its `processing_class`, Trainer would also overwrite
+    # the tokens at which the model stops by the tokenizer's.
     tokenizer_of_checkpoints: PreTrainedTokenizerBase | None = None
     control: Any
 
@@ -77,7 +77,7 @@ class CheckpointedTrainer(Trainer):
                 output = super().train(*args, **kwargs)
             finally:
                 self.remove_callback(stopping)
-            # Asked for after the last step, when everything is saved.
+            # The signal came after the last step, when everything is saved.
             self.was_stopped = self.was_stopped or request.agreed()
         return output
 
@@ -96,7 +96,7 @@ class CheckpointedTrainer(Trainer):
         )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self._is_at_end():  # resumed after its last step, where Trainer would take another
+        if self._is_at_end():  # resumed after its last step, where Trainer would take one more
             self.control.should_training_stop = True
             return
         set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
@@ -112,7 +112,7 @@ class CheckpointedTrainer(Trainer):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if not self.was_stopped:
             return super()._finalize_training(*args, **kwargs)
-        # Neither the best weights are loaded nor other checkpoints deleted: the run is not at its end.
+        # The run is not at its end: do not load the best weights or delete other checkpoints.
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self.is_in_train = False
         return TrainOutput(self.state.global_step, float("nan"), {})
@@ -157,7 +157,7 @@ class CheckpointedTrainer(Trainer):
         for leftover in [folder / WRITING, *folder.glob(f"{DELETING}*")]:  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         if self._is_sharded:
-            return  # nobody here knows the size of the whole
+            return  # the size of the whole checkpoint is not known here
         state = self.optimizer.state_dict()["state"]
         tensors = [value for values in state.values() for value in values.values() if torch.is_tensor(value)]
         is_adapter = hasattr(self.model, "peft_config")
@@ -168,8 +168,8 @@ class CheckpointedTrainer(Trainer):
         if needed > (free := shutil.disk_usage(folder).free):
             raise OSError(
                 f"The checkpoint at step {self.state.global_step:,} needs {needed / 2**20:,.1f} MiB, and the disk of "
-                f"{folder} has {free / 2**20:,.1f} MiB left. The older checkpoints are untouched. Make room, and start "
-                "the same command again."
+                f"{folder} has {free / 2**20:,.1f} MiB left. The older checkpoints are untouched. Free disk space, and "
+                "start the same command again."
             )
 
     @property
@@ -240,7 +240,7 @@ class CheckpointedTrainer(Trainer):
         return result
 
     def _load_callback_state(self) -> None:
-        # Trainer does this only if it is asked to, and early stopping would count again from zero.
+        # Trainer does this only on request, and early stopping would count from zero again.
         for callback in self.callback_handler.callbacks:
             saved = self.state.stateful_callbacks.get(type(callback).__name__)
             if isinstance(callback, ExportableState) and isinstance(saved, dict):
@@ -283,7 +283,7 @@ class CheckpointedTrainer(Trainer):
         num_processes = len({name.partition(".")[0] for name in saved})
         if num_processes != self.args.world_size and self.args.process_index == 0:
             logger.warning(
-                "%s was written by %d processes, and there are %d now: dropout is drawn anew.",
+                "%s was written by %d processes, and there are %d now: dropout is drawn differently.",
                 *(checkpoint, num_processes, self.args.world_size),
             )
         own = f"{self.args.process_index}."
@@ -296,15 +296,15 @@ class CheckpointedTrainer(Trainer):
         if fault := on_main_process(self.accelerator, lambda: find_fault(best)):
             raise ValueError(
                 f"{best}, whose model was the best, is broken: {fault}. Start the same command again: it resumes from "
-                "the checkpoint before, and trains from there."
+                "the checkpoint before it."
             )
         super()._load_best_model()
 
 
 def train_from_newest(trainer: CheckpointedTrainer) -> bool:
-    """Train from the newest sound checkpoint, or from the beginning; False if the run was told to stop.
+    """Train from the newest sound checkpoint, or from the beginning; False if a signal stopped the run.
 
-    For every process. A run that was told to stop is to end with `hfllm.runs.signals.EXIT_CODE`.
+    All processes must call it. After False, the process must exit with `hfllm.runs.signals.EXIT_CODE`.
     """
     newest = on_main_process(trainer.accelerator, lambda: newest_checkpoint(trainer.args.output_dir))
     if newest is not None:
@@ -317,13 +317,13 @@ def train_from_newest(trainer: CheckpointedTrainer) -> bool:
 
 
 def newest_checkpoint(checkpoints: str | Path) -> str | None:
-    """The checkpoint of the most steps that is sound, and so is the best one it names; None if there is none.
+    """The newest checkpoint that is sound, and whose best checkpoint is sound too; None if there is none.
 
-    Broken ones are set aside, and named on the terminal. For the main process.
+    Broken ones are set aside with a message. For the main process.
     """
     for path in (Path(checkpoints) / WRITING).glob("checkpoint-*"):
         if find_fault(path) is None and not (Path(checkpoints) / path.name).exists():
-            path.rename(Path(checkpoints) / path.name)  # all that was missing when the run was killed
+            path.rename(Path(checkpoints) / path.name)  # only this rename was missing when the run was killed
     for path in reversed(list_checkpoints(checkpoints)):
         fault = find_fault(path)
         if fault is None:
@@ -341,7 +341,7 @@ def newest_checkpoint(checkpoints: str | Path) -> str | None:
 
 
 def list_checkpoints(checkpoints: str | Path) -> list[Path]:
-    """The folders that are named as checkpoints are, fewest steps first."""
+    """The folders named like checkpoints, fewest steps first."""
     paths = [path for path in Path(checkpoints).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
@@ -368,7 +368,7 @@ def random_states() -> dict[str, torch.Tensor]:
 
 
 def set_random_states(states: dict[str, torch.Tensor]) -> None:
-    """Put back what `random_states` returned."""
+    """Restore the result of `random_states`."""
     gauss = states["python.gauss"].tolist()
     random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
     position, has_gauss = states["numpy.position"].tolist()
@@ -417,8 +417,8 @@ def _disk_errors_explained(path: Path, temporary: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
-            f"{path} could not be written: {error}. The older checkpoints are untouched. Make room (or keep fewer of "
-            "them), or mend whatever else is the cause; then start the same command again."
+            f"{path} could not be written: {error}. The older checkpoints are untouched. Free disk space (or keep "
+            "fewer of them), or remove the cause; then start the same command again."
         ) from error
 
 
@@ -436,14 +436,14 @@ def _delete_old(folder: Path, *, keep: int | None, kept: list[str]) -> None:
 
 
 def _set_for_deletion(path: Path) -> Path:
-    """Rename a checkpoint: if this process is killed while it is deleted, half a folder is taken for what it is."""
+    """Rename a checkpoint, so that if a kill interrupts its deletion, the rest is not taken for a checkpoint."""
     aside = path.with_name(f"{DELETING}{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     return path.rename(aside)
 
 
 def _with_tuples(group: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no tuples, such as the betas."""
+    """Restore tuples such as the betas, which JSON does not have."""
     return {
         name: tuple(value) if isinstance(value, list) and name != "params" else value for name, value in group.items()
     }

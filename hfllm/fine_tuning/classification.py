@@ -59,7 +59,7 @@ class ClassifierTrainer(CheckpointedTrainer):
         )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        # A word that decides occurs in few texts: its row of the embedding is updated rarely, and needs large steps.
+        # A decisive word occurs in few texts: its row of the embedding is updated rarely, and needs large steps.
         optimizer = super().create_optimizer(model)
         heads = [module for name, module in self.model.named_modules() if name.rpartition(".")[2] in HEADS]
         tables = {

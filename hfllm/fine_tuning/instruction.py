@@ -1,4 +1,4 @@
-"""Instruction tuning: how long to train on few or many rows, and what was learned, in words."""
+"""Instruction tuning: number of epochs and evaluations, and a description of what was learned."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,10 @@ from ..runs.log import format_sample
 
 
 FEWEST_EPOCHS, MOST_EPOCHS = 2, 20
-FEWEST_STEPS = 150  # optimizer steps that small data is repeated for
+FEWEST_STEPS = 150  # optimizer steps; smaller data is repeated to reach them
 MOST_STEPS_BETWEEN_EVALUATIONS = 100
 NUM_EVALUATIONS = 10  # of a short run
-SMALLEST_FALL = 0.01  # of the test loss, relative, that counts as learning
+SMALLEST_FALL = 0.01  # relative fall of the test loss that counts as learning
 LONGEST_TEXT = 200  # characters of a reply that is shown
 
 
@@ -29,7 +29,7 @@ def choose_eval_steps(num_steps: int) -> int:
 
 
 def describe_learning(metrics: Mapping[str, Any], samples: Sequence[Conversation], replies: Sequence[Reply]) -> str:
-    """Whether anything was learned, in plain words: by the test loss, the samples' replies, and exact match if counted.
+    """Whether anything was learned, in words: by the test loss, the samples' replies, and exact match if counted.
 
     `metrics` has `test_loss_before` and `test_loss`; `replies` are those to the samples after training.
     """
@@ -61,7 +61,7 @@ def describe_learning(metrics: Mapping[str, Any], samples: Sequence[Conversation
 
 
 def describe_samples(samples: Sequence[Conversation], before: Sequence[Reply], after: Sequence[Reply]) -> str:
-    """Each sample's question, the expected response, and the replies before and after training, a line each."""
+    """Each sample's question, expected response, and replies before and after training, one per line."""
     parts = []
     for sample, old, new in zip(samples, before, after, strict=True):
         question = sample.messages[last_response(sample) - 1]["content"]

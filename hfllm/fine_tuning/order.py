@@ -1,4 +1,4 @@
-"""The order of rows in fine-tuning: a function of seed and epoch, so that a resumed run has the same."""
+"""The order of rows in fine-tuning: a function of seed and epoch, the same in a resumed run."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,14 +6,14 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 
-BATCHES_IN_A_POOL = 50  # rows of so many batches are sorted by length together
+BATCHES_IN_A_POOL = 50  # the rows of this many batches are sorted by length together
 
 
 class RowOrder(Sampler[int]):
     """The order of an epoch's rows, in whole batches; a function of seed and epoch, the same in every process.
 
     `by_length` puts rows of similar lengths into a batch, and the batches in random order. Batches from long to short
-    would go from one label to another where length depends on the label (spam is long). Rows beyond the last whole
+    would go from one label to the other if length depends on the label (spam is long). Rows beyond the last whole
     batch, different ones in each epoch, are left out with `drop_last`, so that every step is the mean over the same
     number of rows; without it they come last.
     """
@@ -48,10 +48,10 @@ class RowOrder(Sampler[int]):
 
 
 def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Tell the sampler of a prepared loader its epoch, however often accelerate wrapped it.
+    """Set the epoch of a prepared loader's sampler, through all of accelerate's wrappers.
 
-    accelerate's own `set_epoch` does not reach it where several processes skip the batches that were trained on before
-    a resume: the rest of the epoch would come in the order of the first one.
+    accelerate's own `set_epoch` does not reach the sampler if several processes skip batches after a resume: the rest
+    of the epoch would have the order of the first epoch.
     """
     sampler = getattr(loader, "batch_sampler", None)
     while sampler is not None:

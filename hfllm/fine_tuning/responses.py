@@ -10,11 +10,11 @@ from torch import nn
 
 @contextlib.contextmanager
 def logits_only_at(model: nn.Module, places: torch.Tensor) -> Iterator[None]:
-    """Within the block, the model computes logits only at these places of its rows.
+    """Make the model compute logits only at these places of its rows, within the block.
 
-    `places` (B, T) is true where they are wanted; a forward pass of rows (B, T) then returns logits (N, V) in the order
-    of rows and positions. In a conversation most tokens are prompt, whose logits are not used; with a vocabulary of
-    150,000 they would take most of the memory. It works with any model of transformers whose head is a module.
+    `places` (B, T) is true where logits are needed; a forward pass of rows (B, T) then returns logits (N, V) in the
+    order of rows and positions. In a conversation most tokens are prompt, whose logits are not used; with a vocabulary
+    of 150,000 they would take most of the memory. It works with any model of transformers whose head is a module.
     """
     head = model.get_output_embeddings()
 

@@ -1,4 +1,4 @@
-"""A run of one of the fine-tuning recipes: its folder, transformers' Trainer in it, and what it leaves there."""
+"""A run of a fine-tuning recipe: its folder, Trainer's arguments and callbacks, and saving the results."""
 
 import contextlib
 import dataclasses
@@ -41,9 +41,9 @@ from ..training.devices import keep_freed_memory, leaving_at_once
 from .checkpoints import CheckpointedTrainer, train_from_newest
 
 
-# What a run writes besides its results, and after them.
+# Files that a run writes besides its results, and after them.
 FILES = ("log.jsonl", PAGE_FILE)
-# Updates in a row whose gradient was not finite; that many are no accident.
+# Updates in a row whose gradient was not finite; more are not an accident.
 MAX_SKIPPED_IN_A_ROW = 10
 
 
@@ -64,10 +64,10 @@ class FineTuningRun:
     def is_finished(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, Iterable[Any]]
     ) -> bool:
-        """Whether this very run is finished; what is missing of its page and card is written now.
+        """Whether this run is finished already; a missing page or card is written now.
 
-        `model` is the base, as it was opened. `rows` are what the run learns from and is measured on, by name ("train",
-        "eval", "test"), each as JSON holds it.
+        `model` is the base, as it was opened. `rows` are the rows for training and evaluation, by name ("train",
+        "eval", "test"), as JSON values.
 
         Raises:
             ValueError: the folder holds another run, for example one on other rows; says what differs.
@@ -82,7 +82,7 @@ class FineTuningRun:
             "tokenizer_sha256": hash_rows([tokenizer_fingerprint(tokenizer), tokenizer.chat_template]),
             **{f"{name}_sha256": hash_rows(each) for name, each in rows.items()},
         }
-        if self.folder.is_of_earlier_version:  # it noted its options alone
+        if self.folder.is_of_earlier_version:  # it noted only its options
             self.folder.check_same(identity_of(self.args))
         self.folder.check_same(self.identity)
         if not self.folder.is_finished():
@@ -90,15 +90,15 @@ class FineTuningRun:
         if not self.folder.is_done("page", file=PAGE_FILE):
             self._present()
         elif self.is_main:
-            print(f"The run in {self.output_dir} is finished: nothing to do. overwrite_output_dir starts it again.")
+            print(f"The run in {self.output_dir} is finished: nothing to do. overwrite_output_dir starts again.")
         return True
 
     def begin(
         self, trainer: CheckpointedTrainer, describe_evaluation: Callable[[dict[str, Any]], str] | None = None
     ) -> None:
-        """Begin or resume the run, and let `trainer` log into `log.jsonl`; an earlier run to be overwritten gives way.
+        """Begin or resume the run, and let `trainer` log into `log.jsonl`; an earlier one is deleted if asked for.
 
-        To be called once everything that can be wrong has been checked, and before anything is measured or trained.
+        Call it after all checks, and before anything is measured or trained.
         """
         changes = self.folder.begin(self.identity, options=changeable_of(self.args), files=FILES)
         with self.folder.writing() as partial:
@@ -119,7 +119,7 @@ class FineTuningRun:
     def train(self, trainer: CheckpointedTrainer) -> float:
         """Train from the newest sound checkpoint, or from the start; returns the seconds it took.
 
-        If the run is told to stop (SIGTERM, Ctrl-C), it saves after the step, and the process exits with EXIT_CODE.
+        On SIGTERM or Ctrl-C it saves after the step, and the process exits with EXIT_CODE.
         """
         start = time.perf_counter()
         if not train_from_newest(trainer):
@@ -168,7 +168,7 @@ class FineTuningRun:
             write_json(folder / "metrics.json", metrics)
 
     def finish(self, trainer: Trainer) -> None:
-        """Note that the run is finished, with what `writing` moved into its folder, and write its page and card."""
+        """Note that the run is finished, with the files of `writing`, and write its page and card."""
         self.folder.finish(step=trainer.state.global_step)
         self._present()
 
@@ -185,7 +185,7 @@ def open_run(args: Any, *, recipe: str) -> Iterator[FineTuningRun]:
     """
     processes = PartialState(cpu=not torch.accelerator.is_available())
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # of loading and saving; training has its own
+    transformers_logging.disable_progress_bar()  # for loading and saving; training has its own
     keep_freed_memory()
     claim = claim_folder(
         args.output_dir,
@@ -201,18 +201,18 @@ def open_run(args: Any, *, recipe: str) -> Iterator[FineTuningRun]:
 
 
 def training_arguments(args: Any, *, kind: type[TrainingArguments] = TrainingArguments, **own: Any) -> Any:
-    """Trainer's arguments: the recipe's options that have the same name there, and `own`, which win.
+    """Trainer's arguments: the recipe's options that have the same name there, and `own`, which take precedence.
 
     `kind` is the class of the arguments, such as TRL's `DPOConfig`.
     """
     names = {field.name for field in dataclasses.fields(kind) if field.init}
-    # Gradient checkpointing is set up where LoRA is, which needs it to work with frozen embeddings.
+    # Gradient checkpointing is set up together with LoRA, whose frozen embeddings need a change for it.
     same = {name: value for name, value in vars(args).items() if name in names - {"gradient_checkpointing"}}
     ours = {
         "output_dir": str(Path(args.output_dir) / "checkpoints"),
         "max_steps": args.max_steps or -1,
         "report_to": trackers(getattr(args, "report_to", None)),
-        "logging_nan_inf_filter": False,  # which would log a loss that is not finite as 0
+        "logging_nan_inf_filter": False,  # otherwise a loss that is not finite is logged as 0
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "use_cpu": not torch.accelerator.is_available(),
@@ -221,7 +221,7 @@ def training_arguments(args: Any, *, kind: type[TrainingArguments] = TrainingArg
 
 
 def trackers(report_to: list[str] | None) -> list[str] | str:
-    """`report_to` for `TrainingArguments`; "none" alone, like nothing, is no tracker.
+    """`report_to` for `TrainingArguments`; None and "none" alone mean no tracker.
 
     Raises:
         ValueError: transformers has no such tracker, or its package is not installed.
@@ -236,7 +236,7 @@ def trackers(report_to: list[str] | None) -> list[str] | str:
 
 
 class LogFile(TrainerCallback):
-    """Writes what Trainer logs into `log.jsonl`, a line each, and prints a line for each evaluation.
+    """Writes Trainer's logs into `log.jsonl`, and prints a line for each evaluation.
 
     `describe` turns the numbers of an evaluation into that line: "validation 1.2345 nats per response token".
     Trainer's speeds are left out, because they count padding.
@@ -263,7 +263,7 @@ class FiniteUpdates(TrainerCallback):
         self.num_skipped_in_a_row = 0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if getattr(optimizer, "scaler", None) is not None:  # the loss scale of float16 does the same
+        if getattr(optimizer, "scaler", None) is not None:  # float16's loss scale does the same
             return
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):

@@ -1,4 +1,4 @@
-"""Sharing: a model's folder on the Hugging Face Hub, with a card that tells where it comes from."""
+"""Sharing: a model's folder on the Hugging Face Hub, with a model card from its run."""
 
 from .card import write_card, write_page_and_card
 from .errors import PushError

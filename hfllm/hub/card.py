@@ -1,7 +1,7 @@
-"""The model card: README.md, written from what the run left, with metadata that the Hub understands.
+"""The model card: README.md, made from the run's files, with metadata that the Hub understands.
 
-What hfllm writes stands between two marks, each a line of its own, and is written again each time; what a person adds
-outside them stays.
+The part that hfllm writes is between two marks, each on its own line, and is replaced each time; text that a person
+adds outside them stays.
 """
 
 import json
@@ -24,7 +24,7 @@ from ..runs.files import write_text
 CARD_FILE = "README.md"
 BEGIN, END = "<!-- written by hfllm: begin -->", "<!-- written by hfllm: end -->"
 WRITTEN = re.compile(rf"^{BEGIN}$.*?^{END}$", re.MULTILINE | re.DOTALL)
-# What PEFT and transformers' Trainer write when nobody else does.
+# What PEFT and transformers' Trainer write into an empty card.
 BOILERPLATE = ("# Model Card for Model ID", "This model card has been generated automatically")
 METRICS = {  # of metrics.json -> type and name of the Hub's metric
     "loss": ("loss", "loss, nats"),
@@ -45,9 +45,9 @@ class Markdown(str):
 
 
 def write_card(folder: str | Path, *, repo_id: str | None = None, base_model: str | None = None) -> bool:
-    """Write the card into a run's folder; False if a card stands there that somebody wrote by hand.
+    """Write the card into a run's folder; False if it has a card that a person wrote.
 
-    Paths of this machine do not enter it. `repo_id` is what the commands open; without one, they name the folder.
+    It contains no paths of this machine. The card's commands open `repo_id`; without one, they name the folder.
     """
     folder = Path(folder).expanduser()
     path = folder / CARD_FILE
@@ -62,7 +62,7 @@ def write_card(folder: str | Path, *, repo_id: str | None = None, base_model: st
 
 
 def write_page_and_card(folder: str | Path) -> None:
-    """What a run's files tell of it: `report.html` for the browser, `README.md` for the Hub."""
+    """Write a run's page, `report.html`, and its model card, `README.md`."""
     folder = Path(folder).expanduser()
     write_page(read_run(folder), folder / PAGE_FILE)
     write_card(folder)
@@ -71,7 +71,7 @@ def write_page_and_card(folder: str | Path) -> None:
 def make_card(
     run: Run, *, repo_id: str | None = None, base_model: str | None = None, pictures: Iterable[str] = ()
 ) -> str:
-    """The card's text: metadata between `---`, and the words between the two marks."""
+    """The card's text: metadata between `---`, and the text between the two marks."""
     base = base_model or _base_of(run)
     run = without_places(run)
     metadata = _metadata(run, repo_id=repo_id, base_model=base)
@@ -94,10 +94,10 @@ def make_card(
 
 
 def join_cards(new: str, old: str) -> str | None:
-    """The new card with what a person wrote into the old one: words outside the marks, and metadata of other names.
+    """The new card with a person's additions to the old one: text outside the marks, and metadata of other names.
 
-    Words outside the new one's own marks go before the old one's. None if the old card is not of ours at all, and is
-    to stay as it is.
+    Text outside the new card's marks goes before the old one's. None if hfllm did not write the old card, which then
+    stays as it is.
     """
     if not old.strip() or any(words in old for words in BOILERPLATE):
         return new
@@ -112,9 +112,9 @@ def join_cards(new: str, old: str) -> str | None:
 
 
 def choose_card(made: str, *, here: str, there: str) -> str:
-    """The card to be pushed, of the one just made and those in the folder and in the repository.
+    """The card to push: the one just made, joined with those in the folder and in the repository.
 
-    One that a person wrote without our marks stays: the folder's before the repository's.
+    A card that a person wrote without our marks stays as it is; the folder's takes precedence over the repository's.
     """
     card = join_cards(made, here)
     if card is None:
@@ -124,7 +124,7 @@ def choose_card(made: str, *, here: str, there: str) -> str:
 
 
 def _cut_at_marks(text: str) -> tuple[str, str, str]:
-    """What stands before the marks, between them (with them), and after them; a text without marks has nothing."""
+    """The text before the marks, between them (marks included), and after them; without marks, all before."""
     found = WRITTEN.search(text)
     if found is None:
         return "", "", ""
@@ -168,7 +168,7 @@ def _metadata(run: Run, *, repo_id: str | None, base_model: str | None) -> Model
 
 
 def _usage(run: Run, name: str, base: str | None) -> str:
-    """Commands that run as they stand, in a process without hfllm."""
+    """Commands that run as written, in a process without hfllm."""
     is_classifier = kind_of(run) == "text classifier" or run.adapter.get("task_type") == "SEQ_CLS"
     trust = ", trust_remote_code=True" if run.config.get("model_type", "hfllm_gpt") == "hfllm_gpt" else ""
     prompt = run.arguments.get("sample_prompt") or ("import " if run.arguments.get("dataset") == "stdlib" else "The ")
@@ -264,7 +264,7 @@ def _results(run: Run) -> str:
     if any("bits_per_byte" in name for name in run.numbers):
         note = "\n\nSums over every token, divided by their count. Bits per byte do not depend on the tokenizer."
     if (measured_on := run.metrics.get("test_dataset")) is not None:
-        note += f"\n\nWhat is called test was measured afterwards, on {markdown_code(measured_on)}."
+        note += f"\n\nTest numbers were measured afterwards, on {markdown_code(measured_on)}."
     return f"## Results\n\n{_table(rows)}{note}"
 
 
@@ -282,7 +282,7 @@ def _dataset(run: Run) -> str:
 
 
 def _measured_on(run: Run, name: str) -> str:
-    """The dataset of a number: the run's own, or that which `recipes/evaluate_model.py` measured it on afterwards."""
+    """The dataset of a number: the run's own, or the one that `recipes/evaluate_model.py` used afterwards."""
     is_later = name in run.metrics.get("evaluated", [])
     return str(run.metrics.get("test_dataset") or _dataset(run)) if is_later else _dataset(run)
 
@@ -320,7 +320,7 @@ def _shape(run: Run) -> dict[str, Any]:
     return {name.replace("_", " "): plain_value(source[name]) for name in names if source.get(name) is not None}
 
 
-# What is said elsewhere on the card, or tells nothing about the model.
+# Entries that are elsewhere on the card, or do not describe the model.
 NOT_HYPER_PARAMETERS = {
     *("dataset", "dataset_config", "split", "text_column", "label_column", "validation_fraction", "tokenizer"),
     *("output_dir", "cache_dir", "overwrite_output_dir", "dry_run", "report_to", "logging_steps", "save_steps"),
@@ -355,8 +355,8 @@ def _limits(run: Run) -> str:
     small = " It is a small model, made to learn from: what it says is often wrong." if parameters < 1e9 else ""
     if kind_of(run) == "text classifier":
         return (
-            "It knows the labels and the kind of text it was trained on, and gives every text one of them, however "
-            f"little it fits.{window} The numbers above hold for texts like those of its data set."
+            "It knows the labels and the kind of text it was trained on, and gives every text one of these labels, "
+            f"even if none fits.{window} The numbers above are valid for texts like those of its dataset."
         )
     if is_chat(run):
         return (
@@ -364,7 +364,7 @@ def _limits(run: Run) -> str:
             f"{window}{small} Nothing was done to make its answers safe. Check what it writes before you use it."
         )
     return (
-        f"It continues text in the manner of its data, with that data's errors and prejudices, and knows nothing else."
+        f"It continues text in the style of its training data, with the errors and biases of that data."
         f"{window}{small} Nothing was done to make its answers safe. Check what it writes before you use it."
     )
 
@@ -378,6 +378,6 @@ def _table(rows: dict[str, Any]) -> str:
 
 
 def _base_of(run: Run) -> str | None:
-    """The id of the model it was made from, if that is one of the Hub."""
+    """The Hub id of the model it was made from, or None."""
     name = run.adapter.get("base_model_name_or_path") or run.arguments.get("model")
     return str(name) if name and not is_place(str(name)) else None

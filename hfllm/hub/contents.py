@@ -1,4 +1,4 @@
-"""What of a run's folder travels to the Hub: the model as everybody opens it, and nothing of this machine."""
+"""The files of a run's folder that are pushed to the Hub, without anything about this machine."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from .card import CARD_FILE, PICTURES, make_card
 from .errors import PushError
 
 
-Files = dict[str, Path | bytes]  # a file's place in the repository -> where it lies, or what it holds
+Files = dict[str, Path | bytes]  # path in the repository -> local path, or content
 
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 # Sent as they are.
@@ -25,7 +25,7 @@ PLAIN_FILES = (
     *("generation_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "chat_template.jinja", "tokenizer_report.json", "environment.json", *PICTURES),
 )
-# Sent without what they say about this machine.
+# Sent without their entries about this machine.
 CONFIG_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "base_model.json", "metrics.json")
 HOW_IT_WAS_LOADED = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{24,}")
@@ -49,7 +49,8 @@ def gather_files(folder: str | Path, *, repo_id: str | None = None, base_model: 
     for name in CONFIG_FILES:
         if (folder / name).exists() and not (kind == "adapter" and name == "config.json"):
             content = _read(folder / name)
-            # A label or a token may look like a path, so in the configs only what is one by its name is left out.
+            # A label or a token may look like a path, so in the configs only entries that are paths by name are left
+            # out.
             files[name] = _as_json(shorten_paths(content) if name == "metrics.json" else _public(content))
     if kind == "adapter":
         files |= _adapter_files(folder, base_model)
@@ -84,12 +85,12 @@ def check_model_folder(folder: Path) -> str:
     if not any(folder.glob("model*.safetensors")):
         raise PushError(f"{folder} has a config.json but no model.safetensors, so no weights; it holds {held}.")
     if "model_type" not in _read(folder / "config.json"):
-        raise PushError(f"{folder / 'config.json'} has no model_type, so nobody could tell which model it is.")
+        raise PushError(f"{folder / 'config.json'} has no model_type, so it is not known which model it is.")
     return "model"
 
 
 def check_for_tokens(files: Files) -> None:
-    """Stop if a text to be sent holds a token of the Hub; the token itself is not told."""
+    """Raise a PushError if a text to be sent holds a token of the Hub, without printing the token."""
     token = get_token()
     for name, source in files.items():
         if name.endswith((".safetensors", ".png")):
@@ -106,8 +107,8 @@ def _adapter_files(folder: Path, base_model: str | None) -> Files:
     base = base_model or config.get("base_model_name_or_path")
     if not base or not is_hub_id(str(base)) or "/" not in str(base):
         raise PushError(
-            f"The adapter's base is {base!r}, which nobody else has. Push the base first, then say with --base_model "
-            "which it is there (me/my-gpt); or push base and adapter as one with --merge."
+            f"The adapter's base is {base!r}, which is only on this machine. Push the base first, then give its id as "
+            "--base_model (me/my-gpt); or push base and adapter as one model with --merge."
         )
     files: Files = {"adapter_config.json": _as_json(_public({**config, "base_model_name_or_path": base}))}
     if (folder / "base_model.json").exists():
@@ -117,7 +118,7 @@ def _adapter_files(folder: Path, base_model: str | None) -> Files:
 
 
 def _code_files(folder: Path) -> Files:
-    """For a model of ours its code files, and a config whose `auto_map` names all its classes."""
+    """For our own model, its code files, and a config whose `auto_map` names all its classes."""
     config = _public(_read(folder / "config.json"))
     if config["model_type"] != configuration_gpt.GPTConfig.model_type:
         return {"config.json": _as_json(config)}
@@ -130,7 +131,7 @@ def _code_files(folder: Path) -> Files:
 
 
 def find_code_files(folder: Path) -> list[Path]:
-    """The files of the classes in `auto_map`, and the files that these import beside them, as `save_pretrained` copies.
+    """The files of the classes in `auto_map`, and the files that they import, as `save_pretrained` copies them.
 
     Raises:
         FileNotFoundError: one of them is not in the folder.
@@ -142,7 +143,7 @@ def find_code_files(folder: Path) -> list[Path]:
 
 
 def _public(content: dict[str, Any]) -> dict[str, Any]:
-    """A config without how and from where it was loaded here."""
+    """A config without the entries about how it was loaded here."""
     is_left_out = {name for name in content if name in HOW_IT_WAS_LOADED or name.endswith("_file")}
     return {name: value for name, value in content.items() if name not in is_left_out}
 

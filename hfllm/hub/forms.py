@@ -1,4 +1,4 @@
-"""Other forms of a model to be pushed: an adapter merged into its base, and the twin that transformers knows."""
+"""Other forms of a model to push: an adapter merged into its base, and transformers' own class."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from ..conversion.loading import load_causal_lm
 from .errors import PushError
 
 
-# What tells of the run, for the card and the page of its other form.
+# The run's files, for the card and the page of its other form.
 RUN_FILES = (
     *("arguments.yaml", "metrics.json", "log.jsonl", "samples.txt", "environment.json", "curves.png"),
     "confusion.png",
@@ -22,7 +22,7 @@ RUN_FILES = (
 
 
 def save_merged(folder: str | Path, target: str | Path) -> None:
-    """Write into `target` the whole model that an adapter's folder makes with its base; summed in float32."""
+    """Write into `target` the whole model of an adapter and its base, merged in float32."""
     from ..adapters import labels_of_adapter, load_adapter, merge_adapter  # PEFT takes time to import
 
     folder, target = Path(folder).expanduser(), Path(target)
@@ -47,7 +47,7 @@ def save_merged(folder: str | Path, target: str | Path) -> None:
 
 
 def save_adapter_alone(folder: str | Path, target: str | Path) -> None:
-    """Write into `target` the adapter that a fine-tuning run left in `adapter/`, with what tells of the run."""
+    """Write into `target` the adapter of a fine-tuning run, from `adapter/`, with the run's files."""
     folder, target = Path(folder).expanduser(), Path(target)
     for path in folder.iterdir():
         if path.name.startswith(("tokenizer", "chat_template", "special_tokens")) and path.is_file():
@@ -59,7 +59,7 @@ def save_adapter_alone(folder: str | Path, target: str | Path) -> None:
 
 
 def save_native(folder: str | Path, target: str | Path) -> None:
-    """Write into `target` the gpt2, llama or qwen3 that a model of ours is, see `to_native`."""
+    """Write into `target` our model as a gpt2, llama or qwen3, see `to_native`."""
     folder = Path(folder).expanduser()
     save_model(to_native(load_causal_lm(folder)), AutoTokenizer.from_pretrained(folder), target)
     _copy_run(folder, Path(target))

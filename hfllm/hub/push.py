@@ -1,4 +1,4 @@
-"""A model's folder to the Hub, in one commit: whole there, or not at all."""
+"""Push a model's folder to the Hub in one commit, whole or not at all."""
 
 import json
 import logging
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 4
 FIRST_WAIT = 1.0  # seconds before the second attempt, twice as many before each further one
-# Of a config, what may change while the model stays the same one.
+# Entries of a config that may change while the model stays the same.
 VOLATILE = ("transformers_version", "auto_map", "dtype", "torch_dtype", "use_cache", "_name_or_path")
 KEPT = (".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt")
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Stop at an id that cannot be one; asks nobody."""
+    """Raise a PushError for an id that cannot exist, without asking the Hub."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -46,9 +46,9 @@ def push_to_hub(
 ) -> str:
     """Push the model or adapter in a folder with its card and page; returns the commit's address.
 
-    The repository is made if it is not there, `private` if so asked. `revision` is a branch, made if need be. Files
-    that the Hub has already are not sent again, and a push of what is there makes no commit. Weights of an earlier
-    form (other shards) are deleted in the same commit.
+    The repository is created if it does not exist, private with `private`. `revision` is a branch, created if it does
+    not exist. Files that the Hub has already are not sent again, and a push without changes makes no commit. Weights of
+    an earlier form (other shards) are deleted in the same commit.
 
     Raises:
         PushError: nothing was pushed; says why, and what to do.
@@ -76,13 +76,13 @@ def push_to_hub(
             check_for_tokens(files)
             return _commit(api, full_id, files, head, revision=revision, overwrite=overwrite, message=commit_message)
         except Exception as raised:
-            # What arrived stays there, and a commit whose answer was lost is found to be there.
+            # Files that arrived stay there, and a commit whose answer was lost is found there.
             _wait_or_give_up(raised, repo_id, attempt)
     raise AssertionError("the last attempt returns or raises")
 
 
 def open_repository(repo_id: str, *, private: bool) -> str:
-    """Find or make the repository; returns its full id, `owner/name`.
+    """Find or create the repository; returns its full id, `owner/name`.
 
     Raises:
         PushError: there is no token, it may not write there, or the Hub cannot be reached.
@@ -96,7 +96,7 @@ def open_repository(repo_id: str, *, private: bool) -> str:
 
 
 def _wait_or_give_up(raised: Exception, repo_id: str, attempt: int) -> None:
-    """Return if another attempt may help, after a while; raise what went wrong otherwise."""
+    """Wait and return if another attempt may help; otherwise raise the error."""
     if isinstance(raised, PushError):
         raise raised
     has_moved = status_of(raised) == 412
@@ -113,10 +113,10 @@ def _open(api: HfApi, repo_id: str, *, private: bool, revision: str | None) -> s
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
     api.create_repo(repo_id, private=private or None, exist_ok=True)
-    api.auth_check(repo_id, write=True)  # what create_repo does not tell of one that is there and another's
+    api.auth_check(repo_id, write=True)  # create_repo does not check this for an existing repository
     if private and not api.model_info(repo_id).private:
         raise PushError(
-            f"{repo_id} is there already, and public: --private is for a repository that is yet to be made. Choose "
+            f"{repo_id} exists already, and is public: --private is for a new repository. Choose "
             "another name, or make it private in its settings first."
         )
     if revision not in (None, "main"):
@@ -134,13 +134,14 @@ def _commit(
     overwrite: bool,
     message: str | None,
 ) -> str:
-    """One attempt, upon the repository's head as it is now."""
+    """One attempt, on the repository's present head."""
     if not overwrite and (difference := _another_model(api, repo_id, head, files)):
         raise PushError(
             f"{repo_id} holds another model: {difference}. Choose another --repo_id, or replace it with --overwrite "
             "(its history stays)."
         )
-    # With --overwrite what the other model brought goes; else what would be read beside the new weights.
+    # With --overwrite all files of the other model are deleted; otherwise only those that would be read beside the new
+    # weights.
     stale = {name for name in _names(head) - set(files) if name not in KEPT and (overwrite or _is_weights(name))}
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=source) for name, source in files.items()]
     commit = api.create_commit(
@@ -158,7 +159,7 @@ def _names(head: ModelInfo) -> set[str]:
 
 
 def _read(api: HfApi, repo_id: str, name: str, head: ModelInfo) -> bytes | None:
-    """A file of the repository as it is at its head; None if it has no such file."""
+    """A file of the repository at its head; None if it has no such file."""
     if name not in _names(head):
         return None
     return Path(api.hf_hub_download(repo_id, name, revision=head.sha)).read_bytes()
@@ -169,7 +170,7 @@ def _is_weights(name: str) -> bool:
 
 
 def _another_model(api: HfApi, repo_id: str, head: ModelInfo, files: Files) -> str:
-    """What makes the model in the repository another one than ours; empty if it is the same, or there is none."""
+    """How the model in the repository differs from ours; empty if it is the same, or there is none."""
     kinds = {"config.json": "a whole model", "adapter_config.json": "an adapter"}
     name = "adapter_config.json" if "adapter_config.json" in files else "config.json"
     there = _read(api, repo_id, name, head)
@@ -187,7 +188,7 @@ def _another_model(api: HfApi, repo_id: str, head: ModelInfo, files: Files) -> s
     if "tokenizer.json" in files:
         tokenizer = _read(api, repo_id, "tokenizer.json", head)
         if tokenizer is not None and tokenizer != _content(files["tokenizer.json"]):
-            return "its tokenizer is another"
+            return "its tokenizer differs"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Pushing while a model is trained: in a thread beside the training, which no failure of the Hub ends."""
+"""Pushes during training, in a thread of their own; a failure of the Hub does not end the run."""
 
 import copy
 import os
@@ -18,10 +18,10 @@ SNAPSHOT = ".hub-snapshot"  # in the run's folder
 
 
 class TrainingPush:
-    """Pushes of one run, for its main process. What fails is a warning; the next push sends what is missing.
+    """Pushes of one run, for its main process. A failure is a warning; the next push sends the missing files.
 
-    Making one asks the Hub: a token that is missing or may not write there is an error before the training starts. A
-    network that is down is a warning, as it may come back.
+    Creating one asks the Hub: a token that is missing or may not write there is an error before the training starts. If
+    the Hub cannot be reached, that is a warning, because it may be back later.
     """
 
     def __init__(self, output_dir: str | Path, repo_id: str | None = None, *, private: bool = False):
@@ -38,13 +38,13 @@ class TrainingPush:
             warnings.warn(f"{error} The training starts, and pushes when it saves.", stacklevel=2)
 
     def push_checkpoint(self, checkpoint: str | Path, model: PreTrainedModel, *, step: int) -> None:
-        """Push a checkpoint's weights as the model of that step; passed over while an earlier push is on its way."""
+        """Push a checkpoint's weights as the model of that step; skipped while an earlier push is running."""
         if self.thread is not None and self.thread.is_alive():
             return
         try:
             snapshot = self._snapshot(Path(checkpoint), model)
         except OSError as error:
-            warnings.warn(f"Step {step:,} was not pushed: {error}. The training goes on.", stacklevel=2)
+            warnings.warn(f"Step {step:,} was not pushed: {error}. The training continues.", stacklevel=2)
             return
         self.thread = threading.Thread(target=self._push, args=(snapshot, f"Step {step:,}"), daemon=True)
         self.thread.start()
@@ -60,16 +60,16 @@ class TrainingPush:
     def _push(self, folder: Path, message: str) -> str | None:
         try:
             return push_to_hub(folder, self.repo_id, private=self.private, commit_message=message)
-        except Exception as error:  # whatever it is, it is not worth a run
+        except Exception as error:  # no error of a push should end a run
             warnings.warn(
-                f"{message} was not pushed to {self.repo_id}: {error} The training is not touched by it. By hand:\n"
+                f"{message} was not pushed to {self.repo_id}: {error} The training continues. To push by hand:\n"
                 f"    python recipes/push_to_hub.py --model {self.folder} --repo_id {self.repo_id}",
                 stacklevel=2,
             )
             return None
 
     def _snapshot(self, checkpoint: Path, model: PreTrainedModel) -> Path:
-        """A folder that training does not change any more: the checkpoint's weights under a second name."""
+        """A folder that training no longer changes, with hard links to the checkpoint's weights."""
         snapshot = self.folder / SNAPSHOT
         shutil.rmtree(snapshot, ignore_errors=True)
         snapshot.mkdir()
@@ -79,7 +79,7 @@ class TrainingPush:
                 shutil.copyfile(path, snapshot / path.name)
         try:
             os.link(checkpoint / "model.safetensors", snapshot / "model.safetensors")
-        except OSError:  # a file system without second names
+        except OSError:  # a file system without hard links
             shutil.copyfile(checkpoint / "model.safetensors", snapshot / "model.safetensors")
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__.removeprefix("FSDP")]

@@ -1,6 +1,6 @@
-"""Generating past the learned positions, and the cache under either of its names.
+"""Generation past the learned positions, and the cache under either of its names.
 
-Rotary positions have no end, and need nothing of this: transformers continues them by `config.rope_parameters`.
+Rotary positions have no end and do not need this: transformers continues them by `config.rope_parameters`.
 
 This file travels with every checkpoint: it imports third-party packages only.
 """
@@ -57,7 +57,7 @@ class SlidingGenerationMixin(GenerationMixin):
     """transformers' generation, which past the learned positions predicts from the last ones.
 
     The window slides as chapter 4 crops its input: its tokens are counted from 0 again. So each token changes its
-    position at each step, no earlier key or value holds, and each further token costs a pass over the window. The
+    position at each step, no earlier key or value is valid, and each further token costs a pass over the window. The
     caller's cache stays as it is: it holds the beginning of the text, which the window no longer reads.
     """
 

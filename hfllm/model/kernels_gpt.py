@@ -1,7 +1,7 @@
-"""What makes the model fast on a CPU and small in memory; the results are those of the plain code in `modeling_gpt`.
+"""Fast CPU routines and the loss in pieces; they compute the same as the plain code in `modeling_gpt`.
 
-Each routine stands beside the function that says when it applies. Code that is traced, compiled, exported or runs on
-an accelerator always takes the plain path.
+Each routine is next to the function that says when it applies. Code that is traced, compiled, exported or runs on an
+accelerator always takes the plain path.
 
 This file travels with every checkpoint: it imports third-party packages only.
 """
@@ -29,7 +29,7 @@ def is_half_product(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def is_decoding(hidden_states: torch.Tensor) -> bool:
-    """Whether few values go forward only, as when a token is generated: then the number of calls decides.
+    """Whether there are few values and no gradients, as when a token is generated: the number of calls then decides.
 
     torch's rms_norm takes 11 us for one row of 384 channels, RMSNormFunction 20 us; for 2,048 rows they take 3.4 ms
     and 0.3 ms.
@@ -56,12 +56,12 @@ SMALLEST_WEIGHT = 2**15  # numbers; reading a smaller weight takes less time tha
 
 
 class GPTLinear(nn.Linear):
-    """nn.Linear, which multiplies a single row in a faster routine of MKL.
+    """nn.Linear that multiplies a single row with a faster routine of MKL.
 
-    When a token is generated, each weight is read for one row, and the reading takes the time. MKL reads a weight at 6
-    to 10 GB/s in the product that F.linear asks for, and at 20 to 30 GB/s in a batch of small products with the weight
-    cut into blocks of rows (AMD EPYC, AVX2, one thread). The weight is neither copied nor kept. A weight that is not a
-    plain float32 parameter (quantized, sharded) takes F.linear.
+    When a token is generated, each weight is read for one row only, and reading takes most of the time. MKL reads a
+    weight at 6 to 10 GB/s in the product that F.linear asks for, and at 20 to 30 GB/s in a batch of small products with
+    the weight cut into blocks of rows (AMD EPYC, AVX2, one thread). The weight is neither copied nor kept. A weight
+    that is not a plain float32 parameter (quantized, sharded) takes F.linear.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ class GPTLinear(nn.Linear):
 
 
 def is_one_plain_row(x: torch.Tensor) -> bool:
-    """Whether x is a single vector of float32 on a CPU that goes forward only, and nothing is traced."""
+    """Whether x is a single float32 vector on a CPU without gradients, and nothing is traced."""
     return (
         HAS_MKL
         and type(x) is torch.Tensor
@@ -274,11 +274,11 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    """The nats of a head's targets, summed, computed from a few rows of logits at a time.
+    """The cross entropy of a head's targets in nats, summed, computed from a few rows of logits at a time.
 
-    Each piece of logits gives its part of the loss and of both gradients, and is freed. All of them would take 412 MB
-    at 50,257 ids and 2,048 tokens, several times over with what autograd keeps. hidden_states is (N, C), weight (V, C),
-    targets (N), -100 for none. Products are taken in `dtype`, all else in float32.
+    Each piece of logits gives its part of the loss and of both gradients, and is freed. All logits together would take
+    412 MB at 50,257 ids and 2,048 tokens, and several times as much with what autograd keeps. hidden_states is (N, C),
+    weight (V, C), targets (N), -100 for none. Products are taken in `dtype`, all else in float32.
     """
 
     @staticmethod
@@ -294,7 +294,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             logits, target = (x[rows] @ w.mT).float(), targets[rows, None]
             is_target, target = target != -100, target.clamp(min=0)
             probabilities = logits.softmax(-1)
-            # What softmax has divided by: the likeliest token's probability is exp(its logit - logsumexp).
+            # From the likeliest token, whose probability is exp(its logit - logsumexp).
             logsumexp = logits.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log_()
             nats += (is_target * (logsumexp - logits.gather(-1, target))).sum()
             if not any(ctx.needs_input_grad):

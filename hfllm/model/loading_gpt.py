@@ -31,7 +31,7 @@ def warn_if_transformers_is_untested() -> None:
 
 
 class StrictLoadingMixin:
-    """`from_pretrained` that raises where a checkpoint and its config do not fit, instead of a warning."""
+    """`from_pretrained` that raises an error where a checkpoint and its config do not fit, instead of warning."""
 
     config: Any
     base_model_prefix: str
@@ -45,7 +45,7 @@ class StrictLoadingMixin:
         output_loading_info: bool = False,
         **kwargs,
     ):
-        """transformers' own, except that weights which do not fit the config are an error that names them.
+        """transformers' own, except that weights which do not fit the config raise an error that names them.
 
         transformers draws missing weights at random and leaves surplus ones out, with a warning. That is right for a
         new head and for layers that a smaller `num_hidden_layers` leaves out; anywhere else the model would be broken.

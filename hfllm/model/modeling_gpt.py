@@ -1,10 +1,10 @@
 """A GPT for transformers: the book's architecture (chapters 3 to 5) and today's, by one configuration.
 
-The order and the names are those of transformers' Llama, so that whoever knows one knows both. Shapes are stated in the
-order (batch, heads, time, channels): B rows, H query heads, K key and value heads, T positions, D channels per head,
-C channels of the residual stream, V vocabulary.
+The order and the names are the same as in transformers' Llama. Shapes are stated in the order (batch, heads, time,
+channels): B rows, H query heads, K key and value heads, T positions, D channels per head, C channels of the residual
+stream, V vocabulary.
 
-Beside it stand `kernels_gpt` (fast routines for CPUs, the loss in pieces), `generation_gpt` (past the learned
+Next to it are `kernels_gpt` (fast routines for CPUs, the loss in pieces), `generation_gpt` (past the learned
 positions), `documents_gpt` (packed documents) and `loading_gpt` (checkpoints that do not fit). All of them travel with
 every checkpoint: they import third-party packages and each other only.
 """
@@ -179,7 +179,7 @@ def eager_attention_forward(
 
 @use_kernelized_func(apply_rotary_pos_emb)
 class GPTAttention(nn.Module):
-    """Causal multi-head attention (Vaswani et al. 2017); key and value heads are shared if there are fewer of them."""
+    """Causal multi-head attention (Vaswani et al. 2017); query heads share key and value heads if those are fewer."""
 
     def __init__(self, config: GPTConfig, layer_idx: int):
         super().__init__()

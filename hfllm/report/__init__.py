@@ -1,4 +1,4 @@
-"""What a run tells of itself: its log, its curves, its page, and what a model does with a prompt."""
+"""Reports of a run: its curves, its page, and pictures of what a model does with a prompt."""
 
 from .environment import save_environment
 from .page import write_comparison, write_page

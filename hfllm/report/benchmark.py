@@ -1,4 +1,4 @@
-"""What recipes/benchmark.py measured: a table, bars side by side, and how the cost of a token grows."""
+"""Table and pictures of a benchmark: bars side by side, and the cost of a token by size and context."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# The part of the results, the key, the words, what a unit of them is, and how a number is written.
+# The part of the results, the key, the label, the unit, and the number format.
 COLUMNS = (
     ("training", "tokens_per_second", "training, tokens/s", 1, "{:,.0f}"),
     ("training", "mfu", "of the machine's measured peak (MFU)", 0.01, "{:.0f} %"),
@@ -23,7 +23,7 @@ OTHERS = "#8a939c"
 
 
 def benchmark_table(results: Mapping[str, Any]) -> str:
-    """The models by what was measured of them, in Markdown."""
+    """The measurements of each model, as a Markdown table."""
     columns = [column for column in COLUMNS if column[0] in results]
     lines = [["model", *(words for _, _, words, _, _ in columns)], ["---"] + ["---:"] * len(columns)]
     for name in _models(results, columns):
@@ -34,7 +34,7 @@ def benchmark_table(results: Mapping[str, Any]) -> str:
 
 @plain_labels()
 def plot_benchmark(results: Mapping[str, Any], path: str | Path, *, title: str) -> Path:
-    """Draw into a PNG a panel of bars for each number that was measured, ours in colour."""
+    """Draw into a PNG a panel of bars for each measured number, ours in colour."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     columns = [column for column in COLUMNS if column[0] in results]

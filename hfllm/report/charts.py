@@ -1,7 +1,7 @@
 """Line charts for the page: SVG for the lines, text for the numbers around them, so that both fit any width.
 
-An SVG that is scaled with its labels has letters too small to read on a telephone. So the drawing alone is stretched,
-with lines that keep their thickness, and the labels stand beside it as text.
+Labels inside a scaled SVG would be too small to read on a phone. So only the drawing is stretched, with lines that keep
+their thickness, and the labels are text beside it.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from .pictures import _series, _smooth
 
 
 MAX_POINTS = 800  # of a line: more than a screen has columns for
-MANY_POINTS = 100  # from so many on, a line is drawn pale under its running mean
+MANY_POINTS = 100  # from this many on, a line is drawn pale under its running mean
 COLORS = 8  # the classes s0 to s7 of the page's style
 
 
@@ -43,15 +43,15 @@ def chart(
 ) -> str:
     """A chart as HTML, or nothing if there are no lines. Values that are not finite leave a gap.
 
-    An axis is logarithmic, where it may be, if the largest value is more than twice the smallest; it begins at zero
-    where the values come near it, or always (`from_zero`).
+    If allowed, an axis is logarithmic when the largest value is more than twice the smallest; it begins at zero if the
+    values come near it, or always (`from_zero`).
     """
     lines = [line for line in lines if np.isfinite(line.values).any()]
     if not lines:
         return ""
     finite = np.concatenate([line.values[np.isfinite(line.values)] for line in lines])
     low, high = float(finite.min()), float(finite.max())
-    # The first steps fall from log(vocab_size); on a linear axis they would take the room of all the others.
+    # The first steps fall from log(vocab_size); on a linear axis they would take most of the height.
     is_logarithmic = can_be_logarithmic and 0 < 2 * low < high
     ticks = (
         _log_ticks(low, high)
@@ -129,7 +129,7 @@ def _points(line: Line, digits: int | None = None) -> list[tuple[float, float]]:
 
 
 def _thinned(line: Line) -> list[tuple[float, float]]:
-    """About `MAX_POINTS` points at most: of each stretch its lowest and its highest, so that no spike is lost."""
+    """About `MAX_POINTS` points at most: the lowest and highest of each stretch, so that no spike is lost."""
     pairs = list(zip(line.steps.tolist(), line.values.tolist()))
     if len(pairs) <= MAX_POINTS:
         return pairs

@@ -1,4 +1,4 @@
-"""A picture of what a classifier confuses, and of how far its confidence can be believed."""
+"""A picture of a classifier's confusion matrix and calibration."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +13,8 @@ from .pictures import EDGE, TEXT, TRAINING, VALIDATION, drawable, save_figure
 def plot_confusion(scores: dict, names: Sequence[str], path: str | Path, *, title: str | None = None) -> Path:
     """Draw the confusion matrix and the reliability of `score_predictions`'s result into a PNG; returns its path.
 
-    A cell's shade is its share of the true label's texts, its number counts them. The reliability's bars show the
-    accuracy at each confidence; on the diagonal the model knows how often it is right.
+    A cell's shade is its share of the true label's texts, its number counts them. The bars of the reliability diagram
+    show the accuracy at each confidence; on the diagonal, confidence equals accuracy.
     """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure

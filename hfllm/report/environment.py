@@ -1,4 +1,4 @@
-"""Where a run took place: versions and hardware, with nothing that says whose machine it was."""
+"""The environment of a run: versions and hardware, without anything that identifies the machine."""
 
 import importlib.metadata
 import json

@@ -1,7 +1,7 @@
 """Text from elsewhere (labels, questions, samples, names of files) inside HTML, Markdown and pictures.
 
-Whatever a model or a data set contains is shown as text: it cannot become markup, end the block it stands in, or be
-taken for one of our own marks.
+Content of a model or a dataset is always shown as text: it cannot become markup, end the block it is in, or be taken
+for one of our own marks.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def markdown_code(value: Any) -> str:
 
 
 def markdown_block(text: str, language: str = "text") -> str:
-    """A block of code that its text cannot end. A line that is an HTML comment gets a space, so that it is no mark."""
+    """A block of code that its text cannot end. A line that begins an HTML comment gets a space."""
     lines = [f" {line}" if line.lstrip().startswith("<!--") else line for line in visible(text).split("\n")]
     fence = "`" * max(3, _longest_run_of_backticks(text) + 1)
     return "\n".join([f"{fence}{language}", *lines, fence])

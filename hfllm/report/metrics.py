@@ -1,4 +1,4 @@
-"""Numbers of several models side by side, and beside what training wrote of one."""
+"""Metrics of several models side by side, and added to a run's metrics.json."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,17 @@ from typing import Any
 from ..runs.files import write_json
 
 
-NAMES_KEY = "evaluated"  # in metrics.json: the names that were added, and may be written again
-OTHER_NAME = "evaluate_"  # in front of a name that something else wrote
+NAMES_KEY = "evaluated"  # in metrics.json: the names that were added, and may be replaced
+OTHER_NAME = "evaluate_"  # prefix for a name that training has written
 
 
 def add_metrics(folder: str | Path, numbers: dict[str, Any]) -> str:
-    """Add the numbers to a folder's metrics.json, in one stroke; returns what was done, in words.
+    """Add the numbers to a folder's metrics.json atomically; returns what was done, in words.
 
-    What something else wrote there stays as it is: a number of the same name gets another one.
+    Numbers from training stay: a new number of the same name gets another name.
 
     Raises:
-        ValueError: the metrics.json that stands there is no JSON object.
+        ValueError: the metrics.json is not a JSON object.
         FloatingPointError: a number is not finite.
     """
     path = Path(folder) / "metrics.json"
@@ -37,19 +37,19 @@ def read_metrics(folder: str | Path) -> dict[str, Any]:
     """What stands in a folder's metrics.json; empty if there is none.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: it is not a JSON object.
     """
     path = Path(folder) / "metrics.json"
     try:
         metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         metrics.get(NAMES_KEY)
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no JSON object, so nothing can be added to it. Mend or delete it.") from error
+        raise ValueError(f"{path} is not a JSON object, so nothing can be added to it. Repair or delete it.") from error
     return metrics
 
 
 def metrics_table(results: dict[str, dict[str, Any]]) -> str:
-    """A line for each number and a column for each model; what is no single number (a confusion matrix) is left out."""
+    """A row for each number and a column for each model; values that are not single numbers are left out."""
     cells = [(key, cell) for numbers in results.values() for key, cell in numbers.items()]
     names = list(dict.fromkeys(key for key, cell in cells if not isinstance(cell, dict | list)))
     width = max(20, *(len(name) + 2 for name in results))

@@ -1,4 +1,4 @@
-// Under the pointer, or a finger, each chart tells its values at the nearest step.
+// Under the pointer, or a finger, each chart shows its values at the nearest step.
 for (const figure of document.querySelectorAll(".chart")) {
   const plot = figure.querySelector(".plot"), cursor = figure.querySelector(".cursor"), tip = figure.querySelector(".tip");
   const scale = JSON.parse(figure.dataset.scale), lines = JSON.parse(figure.dataset.lines);

@@ -1,7 +1,7 @@
-"""A run's page: one HTML file that holds everything it shows and asks nobody for anything.
+"""A run's page: one HTML file that holds everything it shows and loads nothing from elsewhere.
 
-What stands in it may come from a model or a data set, so every text is escaped, and the page's own policy forbids
-whatever would reach out of it: no script but ours (by its hash), no image, font or request from elsewhere.
+Its content may come from a model or a dataset, so every text is escaped, and the page's own policy allows only our
+script (by its hash), and no image, font or request from elsewhere.
 """
 
 import base64
@@ -52,9 +52,9 @@ def write_page(run: Run, path: str | Path) -> Path:
 
 
 def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
-    """Write a page with the curves of several runs over each other, their final numbers and where they differ."""
+    """Write a page that compares several runs: curves in the same panels, final numbers, different arguments."""
     if len(runs) < 2:
-        raise ValueError(f"{len(runs)} run is nothing to compare; give two or more.")
+        raise ValueError(f"{len(runs)} run cannot be compared; give two or more.")
     return _write(path, " and ".join(run.name for run in runs), render_comparison(runs))
 
 
@@ -196,7 +196,7 @@ def _compared_curves(runs: Sequence[Run], names: Sequence[str]) -> str:
 def _samples(samples: Sequence[tuple[Any, str]]) -> str:
     if not samples:
         return ""
-    # The first, the last, and some between: what is left out can be opened.
+    # The first, the last, and some between; the others can be opened.
     places = {round(index * (len(samples) - 1) / (SHOWN_SAMPLES - 1)) for index in range(SHOWN_SAMPLES)}
     rows = [_sample(heading, text) for heading, text in samples]
     shown = "".join(row for index, row in enumerate(rows) if index in places)
@@ -242,13 +242,13 @@ def _confusion(confusion: Confusion) -> str:
         rows += f"<tr><th>{html_text(label)}</th>{cells}</tr>"
     return (
         f"<h3>{html_text(label_of(confusion.name))}</h3>"
-        "<p class='quiet'>A row is what a text is, a column what the model took it for.</p>"
+        "<p class='quiet'>Rows are the true labels, columns the model's answers.</p>"
         f"<table class='confusion'><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
     )
 
 
 def _nested(name: str, value: Any) -> str:
-    """A dict of dicts or a list of dicts as a table, a dict of values as a list; deeper things are left to the file."""
+    """A dict of dicts or a list of dicts as a table, a dict of values as a list; deeper values are left out."""
     title = f"<h3>{html_text(label_of(name))}</h3>"
     rows: list[tuple[str, dict[str, Any]]] = []
     if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
@@ -327,7 +327,7 @@ def _definition_list(values: dict[str, Any]) -> str:
 
 
 def _shape(run: Run) -> dict[str, Any]:
-    """The fields of the model's config that say what it is."""
+    """The fields of the model's config that describe its shape."""
     source = run.adapter or run.config
     fields = (
         *("model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),

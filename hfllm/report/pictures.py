@@ -33,7 +33,7 @@ SMALL_PANELS = (
 
 @plain_labels()
 def plot_curves(log: list[dict[str, Any]], path: str | Path, *, title: str | None = None) -> Path:
-    """Draw into a PNG what `read_log` returned: the losses, and below them each other number that was logged."""
+    """Draw a log (from `read_log`) into a PNG: the losses, and below them each other logged number."""
     if not log:
         raise ValueError("There is nothing to draw: the log has no entries. Was the run stopped before logging_steps?")
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
@@ -73,8 +73,8 @@ def plot_attention(
 
     A map's row is a token that looks, its columns are the tokens it looks at, up to itself. Maps grow until each token
     can be written beside its row; where the picture would be wider or higher than `LARGEST_PICTURE`, only every second,
-    third, ... token is written, and the title says so. The weights themselves stand in the cells of a small map that is
-    alone.
+    third, ... token is written, and the title says so. In a single small map, the cells also show the weights as
+    numbers.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import PowerNorm
@@ -100,7 +100,7 @@ def plot_attention(
     if title:
         figure.suptitle(drawable(title, 80), fontsize=12, color=TEXT)
     grid = figure.add_gridspec(num_rows, num_columns)
-    # The square root of a weight gives its colour: most of a head's weights are small, and some of them matter.
+    # A weight's colour is its square root, because most of a head's weights are small, and some of these matter.
     norm = PowerNorm(0.5, 0, 1)
     colors = ScalarMappable(norm, _attention_colors())
     panels = []
@@ -138,11 +138,11 @@ def plot_probabilities(
     *,
     title: str | None = None,
 ) -> Path:
-    """Draw into a PNG how likely each token was, and what the model thought likelier.
+    """Draw into a PNG how likely each token was, and which tokens were likelier.
 
-    `tokens` (N) are those that had a prediction; each came at its rank (1: the likeliest) with its probability.
-    `candidates` (N + 1) are the likeliest tokens with their probabilities, best first, at each of those places, and
-    last, after them all.
+    `tokens` (N) are those that had a prediction, with their ranks (1: the likeliest) and probabilities. `candidates` (N
+    + 1) are the likeliest tokens with their probabilities, best first, at each of those places, and last, after them
+    all.
     """
     from matplotlib.figure import Figure, FigureBase
 
@@ -159,9 +159,9 @@ def plot_probabilities(
         texts = [f"{_percent(p)}, rank {rank:,}" if rank > 1 else _percent(p) for p, rank in zip(probabilities, ranks)]
         _draw_bars(left, tokens, probabilities, texts, color=TRAINING)
         left.set_xlim(0, 1.5)  # room for the texts
-        left.set_title("probability of the token that came", fontsize=9, color=TEXT)
+        left.set_title("probability of the actual token", fontsize=9, color=TEXT)
         _draw_candidates(right, ranks, candidates[:-1])
-        right.set_title("what was likeliest there (outlined: the token that came)", fontsize=9, color=TEXT)
+        right.set_title("likeliest tokens there (outlined: the actual token)", fontsize=9, color=TEXT)
 
     axes = below.subplots()
     labels, values = zip(*candidates[-1])
@@ -181,7 +181,7 @@ def save_figure(figure: Any, path: str | Path, **options: Any) -> Path:
 def _draw_bars(
     axes: "Axes", tokens: Sequence[str], probabilities: Sequence[float], texts: Sequence[str], *, color: str
 ) -> None:
-    """A bar for each token, the first on top, with a text behind it."""
+    """A bar for each token, the first on top, with a text to its right."""
     axes.barh(range(len(tokens)), probabilities, color=color, height=0.7)
     for row, (probability, text) in enumerate(zip(probabilities, texts)):
         axes.text(probability, row, f" {text}", va="center", fontsize=8, color=TEXT)
@@ -263,7 +263,7 @@ def _percent(probability: float) -> str:
 
 
 def _series(log: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one number; NaN where it was logged and was none."""
+    """Steps and values of one number; NaN where it was logged as None."""
     pairs = [(entry["step"], math.nan if entry[key] is None else entry[key]) for entry in log if key in entry]
     steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
     return steps, values
@@ -314,7 +314,7 @@ def _draw_losses(axes: "Axes", log: list[dict[str, Any]]) -> None:
     if not drawn:
         axes.set_yticks([])
     elif 0 < 2 * np.concatenate(drawn).min() < np.concatenate(drawn).max():
-        # The first steps fall from log(vocab_size); on a linear axis they would take the room of all the others.
+        # The first steps fall from log(vocab_size); on a linear axis they would take most of the height.
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=[1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8]))
         axes.yaxis.set_major_formatter("{x:g}")
@@ -350,7 +350,7 @@ def _draw_small(axes: "Axes", steps: np.ndarray, values: np.ndarray, *, key: str
 
 
 def _marker(steps: np.ndarray) -> str | None:
-    return "o" if len(steps) < 60 else None  # few points are seen one by one; a single one would make no line
+    return "o" if len(steps) < 60 else None  # few points get markers; a single one would not make a line
 
 
 def _dress(axes: "Axes", label: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run left in its folder, read as one thing for its page and its model card."""
+"""The files of a run's folder, read for its page and its model card."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ TOKENIZER_REPORT_FILE = "tokenizer_report.json"
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """How often a text with the label of a row was given the label of a column."""
+    """A confusion matrix: how often a text with a row's label got a column's label."""
 
     name: str
     labels: list[str]
@@ -30,7 +30,7 @@ class Confusion:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's folder. What it lacks is empty: a run that is not over has no metrics yet."""
+    """A run's folder. Missing files give empty fields: a run in progress has no metrics yet."""
 
     name: str
     log: list[dict[str, Any]]
@@ -39,9 +39,9 @@ class Run:
     environment: dict[str, Any]
     config: dict[str, Any]
     adapter: dict[str, Any]
-    adapter_base: dict[str, Any]  # what an adapter knows of its base, as `hfllm.adapters.save_adapter` wrote it
+    adapter_base: dict[str, Any]  # the adapter's record of its base, from `hfllm.adapters.save_adapter`
     tokenizer_report: dict[str, Any]
-    samples: list[tuple[int | str, str]]  # what the model wrote, under its step or under what it was asked
+    samples: list[tuple[int | str, str]]  # what the model wrote, by step or by question
 
     @property
     def numbers(self) -> dict[str, float | int]:
@@ -69,7 +69,7 @@ class Run:
             if _is_square(counts) and len(labels) == len(counts):
                 found.append(Confusion(name, [str(label) for label in labels], counts))
             else:
-                logger.warning("%s: %s is no square table with a label for each row, and left out.", self.name, name)
+                logger.warning("%s: %s is not a square table with a label for each row; left out.", self.name, name)
         return found
 
     @property
@@ -81,7 +81,7 @@ def read_run(folder: str | Path) -> Run:
     """Read a run's folder.
 
     Raises:
-        ValueError: if it is no folder, or nothing in it is a run's; says what was looked for.
+        ValueError: if it is not a folder, or holds no file of a run; says which files were looked for.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -103,13 +103,13 @@ def read_run(folder: str | Path) -> Run:
     if not (run.log or run.metrics or run.config or run.adapter):
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise ValueError(
-            f"{folder} is no run's folder: it has no log.jsonl, metrics.json or config.json; it holds {held}."
+            f"{folder} is not a run's folder: it has no log.jsonl, metrics.json or config.json; it holds {held}."
         )
     return run
 
 
 def without_places(run: Run) -> Run:
-    """The same run for others to see: of every path on this disk, the last name alone."""
+    """The same run for other readers: every local path is shortened to its last part."""
     return dataclasses.replace(
         run,
         arguments={
@@ -146,7 +146,7 @@ def _last_name(path: str) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be an id of the Hub (`name` or `owner/name`), and is no folder or file here."""
+    """Whether a name can be a Hub id (`name` or `owner/name`), and is not a local folder or file."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not is_place(name) and not Path(name).exists()
 
 
@@ -163,7 +163,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}. Put a sound one there, or delete it.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not names and values. Delete it, or mend it.")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not names and values. Repair or delete it.")
     return content
 
 
@@ -178,7 +178,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer_report(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The report of the tokenizer that the run used: it lies in the run's folder, or in the tokenizer's."""
+    """The report of the run's tokenizer, from the run's folder or the tokenizer's."""
     names = [arguments.get("tokenizer") or "out/tokenizer", arguments.get("model")] if arguments else []
     sha256 = _read_json(folder / "metrics.json").get("tokenizer_sha256")
     for place in (folder, *(Path(str(name)) for name in names if name)):

@@ -44,7 +44,7 @@ def label_of(name: str) -> str:
 
 
 def format_value(value: Any, name: str = "") -> str:
-    """A number with separators, and with its unit where the name says it; anything else as text."""
+    """A number with separators, and with a unit if its name has one; anything else as text."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -114,7 +114,7 @@ def is_chat(run: Run) -> bool:
 
 
 def dataset_in_words(run: Run) -> str | None:
-    """What the model was trained on; `stdlib` stands for another text in each recipe."""
+    """What the model was trained on, in words; `stdlib` means a different text in each recipe."""
     dataset = run.metrics.get("dataset") or run.arguments.get("dataset")
     if dataset != "stdlib":
         return None if dataset is None else str(dataset)

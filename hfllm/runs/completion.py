@@ -1,4 +1,4 @@
-"""A run's record, `run.json`: which files are the run's own, what makes it this run, and whether it is finished.
+"""A run's record, `run.json`: which files are the run's own, its identity, and whether it is finished.
 
     {
       "format_version": 1,
@@ -14,7 +14,7 @@
       }
     }
 
-It is replaced in one stroke, so that it says one thing or the other, whenever the process ends.
+It is replaced atomically, so that it holds either the old or the new content, whenever the process ends.
 """
 
 import json
@@ -53,12 +53,12 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def write_record(folder: str | Path, record: dict[str, Any]) -> None:
-    """Replace the record of a run's folder in one stroke."""
+    """Replace the record of a run's folder atomically."""
     write_json(Path(folder) / RECORD, record)
 
 
 def describe_finish(folder: str | Path, *, step: int | None, files: list[str]) -> dict[str, Any]:
-    """What a finished run's record says of the files that are its result, with the sha256 of its weights."""
+    """The entry of a finished run's record about its result: the files, and the sha256 of the weights."""
     sha256 = {name: sha256_of(Path(folder) / name) for name in sorted(files) if _is_weights(name)}
     return {"step": step, "sha256": sha256, "files": sorted(files), "done": {}}
 

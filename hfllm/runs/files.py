@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, flushed to the disk, and renamed."""
+"""Files that are whole or absent: written beside their final place, flushed to the disk, and renamed."""
 
 import contextlib
 import hashlib
@@ -14,13 +14,13 @@ from typing import Any
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in one stroke: whoever reads it finds the old text or the new one, never a part."""
+    """Write a text file atomically: a reader finds the old text or the new one, never a part."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, content: Any, *, indent: int | None = 2) -> None:
-    """Write a JSON file in one stroke; other programs can read it, for it holds no NaN.
+    """Write a JSON file atomically; it holds no NaN, so other programs can read it.
 
     Raises:
         FloatingPointError: a number in it is not finite; names the first one.
@@ -37,7 +37,7 @@ def write_json(path: str | Path, content: Any, *, indent: int | None = 2) -> Non
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write a file to; it takes the place of `path` when the block ends without an error."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # two hosts may have processes of one number
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # processes on two hosts may have the same id
     try:
         yield beside
         flush(beside)
@@ -76,14 +76,14 @@ def named_folder(output_dir: str | Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what `replacing` had begun to write in a folder when its process was killed; nobody writes there now."""
+    """Delete the temporary files of `replacing` whose process was killed; no other process may be writing there."""
     for path in folder.glob(".*.tmp"):
         if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", path.name):
             path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
-    """Have the system write a file, or a folder's list of names, to the disk before we go on."""
+    """Have the system write a file, or a folder's list of names, to the disk before we continue."""
     if path.is_dir() and os.name == "nt":  # Windows opens no folders
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

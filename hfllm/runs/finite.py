@@ -1,4 +1,4 @@
-"""Numbers that are not finite, and a loss beyond all reason, stop a run before anything is written."""
+"""Checks that stop a diverged run before anything is written: numbers that are not finite, and a far too high loss."""
 
 import math
 from collections.abc import Iterable
@@ -7,14 +7,14 @@ import torch
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], *, what: str) -> None:
-    """Raise if a tensor holds a NaN or an infinity; `tensors` are names and tensors, `what` is what they make up.
+    """Raise an error if a tensor holds a NaN or an infinity; `tensors` are names and tensors, `what` they belong to.
 
     Raises:
         FloatingPointError: names the first such tensor.
     """
     for name, tensor in tensors:
-        # One number decides: a sum is not finite as soon as one of its parts is not. Only if the sum itself has
-        # overflowed do all of them have to be looked at.
+        # One number is enough: a sum is not finite if one of its parts is not. All parts are checked only if the sum is
+        # not finite, because it may have overflowed.
         if not tensor.is_floating_point() or torch.isfinite(tensor.sum()):
             continue
         if not torch.isfinite(tensor).all():
@@ -25,11 +25,11 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], *, what: str) -> N
 
 
 def check_converged(loss: float, *, num_choices: int, before: float | None = None) -> None:
-    """Raise if a trained model's loss shows that training has diverged.
+    """Raise an error if a trained model's loss shows that training has diverged.
 
-    `loss` is in nats, the mean over decisions among `num_choices`, and `before` that of the model before training. A
-    uniform guess has ln(num_choices). A model that overfits has more, but not ten times as much; where `before` is
-    known, what was trained is refused if it is both worse than before and half again as bad as a guess.
+    `loss` is in nats, the mean over decisions among `num_choices`, and `before` is the loss before training. A uniform
+    guess has ln(num_choices). An overfitted model has more, but not ten times as much. If `before` is known, a loss
+    above it is refused already if it is more than 1.5 times that of a guess.
 
     Raises:
         FloatingPointError: the loss is not finite, or far worse than a guess.

@@ -1,16 +1,16 @@
-"""The folder a run writes into: whose it is, which of its files may be deleted, and how results get there.
+"""The folder a run writes into: which run owns it, which files may be deleted, and how results get there.
 
     with claim_folder(output_dir, recipe="pretrain", overwrite=..., inputs={"model": ...}) as folder:
         ...                                     # open and check everything that the run reads
-        changes = folder.begin(identity)        # compare with the run that is there, or let it give way
+        changes = folder.begin(identity)        # compare with the run that is there, or delete that one
         if not folder.is_finished(step=...):
             ...
-            with folder.writing() as partial:   # results are written beside, and moved in when they are whole
+            with folder.writing() as partial:   # results are written beside, and moved in when they are complete
                 model.save_pretrained(partial)
-            folder.finish(step=...)             # the record says so, last of all
+            folder.finish(step=...)             # written into the record, last of all
 
 Only `begin` deletes, only with `overwrite`, and only files that the run's record names (see `hfllm.runs.completion`) or
-that stand in its checkpoints. It follows no symbolic link.
+that are in its checkpoints. It follows no symbolic link.
 """
 
 import contextlib
@@ -61,8 +61,8 @@ RESULT_FILES = (  # without one of them, a finished run is not finished any more
     *("tokenizer.json", "tokenizer_config.json"),
 )
 EXPORTED_FILES = ("*.gguf", "*.onnx", "*.onnx.data")
-# What runs write besides: these files of earlier versions, which kept no record, are a run's own, and no file of
-# somebody else's may have such a name in a folder where a run begins.
+# Other files that runs write. Earlier versions kept no record: there, these files are the run's own. In a folder where
+# a run begins, no other file may have such a name.
 RUN_FILES = (
     *(ARGUMENTS, "environment.json", "log.jsonl", "samples.txt", "metrics.json", "report.html"),
     *("curves.png", "confusion.png", "config.json", "generation_config.json", "*_gpt.py", *WEIGHTS, *TOKENIZER_FILES),
@@ -82,11 +82,11 @@ def claim_folder(
     accelerator: Accelerator | PartialState | None = None,
     only_look: bool = False,
 ) -> Iterator["RunFolder"]:
-    """Keep `output_dir` to this run while the block lasts, see `run_lock`; every process enters it.
+    """Reserve `output_dir` for this run while the block lasts, see `run_lock`; every process enters it.
 
-    Nothing is deleted or written here but the lock. `inputs` are the paths and ids that the run reads, by the names of
-    their parameters; lists separated by commas are looked at part by part. What lies in `cache_dir` is nobody's own.
-    `only_look` takes no lock either.
+    Only the lock is written here, and nothing is deleted. `inputs` are the paths and ids that the run reads, by the
+    names of their parameters; each part of a list separated by commas is checked. Files in `cache_dir` may be there
+    before a run begins. With `only_look`, no lock is taken.
 
     Raises:
         ValueError: the folder is another recipe's, holds files that no run made, or something that the run reads.
@@ -102,7 +102,7 @@ def claim_folder(
 
 
 class RunFolder:
-    """A claimed folder. Every process calls the same methods; the main one writes, and all get its answer or error."""
+    """A claimed folder. Every process calls the same methods; the main one writes, and all get its result or error."""
 
     def __init__(
         self,
@@ -128,9 +128,9 @@ class RunFolder:
         return (self.record.get("finished") or {}).get("step")
 
     def check_same(self, identity: Mapping[str, Any]) -> None:
-        """Refuse another run than the one that is here, unless it is to give way; see `check_same_run`.
+        """Refuse another run than the one that is here, unless that is to be overwritten; see `check_same_run`.
 
-        A run that ended before its first checkpoint has nothing to resume, and gives way to any other.
+        A run that ended before its first checkpoint has nothing to resume, so any other run may replace it.
         """
         saved = self.record.get("identity")
         if saved is not None and not self.overwrite and self._has_something():
@@ -140,7 +140,7 @@ class RunFolder:
             check_same_run(saved, current, self.path, fork_from=None if self.record["finished"] else _newest(self.path))
 
     def make_way(self) -> None:
-        """With `overwrite`, delete the run that is here, once; call it when everything else was found right.
+        """With `overwrite`, delete the run that is here, once; call it after everything else was checked.
 
         Raises:
             ValueError: a folder of the run's is a symbolic link.
@@ -156,7 +156,7 @@ class RunFolder:
                 if not any(checkpoint.iterdir()):
                     checkpoint.rmdir()
                     continue
-                # It holds somebody's own files, and is not to be taken for a checkpoint that broke.
+                # It holds files that are not the run's, and must not be taken for a broken checkpoint.
                 checkpoint.rename(checkpoint.with_name(f"kept-{checkpoint.name}"))
             write_record(self.path, self._new_record())
             return self._new_record()
@@ -173,8 +173,8 @@ class RunFolder:
     ) -> list[str]:
         """Begin a run, or resume the one that is here; returns the options that changed since its last start, in words.
 
-        `options` may change from start to start, and `identity` may not. `files` are what the run writes by itself
-        while it goes on; those of `writing` need not be named.
+        `options` may change from start to start, `identity` may not. `files` are those that the run writes while it
+        trains; the files of `writing` need not be named.
 
         Raises:
             ValueError: the folder holds another run; says what differs.
@@ -224,15 +224,15 @@ class RunFolder:
                 clear()
 
     def reopen(self) -> None:
-        """Note that the run is not finished any more, before it is trained further."""
+        """Note that the run is no longer finished, before it is trained further."""
         self._change(finished=None)
 
     def finish(self, *, step: int | None = None, files: Iterable[str] | None = None) -> None:
         """Note that the run is finished at `step` and that `files` are its result; the last thing that is written.
 
-        By default these are what opens the model (RESULT_FILES) and `metrics.json`, as `writing` moved them in. Without
-        one of them the run is not finished. What may fail without spoiling the result (the page, a push) is noted by
-        `note_done` when it is done.
+        By default these are the files that open the model (RESULT_FILES) and `metrics.json`, as `writing` moved them
+        in. Without one of them the run is not finished. Steps that may fail without harm to the result (the page, a
+        push) are noted by `note_done`.
         """
 
         def describe() -> dict[str, Any]:
@@ -255,18 +255,18 @@ class RunFolder:
         return on_main_process(self.accelerator, lambda: find_fault(self.path, self.record.get("finished"), step=step))
 
     def note_done(self, **what: Any) -> None:
-        """Note what else of a finished run is done, e.g. `page=True`, `push="https://..."`."""
+        """Note further steps that are done after a run has finished, e.g. `page=True`, `push="https://..."`."""
         finished = self.record["finished"]
         self._change(finished={**finished, "done": {**finished["done"], **what}})
 
     def is_done(self, what: str, *, file: str | None = None) -> bool:
-        """Whether `note_done` was told of it since the run was finished, and the `file` that it made is still there."""
+        """Whether `note_done` has noted this step since the run was finished, and the `file` it made still exists."""
         if file is not None and not on_main_process(self.accelerator, (self.path / file).exists):
             return False
         return bool(((self.record.get("finished") or {}).get("done") or {}).get(what))
 
     def _has_something(self) -> bool:
-        """Whether the run that is here has a result or a checkpoint, be it a broken one."""
+        """Whether the run that is here has a result or a checkpoint, even a broken one."""
         if self.record.get("finished"):
             return True
         return on_main_process(
@@ -308,7 +308,7 @@ class RunFolder:
 def _open(
     path: Path, recipe: str, *, overwrite: bool, inputs: Mapping[str, Any], cache_dir: str | Path | None
 ) -> dict[str, Any]:
-    """The record of the run that is in the folder, empty if a new one may begin there."""
+    """The record of the run that is in the folder, empty if a new run may begin there."""
     record = read_record(path) or _record_of_earlier_version(path, recipe)
     if record and record["recipe"] != recipe:
         raise ValueError(
@@ -328,7 +328,7 @@ def _open(
 
 
 def _record_of_earlier_version(path: Path, recipe: str) -> dict[str, Any]:
-    """A record for a run of a version that kept none: its options are in arguments.yaml, its files have known names."""
+    """A record for a run of a version without records: its options are in arguments.yaml, its files by known names."""
     try:
         options = yaml.safe_load((path / ARGUMENTS).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -361,7 +361,7 @@ def _record_of_earlier_version(path: Path, recipe: str) -> dict[str, Any]:
 
 
 def _check_inputs(path: Path, inputs: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds something which the run reads: it would be overwritten."""
+    """Refuse a folder that holds an input of the run, which would be overwritten."""
     folder = path.resolve()
     for parameter, value in inputs.items():
         for text in value if isinstance(value, list | tuple) else [value]:
@@ -378,7 +378,7 @@ def _check_inputs(path: Path, inputs: Mapping[str, Any]) -> None:
                     )
                 if folder in place.resolve().parents or folder in place.absolute().parents:
                     raise ValueError(
-                        f"{parameter} {part.strip()} lies in output_dir {path}, whose files would be overwritten. "
+                        f"{parameter} {part.strip()} is in output_dir {path}, whose files would be overwritten. "
                         "Choose another output_dir."
                     )
 
@@ -447,7 +447,7 @@ def _newest(path: Path) -> Path | None:
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    """The folders of a run that are checkpoints, or were; no link is followed."""
+    """The folders of a run that are checkpoints, or were set aside; no link is followed."""
     folders = [path / CHECKPOINTS, path / CHECKPOINTS / WRITING]
     return [
         child
@@ -459,7 +459,7 @@ def _checkpoints(path: Path) -> list[Path]:
 
 
 def _delete(path: Path, names: Iterable[str]) -> None:
-    """Delete files of a folder, and the folders in it that are empty then."""
+    """Delete files of a folder, and the folders in it that become empty."""
     folders = set()
     for name in names:
         _refuse_links(path, name)
@@ -471,7 +471,7 @@ def _delete(path: Path, names: Iterable[str]) -> None:
 
 
 def _refuse_links(path: Path, name: str) -> None:
-    """Refuse a path that a symbolic link leads out of the folder; a file that is a link itself is no danger."""
+    """Refuse a path that leads out of the folder through a symbolic link; a file that is itself a link is safe."""
     for parent in reversed((path / name).parents):
         if path in parent.parents and parent.is_symlink():
             _refuse_link(parent)

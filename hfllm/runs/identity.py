@@ -1,4 +1,4 @@
-"""What makes a run this run and no other, and the comparison of two.
+"""The identity of a run, and the comparison of two runs.
 
 An identity is a flat dict of JSON values: the options that make another run, the shape of the model, and hashes of
 what the run reads (`hash_rows`, `hash_model`).
@@ -22,7 +22,7 @@ WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bi
 
 
 def identify(config: PreTrainedConfig, **others: Any) -> dict[str, Any]:
-    """The identity of a run: its model's config, as JSON holds it, and what else the recipe names."""
+    """The identity of a run: its model's config, as JSON holds it, and `others` that the recipe names."""
     identity = {f"model.{name}": value for name, value in config.to_dict().items()}
     for volatile in VOLATILE:
         identity.pop(f"model.{volatile}", None)
@@ -30,12 +30,12 @@ def identify(config: PreTrainedConfig, **others: Any) -> dict[str, Any]:
 
 
 def as_json(content: dict[str, Any]) -> dict[str, Any]:
-    """The same dict as it comes back from a JSON file: tuples are lists; paths and what is not finite are texts."""
+    """The same dict as a JSON file returns it: tuples become lists; paths and non-finite numbers become strings."""
     return json.loads(json.dumps(content, default=str), parse_constant=str)
 
 
 def find_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """A sentence for each name whose value differs: `seed was 1 and is 2`. What one side lacks is None there."""
+    """A sentence for each name whose value differs: `seed was 1 and is 2`. A missing name counts as None."""
     return [
         f"{name} was {_short(saved.get(name))} and is {_short(current.get(name))}"
         for name in saved | current
@@ -46,10 +46,10 @@ def find_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str
 def check_same_run(
     saved: dict[str, Any], current: dict[str, Any], path: str | Path, *, fork_from: str | Path | None = None
 ) -> None:
-    """Refuse to resume another run: its weights under another schedule or on other data are neither run's.
+    """Refuse to resume another run, whose weights belong to another schedule or other data.
 
     `path` is the run's folder or checkpoint; `fork_from` a checkpoint that a new run could start from, by default
-    `path` itself. What `saved` lacks does not count: an earlier version did not note it.
+    `path` itself. Names that `saved` lacks are not compared, because an earlier version did not note them.
     """
     current = {name: value for name, value in as_json(current).items() if name in saved}
     if not (differences := find_differences(saved, current)):
@@ -73,10 +73,10 @@ def hash_rows(rows: Iterable[Any]) -> str:
 
 
 def hash_model(name: str | Path, *, revision: str | None = None) -> str:
-    """What the weights of a model are: the sha256 of a folder's files, or the `revision` that an id of the Hub has.
+    """The identity of a model's weights: the sha256 of a folder's files, or the `revision` of a Hub id.
 
-    An adapter is its own weights and those of its base. The code and the config's volatile entries do not count, nor do
-    tokenizer, card and pictures.
+    For an adapter, its own weights and those of its base count. The code, the config's volatile entries, the tokenizer,
+    the card and pictures do not count.
     """
     folder = Path(name)
     if not folder.is_dir():

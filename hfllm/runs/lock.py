@@ -1,11 +1,11 @@
 """The lock that keeps two runs out of one folder.
 
-    .lock       locked by the kernel, so that the lock ends with its process, however that ends
+    .lock       locked by the kernel, so that the lock ends with its process, in whatever way that ends
     .lock.json  who holds it, for people; on network file systems also a heartbeat, for other hosts
 
-A network file system may not show one host the locks of another. There the holder touches `.lock.json` every few
-seconds, and a run on another host watches it for longer than that before it takes the folder over. Only changes of the
-file count, never its age, so that no two clocks are compared.
+A network file system may not show one host the locks of another. There, the holder touches `.lock.json` every few
+seconds, and a run on another host watches it for longer than that before it takes the folder over. It looks for changes
+of the file, not at its age, so that clocks of two hosts are never compared.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 LOCK, HOLDER = ".lock", ".lock.json"
 BEAT_SECONDS = 5.0  # between two touches of .lock.json
 PATIENCE_SECONDS = 30.0  # without a touch before a folder is taken over from another host
-SETTLE_SECONDS = 2.0  # for two hosts that take over at once to see which of them was last
+SETTLE_SECONDS = 2.0  # for two hosts that take over at the same time to see which one was last
 # File systems of one machine's disks and memory, where its kernel knows of every lock.
 LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "tmpfs", "overlay"}
 NO_KERNEL_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
@@ -44,9 +44,9 @@ NO_KERNEL_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, 
 def run_lock(
     output_dir: str | Path, *, recipe: str = "a run", accelerator: Accelerator | PartialState | None = None
 ) -> Iterator[None]:
-    """Keep `output_dir` to this run while the block lasts; the folder is made if it is not there.
+    """Lock `output_dir` for this run while the block lasts; the folder is created if it does not exist.
 
-    A second run there is refused and told who holds the lock. To be entered by every process; the main one locks.
+    A second run there is refused with an error that names the holder. Every process enters it; the main one locks.
 
     Raises:
         RuntimeError: another run is using the folder.
@@ -67,7 +67,7 @@ def run_lock(
 
 
 class _Lock:
-    """A lock that is held from when it is made until `release`."""
+    """A lock that is held from its creation until `release`."""
 
     def __init__(self, folder: Path, recipe: str):
         self.folder, self.path = folder, folder / HOLDER
@@ -78,7 +78,7 @@ class _Lock:
             is_locked = self._lock_by_kernel()
         except OSError as error:
             raise OSError(f"The output folder {folder} cannot be used: {error}. Choose another output_dir.") from error
-        # Where the kernel's word is not enough, other hosts are told by a heartbeat.
+        # Where kernel locks are not enough, a heartbeat informs other hosts.
         self.needs_heartbeat = not (is_locked and _is_local(folder))
         self.text = json.dumps(
             {
@@ -113,7 +113,7 @@ class _Lock:
         return True
 
     def _name_holder(self, is_locked: bool) -> None:
-        """Write `.lock.json`, as soon as whoever wrote the one that is there is known to have ended."""
+        """Write `.lock.json`, after the process that wrote an existing one is known to have ended."""
         left = _read(self.path)
         if left is not None:
             is_of_this_kernel = is_locked and _holder(left).get("machine") == _machine()
@@ -171,9 +171,9 @@ class _Lock:
                 elif _holder(now).get("token") is None or now[1] == self.text:
                     os.utime(self.path)
                 elif not self.stopped.is_set():
-                    # This process stood still for longer than the other one's patience.
+                    # This process was suspended for longer than the other one waits.
                     print(
-                        f"\nerror: {_refusal(self.folder, now)} This run stood still for too long, and stops at once.",
+                        f"\nerror: {_refusal(self.folder, now)} This run was suspended for too long, and stops.",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -193,7 +193,7 @@ class _Lock:
 
     def _release_kernel_lock(self) -> None:
         if self.kernel_lock.is_locked:
-            # Deleted while it is locked: whoever opened it meanwhile sees that its lock has no name, and tries again.
+            # Deleted while it is locked: a process that opened it meanwhile finds it without a name, and tries again.
             with contextlib.suppress(OSError):
                 (self.folder / LOCK).unlink()
             self.kernel_lock.release()
@@ -202,7 +202,7 @@ class _Lock:
 def _read(path: Path) -> tuple[int, str] | None:
     """When the holder's file was last touched, by its file system's clock, and its text; None if there is none.
 
-    It is opened each time, as network file systems ask their server only then.
+    It is opened each time, because network file systems ask their server only then.
     """
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
@@ -233,7 +233,7 @@ def _refusal(folder: Path, read: tuple[int, str] | None) -> str:
 
 
 def _machine() -> str:
-    """What two processes have in common if one kernel runs them, in whatever containers: the id of its start."""
+    """The id of the kernel's start: the same for two processes on one kernel, also in different containers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -241,7 +241,7 @@ def _machine() -> str:
 
 
 def _is_local(folder: Path) -> bool:
-    """Whether the folder's file system belongs to this machine alone, as far as the system tells."""
+    """Whether the folder's file system belongs to this machine alone, according to the system."""
     device = folder.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}" if hasattr(os, "major") else ""
     try:

@@ -1,8 +1,8 @@
-"""A run's `log.jsonl`, one object a line for each logged step, and its `samples.txt`.
+"""A run's `log.jsonl`, with one line for each logged step, and its `samples.txt`.
 
     --- step 100                 pretraining: what the model wrote after that step
     Once upon a time
-    --- What is 3 + 4?           fine-tuning: a question, and below it what was answered
+    --- What is 3 + 4?           fine-tuning: a question, and below it the answers
     expected: 7
     after:    7
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 HEADING = re.compile(r"^--- (.*)$", re.MULTILINE)
 STEP_HEADING = re.compile(r"^--- step (\d+)$", re.MULTILINE)
-# With any number of spaces before it, so that taking one away again gives back every text.
+# With any number of spaces before it, so that removing one space restores every text.
 LIKE_A_HEADING = re.compile(r"(?:^|(?<=\r))(?= *--- )", re.MULTILINE)  # Python reads \r as the end of a line too
 ESCAPED = re.compile(r"^ (?= *--- )", re.MULTILINE)
 LIKE_A_STEP = re.compile(r" *step \d+")
@@ -32,7 +32,7 @@ LIKE_A_STEP = re.compile(r" *step \d+")
 def append_to_log(path: str | Path, entry: dict[str, Any]) -> None:
     """Add a line to a run's `log.jsonl`, without the numbers that are not finite, which JSON does not have.
 
-    A line that a kill has torn is ended first, so that it takes no other with it.
+    A line that was left incomplete by a kill is ended first, so that this line stays separate.
     """
     entry = {name: value for name, value in entry.items() if not find_non_finite(value)}
     with Path(path).open("a+b") as file:
@@ -44,10 +44,10 @@ def append_to_log(path: str | Path, entry: dict[str, Any]) -> None:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a run's `log.jsonl` in the order of their steps, as the model that came out of it saw them.
+    """The entries of a run's `log.jsonl` in the order of their steps, without steps that were trained again.
 
-    A run that was killed resumes from its last checkpoint and goes back in its log: what it logged after that step no
-    longer counts. A torn line, as a kill leaves it, is left out with a warning.
+    A run that was killed resumes from its last checkpoint: entries after that step, from before the kill, are dropped.
+    An incomplete line, as a kill leaves it, is left out with a warning.
     """
     entries: dict[int, dict[str, Any]] = {}
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
@@ -58,7 +58,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
             step = int(entry["step"])
         except (ValueError, KeyError, TypeError):
-            logger.warning("%s, line %d is torn or no entry of a log, and left out: %.60r", path, number, line)
+            logger.warning("%s, line %d is incomplete or not a log entry, and left out: %.60r", path, number, line)
             continue
         while entries and (last := next(reversed(entries))) > step:
             del entries[last]
@@ -79,7 +79,7 @@ def format_sample(heading: int | str, text: str) -> str:
 def read_samples(path: str | Path) -> list[tuple[int | str, str]]:
     """The parts of a run's `samples.txt`, each with its step or its question; the inverse of `format_sample`.
 
-    A run that was killed goes back to a checkpoint and writes some of them again, as in its log; the last ones count.
+    A run that was killed resumes from a checkpoint and writes some samples again; the last ones are kept.
     """
     text = Path(path).read_text(encoding="utf-8", errors="replace")
     if not STEP_HEADING.match(text):

@@ -1,4 +1,4 @@
-"""Folders of files that are whole or absent: a manifest with the size and sha256 of each, written last."""
+"""The manifest of a folder that is whole or absent: size and sha256 of each file, written last."""
 
 import itertools
 import json
@@ -31,9 +31,9 @@ def write_manifest(folder: str | Path, **others: Any) -> None:
 
 
 def find_fault(folder: str | Path, *, required: Iterable[str] = (), verify: bool = True) -> str | None:
-    """What is wrong with the files that the folder's manifest lists, or None; reads every byte of them.
+    """The first problem of the files that the folder's manifest lists, or None; reads every byte of them.
 
-    The manifest must list those `required`. `verify=False` skips the sha256, and looks at names and sizes only.
+    The manifest must list those `required`. `verify=False` skips the sha256, and checks names and sizes only.
     """
     folder = Path(folder)
     try:
@@ -60,7 +60,7 @@ def find_fault(folder: str | Path, *, required: Iterable[str] = (), verify: bool
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename the folder to `broken-<its name>`, with a number behind it if that is taken; returns its new path."""
+    """Rename the folder to `broken-<its name>`, with a number at its end if that exists; returns its new path."""
     for number in itertools.count(1):
         aside = folder.with_name(f"broken-{folder.name}" + (f"-{number}" if number > 1 else ""))
         if not aside.exists():

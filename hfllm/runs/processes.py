@@ -1,4 +1,4 @@
-"""What one process does for all of them."""
+"""Work that the main process does for all processes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from accelerate.utils import broadcast_object_list
 
 
 def on_main_process(accelerator: Accelerator | None, function: Callable[[], Any]) -> Any:
-    """What `function` returns on the main process, for every process; if it fails there, none is left waiting."""
+    """The result of `function` on the main process, for every process; an error there is raised in all of them."""
     result, error = None, None
     if accelerator is None or accelerator.is_main_process:
         try:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: log.jsonl, samples.txt, the trackers and the terminal."""
+"""The output of a run in progress: log.jsonl, samples.txt, trackers and terminal."""
 
 import sys
 import warnings
@@ -13,9 +13,9 @@ from .log import append_to_log, format_sample
 
 
 class RunLog:
-    """The records of a run that goes from `step` to `max_steps`; every process has one, the main process writes.
+    """The log of a run from `step` to `max_steps`; every process has one, the main process writes.
 
-    Records are what `log.jsonl` holds: `step` and either the numbers of training or those of an evaluation.
+    A record is a line of `log.jsonl`: `step`, and the numbers of either training or an evaluation.
     """
 
     def __init__(self, output_dir: str | Path, *, accelerator: Accelerator, step: int, max_steps: int):
@@ -42,12 +42,14 @@ class RunLog:
         self.progress.update()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add a line to `log.jsonl`, hand the same to the trackers, and say a word on the terminal."""
+        """Add a line to `log.jsonl`, send it to the trackers, and print it."""
         try:
             numbers = {name: value for name, value in record.items() if name != "step"}
             self.accelerator.log(numbers, step=record["step"])
-        except Exception as error:  # each tracker fails in its own way, and none of them is worth a run
-            warnings.warn(f"A tracker failed: {error!r}. The run goes on, and log.jsonl has everything.", stacklevel=2)
+        except Exception as error:  # each tracker has errors of its own, and none should end a run
+            warnings.warn(
+                f"A tracker failed: {error!r}. The run continues, and log.jsonl has everything.", stacklevel=2
+            )
         if not self.accelerator.is_main_process:
             return
         append_to_log(self.folder / "log.jsonl", record)
@@ -62,7 +64,7 @@ class RunLog:
             self.progress.set_postfix_str(text, refresh=False)
 
     def write_sample(self, step: int, text: str) -> None:
-        """Show what the model wrote, and keep it in `samples.txt`; for the main process."""
+        """Print what the model wrote, and add it to `samples.txt`; for the main process."""
         tqdm.write(f"    sample: {text!r}")
         with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(format_sample(step, text))

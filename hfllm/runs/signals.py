@@ -1,4 +1,4 @@
-"""Stopping on a signal at a step's end, on all processes together."""
+"""Stop on a signal at the end of a step, on all processes together."""
 
 import contextlib
 import ctypes
@@ -23,7 +23,7 @@ SECONDS_OF_ONE_REQUEST = 1.0
 class StopRequest:
     """Remembers a first SIGTERM or SIGINT (Ctrl-C), for the loop to save and stop; a second one stops at once.
 
-    A launcher that dies takes its workers along in the same way, instead of leaving them to train on unseen (Linux).
+    If the launcher dies, its workers get a SIGTERM too, instead of training on without it (Linux).
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -32,7 +32,7 @@ class StopRequest:
         self.time = 0.0
 
     def __enter__(self) -> "StopRequest":
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # `accelerate launch` is the parent, and no shell to log out of
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # `accelerate launch` is the parent, and not a login shell
             signal_at_parents_death(signal.SIGTERM)
         self.previous = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -54,7 +54,7 @@ class StopRequest:
                 os.write(1, text.encode())
 
     def agreed(self) -> bool:
-        """True on every process as soon as one of them was told to stop. All processes must call it together."""
+        """True on every process as soon as one of them got a signal. All processes must call it together."""
         if self.accelerator.num_processes == 1:
             return self.signal_number is not None
         told = torch.tensor(int(self.signal_number is not None), device=self.accelerator.device)

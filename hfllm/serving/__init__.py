@@ -1,1 +1,1 @@
-"""Replies of a chat model: written token by token, for a terminal, a browser page and programs."""
+"""Replies of a chat model, token by token: for a terminal, a browser page and programs."""

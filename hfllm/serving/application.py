@@ -1,7 +1,7 @@
-"""An HTTP server in OpenAI's form for one model that is loaded already.
+"""An OpenAI-compatible HTTP server for one model that is already loaded.
 
-transformers' own server looks a model's class up in its module, so it cannot open ours, and it would load any model
-that a request names and open routes for audio beside the chat. So this is an application of our own, on FastAPI.
+transformers' own server looks up a model's class in its module, so it cannot open ours. It would also load any model
+that a request names, and serve audio routes beside the chat. So this is our own application, on FastAPI.
 """
 
 import asyncio
@@ -51,8 +51,8 @@ def build_application(
 ) -> ASGIApp:
     """The application that answers requests to the writer's model under this name.
 
-    What a request does not say is taken from `defaults` and `system`. `defaults.seed` seeds the series of seeds that
-    requests without one get. `host` is the address that the server listens at, see `OwnPagesOnly`.
+    Parameters that a request does not give are taken from `defaults` and `system`. `defaults.seed` seeds the series of
+    seeds for requests without one. `host` is the address that the server listens at, see `OwnPagesOnly`.
     """
     # The documentation's pages would load scripts from other servers.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -126,7 +126,7 @@ def error_response(error: RequestError, headers: Any = None) -> JSONResponse:
 
 
 def fit_choices(choices: Sequence[Sampling], prompt_length: int, context: int) -> list[Sampling]:
-    """The choices with at most as many new tokens as the context has room for behind the prompt."""
+    """The choices, with at most as many new tokens as fit into the context after the prompt."""
     if prompt_length >= context:
         raise RequestError(
             f"This model's context is {context:,} tokens, prompt and reply together, and the messages have "
@@ -160,7 +160,7 @@ async def read_json(request: Request) -> Any:
 
 
 class Exchange:
-    """A request's replies, brought into OpenAI's form."""
+    """A request's replies, in OpenAI's form."""
 
     def __init__(self, writer: ReplyWriter, name: str, prompt_ids: list[int], choices: list[Sampling]):
         self.writer = writer
@@ -180,7 +180,7 @@ class Exchange:
         }
 
     async def answer(self, request: Request) -> Response:
-        """The whole answer; if the client leaves before, its replies are not written to their end."""
+        """The whole answer; if the client leaves, generation of its replies stops."""
         gone = asyncio.ensure_future(wait_until_gone(request))
         answer = asyncio.ensure_future(self._collect())
         try:
@@ -221,7 +221,7 @@ class Exchange:
         }
 
     async def stream(self, asked: ChatRequest) -> AsyncIterator[str]:
-        """The answer as server-sent events. The client's leaving closes this iterator, and ends the job."""
+        """The answer as server-sent events. If the client leaves, this iterator is closed, and the job ends."""
         usage = {"usage": None} if asked.include_usage else {}
 
         def event(number: int, delta: dict[str, str], new: list[ReplyToken], finish_reason: str | None = None) -> str:
@@ -261,7 +261,7 @@ class Exchange:
         return f"data: {json.dumps({**self.head, 'object': 'chat.completion.chunk', **fields})}\n\n"
 
     def _describe(self, number: int, tokens: list[ReplyToken]) -> dict[str, Any] | None:
-        """OpenAI's form of the probabilities of some tokens; None where they are not asked for."""
+        """OpenAI's form of the probabilities of some tokens; None if they are not requested."""
         if self.choices[number].num_top_logprobs is None:
             return None
         describe = TokenNames(self.writer.tokenizer)
@@ -276,7 +276,7 @@ class Exchange:
 
 
 class TokenNames:
-    """Tokens in OpenAI's form. A token may be a part of a character only, whose bytes are then the truth about it."""
+    """Tokens in OpenAI's form. A token may be only a part of a character, which its bytes then describe exactly."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -307,7 +307,7 @@ BYTES = _byte_characters()
 
 
 def as_request_error(error: Exception) -> RequestError:
-    """What a client is told when its reply could not be written: nothing of this machine, and nothing of others."""
+    """The error for a client whose reply failed, without any detail of this machine or of other clients."""
     if isinstance(error, QueueIsFull):
         return RequestError(
             "Too many requests wait already; try again later.",
@@ -326,11 +326,11 @@ async def wait_until_gone(request: Request) -> None:
 
 
 class OwnPagesOnly:
-    """An application that answers to its own names, and no page of another web site.
+    """An application that answers requests to its own names, and none from pages of other web sites.
 
-    A browser lets any page send requests to this machine. Those of another site's page carry its Origin. A site whose
-    name was made to point here (DNS rebinding) has no such Origin, but its name as Host: so a Host is an IP address,
-    this machine's name, or the `host` that the server was started with.
+    A browser lets any page send requests to this machine. Requests of another site's page carry its Origin. A site
+    whose name was made to point here (DNS rebinding) has no such Origin, but its name is the Host: so the Host must be
+    an IP address, this machine's name, or the `host` that the server was started with.
     """
 
     def __init__(self, app: ASGIApp, host: str):
@@ -350,7 +350,7 @@ class OwnPagesOnly:
         hosts = [value.decode("latin-1").strip().lower() for value in headers.get(b"host", [])]
         origins = [value.decode("latin-1").strip().lower() for value in headers.get(b"origin", [])]
         if len(hosts) != 1 or not self._is_own(hosts[0]):
-            return "This server does not go by the Host of this request; give it that name by its `host` option."
+            return "This server does not answer to the Host of this request; start it with that name as `host`."
         if any(origin not in (f"http://{hosts[0]}", f"https://{hosts[0]}") for origin in origins):
             return "This server does not answer pages of other web sites (Origin)."
         return None
@@ -382,7 +382,7 @@ class _Server(uvicorn.Server):
 
 
 def run_application(app: ASGIApp, writer: ReplyWriter, *, host: str, port: int) -> None:
-    """Serve until Ctrl-C or SIGTERM, which end the replies that are being written."""
+    """Serve until Ctrl-C or SIGTERM, which also end unfinished replies."""
     server = _Server(
         uvicorn.Config(
             app,

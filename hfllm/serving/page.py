@@ -23,7 +23,7 @@ from .application import LARGEST_BODY, OwnPagesOnly, error_response
 
 REPLACEMENT = "\ufffd"
 
-# Settings stand beside the chat, and below it where there is no room. The chat takes the height of the window.
+# Settings are beside the chat, or below it on narrow screens. The chat takes the height of the window.
 STYLE = """
 footer {display: none !important}
 .gradio-container {width: 100% !important; max-width: 1200px !important; margin: 0 auto !important}
@@ -31,7 +31,7 @@ footer {display: none !important}
 
 
 def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: str | None = None) -> gradio.Blocks:
-    """The page that talks to the writer's model; its settings begin with `defaults` and `system`.
+    """The page to chat with the writer's model; its settings start with `defaults` and `system`.
 
     Every reply is drawn with a seed of its own, the first by `defaults.seed`, so that a retry gives another reply.
     """
@@ -69,7 +69,7 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
             events.cancel()
 
     with gradio.Blocks(title=name, analytics_enabled=False, fill_height=True, fill_width=True) as page:
-        # Written with a key that does not change, or the browser's history would not outlive this process.
+        # The key does not change, so that the browser's history outlives this process.
         kept = gradio.BrowserState([], storage_key=f"chat with {name}", secret="chat")
         with gradio.Row(equal_height=False):
             chat_column = gradio.Column(scale=4, min_width=320)
@@ -123,7 +123,7 @@ def build_page(writer: ReplyWriter, defaults: Sampling, *, name: str, system: st
 
 
 def show_error(message: str) -> None:
-    """Show an error until it is closed. A gradio.Error would end the event and leave the page without a send button."""
+    """Show an error until it is closed. A gradio.Error would end the event, and the send button would be missing."""
     gradio.Warning(message, duration=None, title="Error")
 
 
@@ -149,7 +149,7 @@ def plain_text(content: Any) -> str:
 def build_page_application(
     writer: ReplyWriter, defaults: Sampling, *, name: str, system: str | None, host: str, port: int
 ) -> ASGIApp:
-    """The page as an application that answers no page of another web site."""
+    """The page as an application that refuses requests of other web sites' pages."""
     page = build_page(writer, defaults, name=name, system=system)
     app = gradio.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
@@ -168,9 +168,9 @@ def build_page_application(
 
 
 class WholeCharacters:
-    """An application that gets a replacement character for half of a surrogate pair, in any JSON sent to it.
+    """Replaces halves of surrogate pairs in JSON sent to an application by replacement characters.
 
-    Gradio fails on such a text wherever it sends it back, and leaves the page without an answer.
+    Gradio fails when it sends such a text back, and the page gets no answer.
     """
 
     def __init__(self, app: ASGIApp):
@@ -200,7 +200,7 @@ class WholeCharacters:
         await self.app(scope, receive_again, send)
 
 
-# A whole pair, a half of one, or any other escape of JSON: so that the two of an escaped backslash are read as one.
+# A whole pair, half of a pair, or any other escape of JSON, so that an escaped backslash is read as one escape.
 ESCAPES = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.DOTALL
 )

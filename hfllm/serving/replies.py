@@ -1,10 +1,10 @@
 """Replies by `model.generate`, a few tokens at a time, so that several clients are answered side by side.
 
-Every reply has its tokens, cache and random state to itself, and one thread gives each of them some tokens in turn. So
-a reply has the tokens that `generate` gives to its prompt alone, whoever else is served, and a seed repeats. That is
-why it is not transformers' continuous batching: all its requests share one random state, and it knows neither stop
-strings nor penalties. What it costs is throughput: N clients share the speed of one. To serve many people, export the
-model (`recipes/export.py`) and serve it by vLLM or llama.cpp.
+Every reply has its own tokens, cache and random state, and one thread generates some tokens of each in turn. So a reply
+has the tokens that `generate` gives for its prompt alone, whatever other clients do, and a seed gives the same reply
+again. That is why transformers' continuous batching is not used: its requests share one random state, and it has
+neither stop strings nor penalties. The cost is throughput: N clients share the speed of one. To serve many people,
+export the model (`recipes/export.py`) and serve it with vLLM or llama.cpp.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from .text import LONE_SURROGATE, TextStream
 
 logger = logging.getLogger(__name__)
 
-TOKENS_IN_TURN = 8  # tokens of a reply before the next reply has its turn
+TOKENS_IN_TURN = 8  # tokens of a reply before it is the next one's turn
 LOWEST_TEMPERATURE = 1e-4  # below, logits divided by it overflow
 
 
@@ -55,11 +55,11 @@ class ReplyToken(NamedTuple):
     token_id: int
     logprob: float
     top: list[tuple[int, float]]  # the likeliest tokens and their log-probabilities
-    start: int  # how many characters of the reply come before it
+    start: int  # number of characters of the reply before it
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a reply: the model's own, and the end of a turn where the tokenizer is one of ours."""
+    """The tokens that end a reply: the model's own, and the end of a turn for our own tokenizers."""
     own = model.generation_config.eos_token_id
     ids = set(own if isinstance(own, list) else [own] if own is not None else [tokenizer.eos_token_id])
     turn_end = tokenizer.convert_tokens_to_ids(TURN_END_TOKEN)
@@ -86,10 +86,10 @@ def encode_messages(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> l
 def encode_newest(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, *, max_prompt_length: int
 ) -> tuple[Messages, list[int]]:
-    """The newest messages that have room in so many tokens, see `fit_messages`, and the prompt's token ids.
+    """The newest messages that fit into a number of tokens, see `fit_messages`, and the prompt's token ids.
 
     Raises:
-        ValueError: as `encode_messages`; or the last message alone has no room.
+        ValueError: as in `encode_messages`; or the last message alone is too long.
     """
     with _refusals_explained(messages):
         kept, prompt_ids, _ = fit_messages(messages, tokenizer, max_prompt_length=max_prompt_length)
@@ -107,7 +107,7 @@ def _refusals_explained(messages: Messages) -> Iterator[None]:
 
 
 def check_text(text: str) -> None:
-    """Raise a ValueError for half of a surrogate pair, which is no character."""
+    """Raise a ValueError for half of a surrogate pair, which is not a character."""
     if lone := LONE_SURROGATE.search(text):
         raise ValueError(
             f"The text is not valid Unicode: character {lone.start() + 1:,} is half of a surrogate pair, "
@@ -154,11 +154,11 @@ class Reply:
             eos_token_id=self._stop_ids,
             pad_token_id=pad_token_id,
             do_sample=is_drawn,
-            temperature=float(self.sampling.temperature) if is_drawn else None,  # no whole number, for transformers
+            temperature=float(self.sampling.temperature) if is_drawn else None,  # transformers rejects an int
             top_p=float(self.sampling.top_p) if is_drawn else None,
             top_k=0 if is_drawn else None,
             return_dict_in_generate=True,
-            # What cannot be done a few tokens at a time, or is this class's to do:
+            # Options that do not work a few tokens at a time, or that this class handles itself:
             num_beams=1,
             num_return_sequences=1,
             use_cache=True,
@@ -169,7 +169,7 @@ class Reply:
         return config
 
     def advance(self, max_tokens: int | None = None) -> None:
-        """Write up to this many tokens, by default all that are left."""
+        """Generate up to this many tokens, by default all that are left."""
         left = self.sampling.max_new_tokens - self.num_tokens
         self._config.max_new_tokens = left if max_tokens is None else min(left, max_tokens)
         self._enter_random_state()
@@ -187,7 +187,7 @@ class Reply:
             self.end()
 
     def end(self) -> None:
-        """Hand out the text that was held back."""
+        """Return the text that was held back."""
         if (piece := self.stream.end()) and self.on_text is not None:
             self.on_text(piece)
 
@@ -222,8 +222,8 @@ class Reply:
             token_id, logprobs[token_id].item(), list(zip(ids.tolist(), values.tolist())), self.stream.num_characters
         )
 
-    # The random state of torch belongs to the process. A reply brings its own along, so that its draws depend on its
-    # seed alone: they are those of `torch.manual_seed(seed)` and one call of `generate`.
+    # torch's random state belongs to the process. A reply sets its own, so that its samples depend on its seed alone:
+    # they are the same as with `torch.manual_seed(seed)` and one call of `generate`.
 
     def _enter_random_state(self) -> None:
         if self.sampling.temperature == 0:
@@ -243,7 +243,7 @@ class Reply:
 
 
 class _Follow(StoppingCriteria):
-    """Hands a reply its new token, and ends `generate` with the reply, or when its client has left."""
+    """Passes each new token to the reply, and ends `generate` with the reply, or when its client has left."""
 
     def __init__(self, reply: Reply):
         self.reply = reply
@@ -254,7 +254,7 @@ class _Follow(StoppingCriteria):
 
 
 class _Bias(LogitsProcessor):
-    """OpenAI's penalties and biases; keeps the logits as they were before them."""
+    """OpenAI's penalties and biases; keeps the logits without them."""
 
     def __init__(self, sampling: Sampling, *, num_prompt_tokens: int):
         self.sampling = sampling
@@ -279,10 +279,10 @@ class QueueIsFull(Exception):
 
 
 class ServerIsClosing(Exception):
-    """The server ends, and writes no further reply."""
+    """The server is closing, and writes no further reply."""
 
 
-@dataclass(eq=False)  # two clients may ask the same
+@dataclass(eq=False)  # two clients may send the same request
 class Job:
     """The replies to one prompt, one after another. All callbacks run in the writer's thread."""
 
@@ -297,9 +297,9 @@ class Job:
 
 
 class ReplyWriter:
-    """One thread that writes the replies of several clients, some tokens each in turn, the first to come first.
+    """One thread that writes the replies of several clients, some tokens each in turn, in order of arrival.
 
-    At most `max_active` replies have a cache in memory at a time; up to `max_waiting` clients wait behind them.
+    At most `max_active` replies have a cache in memory at a time; up to `max_waiting` further clients wait.
     """
 
     def __init__(
@@ -323,7 +323,7 @@ class ReplyWriter:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Have the job done in its turn.
+        """Queue the job.
 
         Raises:
             QueueIsFull: too many clients wait already.
@@ -338,14 +338,14 @@ class ReplyWriter:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """End a job whose client has left; if it is being written, with its next token."""
+        """End a job whose client has left; if it is being written, at its next token."""
         with self._changed:
             job.is_cancelled = True
             if job in self._waiting:
                 self._waiting.remove(job)
 
     def close(self) -> None:
-        """End every job, with ServerIsClosing, and take no other. Returns at once."""
+        """End every job with ServerIsClosing, and accept no more. Returns at once."""
         with self._changed:
             self.is_closed = True
             self._changed.notify()
@@ -383,8 +383,8 @@ class ReplyWriter:
             job.reply.advance(TOKENS_IN_TURN)
             if job.reply.finish_reason is None:
                 return False
-        except Exception as error:  # whatever fails, the other clients are served
-            # Its type and place only: a message may hold the client's text.
+        except Exception as error:  # any failure: other clients are still served
+            # Only its type and place: a message may hold the client's text.
             place = error.__traceback__
             while place is not None and place.tb_next is not None:
                 place = place.tb_next
@@ -452,5 +452,5 @@ def _call(job: Job, callback: Callable[..., None], *arguments: Any) -> None:
         return
     try:
         callback(*arguments)
-    except RuntimeError:  # the event loop behind it is closed
+    except RuntimeError:  # its event loop is closed
         job.is_cancelled = True

@@ -11,16 +11,16 @@ from .replies import LOWEST_TEMPERATURE, Sampling, check_text
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
-HIGHEST_TEMPERATURE = 100  # where every token is about as likely as any other
+HIGHEST_TEMPERATURE = 100  # where all tokens are about equally likely
 MOST_REPLIES = 128
 MOST_STOPS = 4
 LONGEST_STOP = 1000  # characters
 MOST_TOP_LOGPROBS = 20
 
-# Parameters that say who asks, or for what. They change no reply, and nothing of a request is kept.
+# Parameters that describe the caller or the purpose. They do not change a reply, and nothing of a request is kept.
 LABELS = ("user", "safety_identifier", "prompt_cache_key")
 
-# Parameters for what this server does not do, and the values that ask for nothing, which clients may send all the same.
+# Parameters for features that this server does not have, and their neutral values, which clients may send.
 NOT_DONE: dict[str, list[Any]] = {
     "audio": [],
     "function_call": ["none"],
@@ -41,7 +41,7 @@ NOT_DONE: dict[str, list[Any]] = {
     "verbosity": [],
     "web_search_options": [],
 }
-# The same for a message; clients send back the message that they were given.
+# The same for a message; clients send back messages that they received.
 NOT_DONE_IN_MESSAGES: dict[str, list[Any]] = {
     "annotations": [[]],
     "audio": [],
@@ -54,7 +54,7 @@ NOT_DONE_IN_MESSAGES: dict[str, list[Any]] = {
 
 
 class RequestError(Exception):
-    """A request that is not answered, with the fields of OpenAI's error form."""
+    """A refused request, with the fields of OpenAI's error form."""
 
     def __init__(
         self,
@@ -87,16 +87,16 @@ def read_chat_request(
     vocab_size: int,
     draw_seed: Callable[[], int],
 ) -> ChatRequest:
-    """The request in a body of JSON; what it does not say is taken from `defaults` and `system`.
+    """The request in a JSON body; parameters that it does not give are taken from `defaults` and `system`.
 
-    `draw_seed` gives the seed of a request that brings none.
+    `draw_seed` gives the seed of a request without one.
 
     Raises:
         RequestError: names the parameter, its value and what would do.
     """
     if not isinstance(body, dict):
         raise RequestError(f"The body is {_kind(body)}; send a JSON object with `messages`.")
-    given = {name: value for name, value in body.items() if value is not None}  # null is as good as left out
+    given = {name: value for name, value in body.items() if value is not None}  # null means left out
     _check_model(given.pop("model", model), model)
     messages = _read_messages(given.pop("messages", []))
     if system and not any(message["role"] == "system" for message in messages):
@@ -282,7 +282,7 @@ def _check_number(name: str, value: Any, *, lowest: float, highest: float | None
 
 
 def _refuse_rest(given: dict[str, Any], not_done: dict[str, list[Any]], prefix: str = "") -> None:
-    """Refuse what nobody has taken: a parameter that is not known, or that this server does nothing for."""
+    """Refuse the remaining parameters: those that are unknown, and those of features that this server lacks."""
     for name, value in given.items():
         if name not in not_done:
             raise RequestError(

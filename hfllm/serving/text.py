@@ -1,4 +1,4 @@
-"""Token ids to text, piece by piece, cut exactly at stop strings."""
+"""Text from token ids, piece by piece, cut exactly at stop strings."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # no character, and how Python reads a byte that is not UTF-8
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # not a character; Python reads a byte that is not UTF-8 as one
 
 # A character of UTF-8 has at most four bytes, so a character that is still incomplete has at most three tokens.
 LONGEST_INCOMPLETE = 3
@@ -15,12 +15,12 @@ INCOMPLETE = "\ufffd"  # how a tokenizer decodes the bytes of an incomplete char
 
 
 class TextStream:
-    """The text of one reply, which grows by a token at a time and ends at the first stop string.
+    """The text of one reply, which grows token by token and ends at the first stop string.
 
     `put` returns only text that is final: it holds back an incomplete character, and text that may turn out to be the
-    beginning of a stop string. Of two stop strings, the one that is complete first counts. The stop string itself is
-    left out unless `keep_stop` is set. `prompt_ids` are the tokens before the reply: some tokenizers write the first
-    token of a text without its leading space.
+    beginning of a stop string. If there are two stop strings, the one that is complete first ends the text. The stop
+    string itself is left out unless `keep_stop` is set. `prompt_ids` are the tokens before the reply: some tokenizers
+    write the first token of a text without its leading space.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class TextStream:
         self.text = ""  # all that was returned so far
         self.is_stopped = False
         self.num_characters = 0  # decoded so far, with what is held back
-        self._before = list(prompt_ids[-LONGEST_INCOMPLETE - 1 :])  # decoded already, and needed to decode the next
+        self._before = list(prompt_ids[-LONGEST_INCOMPLETE - 1 :])  # decoded already, but needed to decode the next
         self._new: list[int] = []
         self._held = ""  # the beginning of a stop string, perhaps
 
@@ -77,7 +77,7 @@ class TextStream:
         return piece
 
     def _release(self, piece: str) -> str:
-        """The part of what is held back and of this piece that is final."""
+        """The final part of the text held back and this piece."""
         self.num_characters += len(piece)
         text = self._held + piece
         found = [(start + len(stop), start) for stop in self.stop if (start := text.find(stop)) >= 0]
@@ -93,7 +93,7 @@ class TextStream:
         return text
 
     def _length_of_a_beginning(self, text: str) -> int:
-        """How many of the last characters may be the beginning of a stop string."""
+        """The number of last characters that may be the beginning of a stop string."""
         longest = max(map(len, self.stop), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             ending = text[-length:]
@@ -103,7 +103,7 @@ class TextStream:
 
 
 class FollowTexts(StoppingCriteria):
-    """Hands `generate`'s new tokens to a TextStream for each row, and ends a row at its stop string.
+    """Passes `generate`'s new tokens to a TextStream per row, and ends a row at its stop string.
 
     `on_text` is called with each piece of text. Call `end` when `generate` has returned.
     """

@@ -1,1 +1,1 @@
-"""What a training loop calls: the optimizer, the learning rate, checkpoints, evaluation, throughput."""
+"""Functions for the training loop: optimizers, learning rates, checkpoints, sizing, throughput."""

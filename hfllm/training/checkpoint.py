@@ -3,16 +3,16 @@
     checkpoints/step-00000100/
         model.safetensors       parameters and persistent buffers by name; a tied one once, under its first name
         optimizer.safetensors   "<parameter>.<what>", e.g. "model.norm.weight.exp_avg"
-        state.json              what the training loop handed over, and the optimizer's plain numbers
+        state.json              the state of the training loop, and the optimizer's plain numbers
         config.json, ...        of transformers' models: config, generation config, code and tokenizer, so that the
                                 folder opens by `from_pretrained`, as the model of that step
         manifest.json           size and sha256 of all others, written last
 
 A checkpoint is written into `step-00000100.tmp`, flushed to the disk and then renamed: at every moment the folder
 either holds it complete or does not hold it. `broken-step-00000100` failed verification and was set aside;
-`step-00000100.replaced` is giving way to a new one of that step. The files are the same whatever wrote them, one
-process or many, DDP, FSDP2 or DeepSpeed's ZeRO-2 and ZeRO-3, compiled or not, so that any of these can resume from any
-other. Nothing is pickled.
+`step-00000100.replaced` is being replaced by a new one of that step. One process or many, DDP, FSDP2 or DeepSpeed's
+ZeRO-2 and ZeRO-3, compiled or not, all write the same files, so that any of these can resume from any other. Nothing is
+pickled.
 """
 
 import contextlib
@@ -69,13 +69,13 @@ def save_checkpoint(
     """Write `directory/step-<state["step"]>`, then delete all but the `keep` newest; to be called by every process.
 
     The checkpoint of `best_step` is never deleted. It is one of the `keep`, but the new checkpoint stays in any case.
-    `model` and `optimizer` are those `accelerator.prepare` returned, `state` is whatever else the loop needs to resume,
-    in types that JSON knows. A model of transformers is saved with its config, and with the `tokenizer`, so that
-    `from_pretrained` opens the checkpoint.
+    `model` and `optimizer` are those that `accelerator.prepare` returned; `state` is everything else that the loop
+    needs to resume, in types that JSON knows. A model of transformers is saved with its config, and with the
+    `tokenizer`, so that `from_pretrained` opens the checkpoint.
 
     Raises:
-        OSError: the disk is full, or something else of the system's; the older checkpoints stay.
-        FloatingPointError: a weight, an average or a number is not finite; nothing is written.
+        OSError: the disk is full, or another error of the system; the older checkpoints stay. FloatingPointError: a
+        weight, an average or a number is not finite; nothing is written.
     """
     if "step" not in state:
         raise ValueError(f"A checkpoint is named after its step; the state has only the keys {sorted(state)}.")
@@ -118,7 +118,7 @@ def save_checkpoint(
 
 
 def save_model(directory: str | Path, *, model: PreTrainedModel, accelerator: Accelerator) -> None:
-    """Write the model as `save_pretrained` does, whole and in float32, however it is cut up here; for every process."""
+    """Write the model as `save_pretrained` does, whole and in float32, also if it is sharded; for every process."""
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         weights = zero.gather_weights(bare, accelerator)
@@ -134,7 +134,7 @@ def save_model(directory: str | Path, *, model: PreTrainedModel, accelerator: Ac
 
 
 def _empty_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same config without weights, which is the one to be saved.
+    """A model of the same config without weights, whose config and code are saved.
 
     FSDP2 changes the model's class and DeepSpeed its type, and both would be written into config.json. (FSDP2's class
     makes models of the first one.)
@@ -202,15 +202,15 @@ def load_checkpoint(
     accelerator: Accelerator,
     identity: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Put model and optimizer back as they were, to the last bit, and return the loop's state; for every process.
+    """Restore model and optimizer, to the last bit, and return the loop's state; for every process.
 
-    `identity` is compared with `state["identity"]` before anything is loaded, see `check_same_run`.
-    Only the main process reads the files, so they need not be visible to the others. The files are taken for the ones
-    that were written: `latest_checkpoint` verifies them.
+    `identity` is compared with `state["identity"]` before anything is loaded, see `check_same_run`. Only the main
+    process reads the files, so they need not be visible to the others. Their sha256 is not checked here but in
+    `latest_checkpoint`.
     """
     path = Path(path)
     model, optimizer = _bare(model, optimizer, accelerator)
-    optimizer.zero_grad(set_to_none=True)  # torch makes room for the state of an optimizer only without gradients
+    optimizer.zero_grad(set_to_none=True)  # torch initializes the state of an optimizer only without gradients
     names = {id(parameter): _plain(name) for name, parameter in model.named_parameters()}
     is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
     # Filled by the main process, from where torch sends each process its part.
@@ -255,7 +255,7 @@ def load_checkpoint(
     _restore_tuples(optimizer)
     for parameter in list(optimizer.state):
         if names[id(parameter)] not in content["optimizer"]["parameters"]:
-            del optimizer.state[parameter]  # ... and keeps none of the zeros that torch made room with
+            del optimizer.state[parameter]  # ... and does not keep the zeros of torch's initialization
     if accelerator.scaler is not None:
         if "grad_scaler" in content:
             accelerator.scaler.load_state_dict(content["grad_scaler"])
@@ -272,7 +272,7 @@ def find_state(
     accelerator: Accelerator,
     identity: dict[str, Any],
 ) -> dict[str, Any]:
-    """The state of the newest sound checkpoint, loaded into model and optimizer; or that of a run's beginning.
+    """The state of the newest sound checkpoint, loaded into model and optimizer; or the state at a run's beginning.
 
     Raises:
         ValueError: there are checkpoints, but broken ones only, or of another run (see `check_same_run`).
@@ -320,14 +320,14 @@ def _class_name(optimizer: Any, accelerator: Accelerator) -> str:
 
 
 def _restore_tuples(optimizer: torch.optim.Optimizer) -> None:
-    for group in optimizer.param_groups:  # JSON knows no tuples, such as the betas
+    for group in optimizer.param_groups:  # JSON has no tuples, such as the betas
         group |= {name: tuple(value) for name, value in group.items() if isinstance(value, list) and name != "params"}
 
 
 def _bare(
     model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Model and optimizer without what accelerate put around them; under FSDP2 the parameters stay sharded."""
+    """Model and optimizer without accelerate's wrappers; under FSDP2 the parameters stay sharded."""
     kind = accelerator.distributed_type
     is_fsdp1 = kind == DistributedType.FSDP and not accelerator.is_fsdp2
     if is_fsdp1 or kind == DistributedType.MEGATRON_LM:
@@ -365,7 +365,7 @@ def _write(
 ) -> None:
     temporary, replaced = path.with_suffix(".tmp"), path.with_suffix(".replaced")
     advice = (
-        "The older checkpoints are untouched. Make room (or keep fewer of them), or mend whatever else is the cause; "
+        "The older checkpoints are untouched. Free disk space (or keep fewer of them), or remove the cause; "
         "then start again, and the run resumes."
     )
     try:
@@ -409,7 +409,7 @@ def _delete_old(path: Path, keep: int | None, best_step: int | None) -> None:
     older = [other for other in checkpoints if other != path and _step_of(other) != best_step]
     for other in older[: max(0, len(checkpoints) - keep)]:
         try:
-            # Renamed first: if this process is killed here, half a folder is taken for what it is.
+            # Renamed first: if this process is killed here, an incomplete folder is not taken for a checkpoint.
             shutil.rmtree(other.rename(other.with_suffix(".tmp")))
         except OSError as error:
             logger.warning("The old checkpoint %s could not be deleted: %s.", other, error)
@@ -435,7 +435,7 @@ def _set_aside(path: Path, fault: str) -> None:
 def _check_model(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor], *, in_float32: bool) -> None:
     tied = _tied_names(model)
     wanted = {_plain(name): _kind(tensor) for name, tensor in model.state_dict().items() if _plain(name) not in tied}
-    for name, parameter in model.named_parameters() if in_float32 else []:  # of ZeRO, whatever it computes in
+    for name, parameter in model.named_parameters() if in_float32 else []:  # as ZeRO keeps them, in any precision
         wanted[name] = _kind(torch.empty(zero.shape_of(parameter), dtype=torch.float32, device="meta"))
     faults = []
     for name in wanted | tensors:

@@ -1,12 +1,12 @@
-"""A run that ends in time: its schedule follows the clock where the machine turns out slower than it was measured.
+"""A run's deadline: the number of steps follows the clock if the machine is slower than measured.
 
-The sizes of a run for so many minutes come from a few measured steps. An hour later another program may share the
-machine. So the run looks at the clock now and then, and plans again how many steps there are. The learning rate then
-falls faster, from where it stands, along the same curve: there is no jump, and at the last step it is where the planned
-schedule ends.
+The sizes of a run for a number of minutes come from a few measured steps. Later, another program may slow the machine
+down. So the run looks at the clock from time to time and plans the number of steps again. The learning rate then falls
+faster from its present value, along the same curve, without a jump, and reaches the end of the planned schedule at the
+last step.
 
-What was planned when is part of the run's state, and with it of its checkpoints: given that, the learning rate of a
-step is a function of the step alone, and a resumed run takes the same steps.
+The plans are part of the run's state, and so of its checkpoints. Given them, the learning rate depends on the step
+alone, and a resumed run takes the same steps.
 """
 
 import time
@@ -16,18 +16,18 @@ from typing import Protocol
 from accelerate.utils import broadcast_object_list
 
 
-NUM_LOOKS = 40  # at the clock, in the planned run
+NUM_LOOKS = 40  # looks at the clock in the planned run
 FIRST_STEPS = 2  # of a process, which are slower than the others and are not measured
-LATE = 0.01  # of the time that was given, by which the end may be late before the steps are planned again ...
-EARLY = 0.10  # ... or early, if they were cut before
+LATE = 0.01  # share of the given time by which the run may end late before the steps are planned again ...
+EARLY = 0.10  # ... or early, if their number was reduced before
 
 Plans = list[list[int]]  # [step at which it was planned, steps of the whole run]
 
 
 def position_in_schedule(step: int, planned_steps: int, plans: Sequence[Sequence[int]]) -> float:
-    """Where step `step` stands in the schedule of `planned_steps`, after it was planned again in some earlier steps.
+    """The position of a step in the schedule of `planned_steps`, after it was planned again at some earlier steps.
 
-    From each plan on, the rest of the schedule is passed in equal parts by the steps that are left.
+    From each plan on, the remaining steps divide the rest of the schedule equally.
     """
     position, begin, end = 0.0, 0, planned_steps
     for planned_at, max_steps in plans:
@@ -43,7 +43,7 @@ def position_in_schedule(step: int, planned_steps: int, plans: Sequence[Sequence
 def last_step_in_time(
     step: int, seconds_left: float, *, seconds_per_step: float, seconds_per_evaluation: float, eval_steps: int
 ) -> int:
-    """The most steps that the whole run can have, of which `step` are done; evaluations included, one more at least."""
+    """The most steps that fit into the time, evaluations included; `step` are done, and at least one more is taken."""
     num_evaluations = 1  # the last step is followed by one
     while True:
         seconds = seconds_left - num_evaluations * seconds_per_evaluation
@@ -55,7 +55,7 @@ def last_step_in_time(
 
 
 class State(Protocol):
-    """What a run keeps in its checkpoints, as far as its end goes."""
+    """The part of a run's state that its deadline needs."""
 
     step: int
     plans: Plans
@@ -63,9 +63,9 @@ class State(Protocol):
 
 
 class Deadline:
-    """How many steps a run has and where each stands in its schedule, by the clock if `minutes` are given.
+    """The number of steps of a run and their positions in the schedule, by the clock if `minutes` are given.
 
-    `state` is the run's, in which plans and elapsed time are kept. Every process calls every method.
+    Plans and elapsed time are kept in the run's `state`. Every process calls every method.
     """
 
     def __init__(self, state: State, *, planned_steps: int, minutes: float | None, eval_steps: int):
@@ -82,26 +82,26 @@ class Deadline:
         return self.state.plans[-1][1] if self.state.plans else self.planned_steps
 
     def position(self, step: int) -> float:
-        """Where the step stands in the schedule of `planned_steps`."""
+        """The position of the step in the schedule of `planned_steps`."""
         return position_in_schedule(step, self.planned_steps, self.state.plans)
 
     def start(self) -> None:
-        """The clock runs from here, on top of what it ran before the run was interrupted."""
+        """Start the clock; the time before an interruption counts too."""
         self.clock = time.perf_counter()
 
     def count_step(self) -> None:
-        """A step has ended."""
+        """Count a step that has ended."""
         self.num_steps += 1
         seconds = self._lap()
         if self.num_steps > FIRST_STEPS:
             self.step_seconds.append(seconds)
 
     def count_evaluation(self) -> None:
-        """An evaluation and what is saved with it have ended."""
+        """Count an evaluation that has ended, with its checkpoint."""
         self.evaluation_seconds = self._lap()
 
     def look(self) -> str | None:
-        """Plan the steps again if the run would not end in time; what was decided, in words, or None."""
+        """Plan the steps again if the run would not end in time; returns the decision in words, or None."""
         step = self.state.step
         if self.seconds is None or step % self.looks_every or not self.step_seconds or step >= self.max_steps:
             return None
@@ -110,7 +110,7 @@ class Deadline:
         left = self.seconds - self.state.elapsed_seconds
         times = {"seconds_per_step": pace, "seconds_per_evaluation": self.evaluation_seconds}
         in_time = min(self.planned_steps, last_step_in_time(step, left, **times, eval_steps=self.eval_steps))
-        [in_time, pace] = broadcast_object_list([in_time, pace])  # the main process's clock is everybody's
+        [in_time, pace] = broadcast_object_list([in_time, pace])  # the main process's clock is used by all
         change = (in_time - self.max_steps) * pace
         if -LATE * self.seconds <= change <= EARLY * self.seconds:
             return None

@@ -1,4 +1,4 @@
-"""The processes of a run: accelerate, exactly as it was launched, or not at all."""
+"""Accelerate's processes and sharding, checked against the launch; memory and gradient clipping."""
 
 import atexit
 import contextlib
@@ -20,8 +20,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from . import zero
 
 
-# How long processes wait for one of them before they give up. The first one prepares the text for all, and the ten
-# minutes that NCCL waits by itself are not enough for a large one.
+# How long processes wait for each other before they fail. The first one prepares the text for all, and NCCL's default
+# of ten minutes is too short for a large text.
 TIMEOUT = datetime.timedelta(hours=2)
 
 
@@ -34,20 +34,19 @@ def start_accelerator(
     needs_whole_matrices: bool = False,
     **arguments: Any,
 ) -> Accelerator:
-    """An `Accelerator` that is what was launched: as many processes, and sharded as the accelerate file says.
+    """An `Accelerator` with as many processes as were launched, sharded as the accelerate file says.
 
-    accelerate itself goes on with less: on some machines it starts several workers of which each believes to be the
-    only one (as many trainings, in one output folder), or one where several were asked for, or leaves a model whole
-    that should have been sharded. What was asked for and is not there is refused here, and so is what a checkpoint of
-    ours cannot hold. On a machine without accelerators DDP, FSDP2 and DeepSpeed run on the CPU, over gloo.
+    accelerate itself continues with less: on some machines it starts several workers that each run alone (several
+    trainings in one output folder), or one process instead of several, or does not shard the model. All of this is
+    refused here, and so is anything that our checkpoints cannot hold. On a machine without accelerators DDP, FSDP2 and
+    DeepSpeed run on the CPU, over gloo.
 
-    DeepSpeed takes the optimizer's steps itself and has to know two of the loop's numbers for that: the rows of a
-    forward pass and the longest gradient (0: any). A loop that decides between the gradient and the update
-    (`skips_updates`), or whose optimizer has to see whole matrices (`needs_whole_matrices`, Muon's), cannot have it.
-    `arguments` are `Accelerator`'s own.
+    DeepSpeed takes the optimizer's steps itself and needs two numbers of the loop: the rows of a forward pass and the
+    longest gradient (0: any). A loop that decides between the gradient and the update (`skips_updates`), or whose
+    optimizer needs whole matrices (`needs_whole_matrices`, for Muon), cannot use it. `arguments` go to `Accelerator`.
 
     Raises:
-        ValueError: what runs would not be what was launched, or could not be saved.
+        ValueError: the run would differ from what was launched, or could not be saved.
     """
     check_precision()
     sharding = _sharding_asked_for()
@@ -58,7 +57,7 @@ def start_accelerator(
     if sharding == "DeepSpeed" and on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         group.backend = "gloo"
-        on_cpu = False  # with cpu=True accelerate would forget DeepSpeed; it finds the CPU by itself
+        on_cpu = False  # with cpu=True accelerate would ignore DeepSpeed; it finds the CPU by itself
     elif sharding == "FSDP" and on_cpu:
         _allow_sharding_on_cpu(group)
     arguments["log_with"] = _trackers(arguments.get("log_with"))
@@ -104,7 +103,7 @@ def start_accelerator(
 
 
 def check_precision() -> None:
-    """Reject a precision that this machine has not: accelerate would compute in float32 on a CPU, and not say so.
+    """Reject a precision that this machine does not have: accelerate would silently compute in float32 on a CPU.
 
     Raises:
         ValueError: `accelerate launch` was told fp16 or fp8, and there is no accelerator.
@@ -119,7 +118,7 @@ def check_precision() -> None:
 
 
 def _trackers(log_with: list[str] | None) -> list[str] | None:
-    """The trackers asked for; accelerate itself would leave one that is not installed out without a word."""
+    """The requested trackers; accelerate itself would silently leave out one that is not installed."""
     names = [name for name in log_with or [] if name != "none"]
     known = {str(name) for name in LoggerType}
     for name in names:
@@ -135,7 +134,7 @@ def _is_set(name: str) -> bool:
 
 
 def _sharding_asked_for() -> str | None:
-    """What the launcher passed on of the file's distributed_type; what no checkpoint of ours can hold is refused."""
+    """The requested sharding, from the launcher's environment; kinds that our checkpoints cannot hold are refused."""
     if _is_set("ACCELERATE_USE_MEGATRON_LM"):
         raise ValueError(
             "distributed_type: MEGATRON_LM rewrites the model in a way that our checkpoints cannot hold. Use "
@@ -152,7 +151,7 @@ def _sharding_asked_for() -> str | None:
 
 
 def _refuse_one_process_for_several() -> None:
-    """accelerate's plain launcher starts one process whatever --num_processes says; MASTER_ADDR gives it away."""
+    """Refuse a launch of one process where several were requested; MASTER_ADDR shows accelerate's plain launcher."""
     is_plain = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ
     sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun's, three MPIs'
     if is_plain and not any(name in os.environ for name in sizes):
@@ -164,7 +163,7 @@ def _refuse_one_process_for_several() -> None:
 
 
 def _check_mesh() -> None:
-    """accelerate notices a mesh of another size than the launch only by an error from deep inside torch."""
+    """Refuse a mesh that does not fit the launch, for which accelerate only has an error from inside torch."""
     if not _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return
     sizes = ParallelismConfig()  # from the environment
@@ -201,9 +200,9 @@ def _has_accelerators() -> bool:
 
 
 def _allow_sharding_on_cpu(group: InitProcessGroupKwargs) -> None:
-    """Have accelerate believe that processes on the CPU are several GPUs, without which it ignores FSDP.
+    """Make accelerate treat processes on the CPU as several GPUs, because otherwise it ignores FSDP.
 
-    The only use of a private name of accelerate's, and only on machines without accelerators.
+    This is the only use of a private name of accelerate, and only on machines without accelerators.
     """
     state = PartialState(cpu=True, **group.to_kwargs())
     if state.distributed_type == DistributedType.MULTI_CPU:
@@ -221,7 +220,7 @@ def _check_sharding(accelerator: Accelerator, asked: str | None) -> None:
 
 
 def describe_sharding(accelerator: Accelerator) -> str:
-    """What several processes are to each other, in a word: "DDP", "FSDP2", "HSDP 2 x 4", "ZeRO-3"; "" for one alone."""
+    """How several processes share the model: "DDP", "FSDP2", "HSDP 2 x 4", "ZeRO-3"; "" for a single process."""
     if accelerator.distributed_type == DistributedType.NO:
         return ""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -235,16 +234,16 @@ def describe_sharding(accelerator: Accelerator) -> str:
 
 @contextlib.contextmanager
 def leaving_at_once(accelerator: Accelerator) -> Iterator[None]:
-    """If the block fails in a run of several processes, this process ends without tearing anything down.
+    """If the block fails in a run of several processes, end this process without Python's cleanup.
 
-    What Python tears down at its end, gloo and DeepSpeed may still be using: now and then such a process never ends,
-    and the launcher waits for it instead of ending the others and the job.
+    gloo and DeepSpeed may still use what Python cleans up at its end: sometimes such a process never ends, and the
+    launcher waits for it instead of ending the others and the job.
     """
     try:
         yield
     except BaseException as error:
         if accelerator.num_processes > 1:
-            # what hfllm.cli.arguments.run ends on with 2
+            # the errors for which hfllm.cli.arguments.run exits with 2
             is_check = isinstance(error, (ValueError, OSError, RuntimeError, FloatingPointError))
             code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 2 if is_check else 1
             atexit.register(_leave, code)
@@ -258,16 +257,16 @@ def _leave(code: int) -> None:
 
 
 def clip_gradient(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> float:
-    """Shorten the gradient to `max_norm`; returns its length before that, of the whole model on every process."""
-    return float(accelerator.clip_grad_norm_(model.parameters(), max_norm))  # a sharded one is added up by that
+    """Clip the gradient to `max_norm`; returns the norm before, of the whole model, on every process."""
+    return float(accelerator.clip_grad_norm_(model.parameters(), max_norm))  # also sums over shards
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Have glibc's allocator keep what a step frees for the next one, instead of handing it back to the system.
+    """Have glibc's allocator keep the memory that a step frees for the next one, instead of returning it to the system.
 
-    Large tensors come from fresh pages otherwise, and the system clears each page again: 74,000 page faults in a step
-    of 6 layers of 384 (8 rows of 256, float32, 2 cores). Without them the step is 1.13 to 1.15 times as fast, and the
-    process holds some 6 % more memory. Elsewhere than on Linux with glibc this does nothing. `keep=False` goes back to
+    Otherwise large tensors come from fresh pages, each of which the system clears: 74,000 page faults in a step of 6
+    layers of 384 (8 rows of 256, float32, 2 cores). Without them the step is 1.13 to 1.15 times as fast, and the
+    process holds some 6 % more memory. On systems other than Linux with glibc this does nothing. `keep=False` restores
     glibc's defaults.
     """
     if platform.libc_ver()[0] != "glibc":

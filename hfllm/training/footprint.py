@@ -26,9 +26,9 @@ def training_memory(
 ) -> int:
     """Peak bytes of AdamW steps on a model of this config, beyond what the imports hold.
 
-    These are weights, gradients, the optimizer's state, what is kept for the backward pass, and what the libraries need
-    themselves. A new process builds the model and takes the steps on random rows, so that no memory freed earlier is
-    reused unseen. On a CPU it is the growth of the process's resident memory, on an accelerator the tensors' memory.
+    These are weights, gradients, the optimizer's state, the tensors kept for the backward pass, and the libraries' own
+    memory. A new process builds the model and takes the steps on random rows, so that no memory freed earlier is
+    reused. On a CPU it is the growth of the process's resident memory, on an accelerator the tensors' memory.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         options = (num_rows, block_size, dtype, keeps_freed_memory, num_steps, torch.get_num_threads())
@@ -72,7 +72,7 @@ def _resident_now() -> int:
 
 
 def _resident_peak() -> int:
-    """The peak bytes of the process. (On Linux, getrusage's peak includes that of the parent process.)"""
+    """The peak bytes of the process. (On Linux, getrusage's peak includes the parent process's.)"""
     status = Path("/proc/self/status")
     if not status.exists():
         return peak_memory_bytes("cpu")

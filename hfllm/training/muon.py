@@ -1,7 +1,7 @@
-"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): momentum, made orthogonal, as the update.
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): updates by orthogonalized momentum.
 
 A matrix's gradient is mostly a few large directions, and AdamW's update follows them. Muon replaces the singular values
-of the momentum by ones: every direction moves alike, which reaches the same loss with a fraction of the tokens. That is
+of the momentum by ones: every direction moves equally, which reaches the same loss with a fraction of the tokens. It is
 for the matrices between hidden states. Embeddings, the head, norms, biases and learned positions take AdamW's steps, in
 the same optimizer, so that one object is scheduled, saved and resumed.
 """
@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.adamw import adamw
 
 
-# An odd polynomial ax + bx^3 + cx^5 that takes singular values in (0, 1] towards 1, steepest at 0 (Jordan et al. 2024).
-# Four times applied, those above 0.0052 lie between 0.68 and 1.21; a fifth time would reach down to 0.0016, costs a
-# quarter more and trains no better (docs/measurements/log.md, "Iterations in Muon").
+# An odd polynomial ax + bx^3 + cx^5 that moves singular values in (0, 1] towards 1, steepest at 0 (Jordan et al. 2024).
+# After four iterations, those above 0.0052 are between 0.68 and 1.21; a fifth would reach down to 0.0016, takes a
+# quarter more time and trains no better (docs/measurements/log.md, "Iterations in Muon").
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 4
 STACK_NUMBERS = 1 << 26  # numbers orthogonalised at a time, so that a large model's stacks do not fill the memory
@@ -28,9 +28,9 @@ STACK_NUMBERS = 1 << 26  # numbers orthogonalised at a time, so that a large mod
 class Muon(torch.optim.Optimizer):
     """Groups with `"orthogonal": True` take Muon's step, all others that of `torch.optim.AdamW`.
 
-    The update of a matrix of R rows and C columns is lr * sqrt(max(1, R / C)) times an orthogonal one: what a layer
-    puts out then changes by about as much at every width, and a learning rate found on a small model serves a wider
-    one. Weight decay is decoupled: lr * weight_decay of a parameter is taken away. The state of a matrix is its
+    The update of a matrix of R rows and C columns is lr * sqrt(max(1, R / C)) times an orthogonal one: a layer's output
+    then changes by about the same amount at every width, and a learning rate found on a small model suits a wider one.
+    Weight decay is decoupled: lr * weight_decay of a parameter is subtracted. The state of a matrix is its
     `momentum_buffer`, of anything else AdamW's.
 
     A `momentum` of 0.85 ended lower than 0.95, the usual one, in runs of 80 to 1,200 steps of 768 to 1,024 tokens
@@ -38,10 +38,10 @@ class Muon(torch.optim.Optimizer):
     these momenta; longer runs and larger batches were not tried.
 
     Matrices are made orthogonal in `dtype`; unless it is given, in float32 on a CPU and in bfloat16 elsewhere. The
-    iteration bears bfloat16's rounding, and nearly all it costs is products: three tenths of a step's time for 6 layers
-    of 384 and 2,048 tokens, in float32 on one core.
+    iteration tolerates bfloat16's rounding. It takes three tenths of a step's time for 6 layers of 384 and 2,048
+    tokens, in float32 on one core, nearly all of it in matrix products.
 
-    A parameter may be sharded (FSDP2's DTensor): its momentum then is gathered, every process orthogonalises it whole,
+    A parameter may be sharded (FSDP2's DTensor): its momentum is then gathered, every process orthogonalises the whole,
     and keeps its part of the result.
     """
 
@@ -131,8 +131,8 @@ def orthogonalize(matrices: list[torch.Tensor], dtype: torch.dtype | None = None
     """Each matrix with its singular values near 1: about U V^T for U S V^T, by Newton and Schulz's iteration.
 
     The matrices have one shape, or that shape transposed, and are multiplied together as one stack, in `dtype`: by
-    default in float32 on a CPU, elsewhere in bfloat16, whose rounding the iteration bears (`_iterate_gram`, which
-    squares the condition, would not). A matrix of zeros stays one.
+    default in float32 on a CPU, elsewhere in bfloat16, whose rounding the iteration tolerates (`_iterate_gram`, which
+    squares the condition number, would not). A matrix of zeros stays zero.
     """
     rows, columns = matrices[0].shape
     is_tall = [
@@ -145,7 +145,7 @@ def orthogonalize(matrices: list[torch.Tensor], dtype: torch.dtype | None = None
     for place, matrix, tall in zip(x, matrices, is_tall):
         place.copy_(matrix.mT if tall else matrix)
     x /= torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_(min=1e-7)  # no singular value is above 1 now
-    # r columns to a row cost 4 * (2r + 1) products of square matrices, by the Gram matrix 13 + 2r.
+    # With r columns per row this takes 4 * (2r + 1) products of square matrices; by the Gram matrix, 13 + 2r.
     x = _iterate_gram(x) if dtype == torch.float32 and x.shape[-1] > 1.5 * x.shape[-2] else _iterate(x)
     return [matrix.mT if tall else matrix for matrix, tall in zip(x, is_tall)]
 
@@ -160,7 +160,7 @@ def _iterate(x: torch.Tensor) -> torch.Tensor:
 
 
 def _iterate_gram(x: torch.Tensor) -> torch.Tensor:
-    """What `_iterate` computes, with two products of the size of x: G becomes P G P where x becomes P x."""
+    """The same as `_iterate`, with two products of the size of x: G becomes P G P where x becomes P x."""
     a, b, c = NEWTON_SCHULZ
     gram = x @ x.mT
     product = None  # of all polynomials so far
@@ -190,7 +190,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _gather(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The whole of which `local` is this process's part, as `parameter` is sharded."""
+    """The whole tensor of which `local` is this process's part, sharded like `parameter`."""
     if not isinstance(parameter, DTensor):
         return local
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -201,7 +201,7 @@ def _gather(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _share(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of `whole`, as `parameter` is sharded; nothing is sent."""
+    """This process's part of `whole`, sharded like `parameter`; without communication."""
     if not isinstance(parameter, DTensor):
         return whole
     mesh = parameter.device_mesh

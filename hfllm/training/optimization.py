@@ -1,4 +1,4 @@
-"""What a training step needs besides the gradient: parameter groups, AdamW or Muon, and each step's learning rate."""
+"""Parameter groups, AdamW and Muon, and the learning rate of each step."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Sort the trainable parameters into what decays (matrices, the token embedding) and what does not.
+    """Sort the trainable parameters into those with weight decay (matrices, the token embedding) and those without.
 
     Norms and biases set a scale and an offset, and a learned position is seen in every row: pulling them towards zero
     regularises nothing. A tied parameter is listed once, under the first of its names; a frozen one not at all.
@@ -37,7 +37,7 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """The trainable weights of linear layers between hidden states: not the head's, nor one tied to an embedding.
 
     The head turns a hidden state into one number for each token, and an embedding is a table: neither has directions
-    that should move alike, and both train better with AdamW (Jordan et al. 2024).
+    that should move equally, and both train better with AdamW (Jordan et al. 2024).
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -79,7 +79,7 @@ def build_muon(
     matrices = hidden_matrices(model)
     if not matrices:
         raise ValueError(
-            f"{type(model).__name__} has no trainable nn.Linear besides its head, so there is nothing for Muon to do. "
+            f"{type(model).__name__} has no trainable nn.Linear besides its head, so Muon has nothing to train. "
             "Train it with optimizer=adamw."
         )
     own = {id(matrix) for matrix in matrices}
@@ -99,7 +99,7 @@ def _remember_learning_rates(optimizer: Any) -> Any:
 
 
 def scale_learning_rates(optimizer: Any, factor: float) -> None:
-    """Give every group `factor` times the learning rate it was built with."""
+    """Set every group's learning rate to `factor` times its initial one."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
@@ -114,14 +114,14 @@ def learning_rate_at(
     min_lr_ratio: float = 0.0,
     decay_steps: int | None = None,
 ) -> float:
-    """The learning rate of optimizer step `step`, counted from 0: a function of the step and of nothing else.
+    """The learning rate of optimizer step `step`, counted from 0: a function of the step alone.
 
     Warm-up rises in equal parts, `learning_rate * (step + 1) / warmup_steps`, so that no step is wasted on a rate of
-    zero. From step `warmup_steps` on the rate falls to `min_lr_ratio * learning_rate`, which it would reach at
-    `max_steps`; the last step, `max_steps - 1`, stands one part above it. The courses and names are transformers':
+    zero. From step `warmup_steps` on, the rate falls to `min_lr_ratio * learning_rate`, which it would reach at
+    `max_steps`, one step after the last. Curves and names are those of transformers:
 
     - "cosine" and "linear" fall all the way, "constant" does not fall;
-    - "warmup_stable_decay" stays up and falls over the last `decay_steps` (a fifth of `max_steps` unless given) as
+    - "warmup_stable_decay" is constant, then falls over the last `decay_steps` (a fifth of `max_steps` unless given) as
       1 - sqrt(progress), the best of the shapes tried by Hägele et al. 2024 (https://arxiv.org/abs/2405.18392).
     """
     if schedule not in SCHEDULES:

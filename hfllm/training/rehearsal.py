@@ -60,7 +60,7 @@ def rehearse(
         nonlocal largest
         # Sizes are read only now: FSDP frees the gathered weights of a block after its forward pass.
         largest = max(largest, sum(storage.nbytes() for storage in saved.values()))
-        saved.clear()  # backward has begun: what is saved from now on belongs to the next forward pass
+        saved.clear()  # backward has begun: tensors saved from now on belong to the next forward pass
         return tensor
 
     gradients = 0
@@ -105,7 +105,7 @@ def describe_rehearsal(
     learning_rate_at: Callable[[int], float],
     warmup_steps: int,
 ) -> str:
-    """What a run of `max_steps` such steps needs: memory, disk, time and operations, and its learning rates."""
+    """The needs of a run of `max_steps` such steps: memory, disk, time and operations, and its learning rates."""
     minutes = max_steps * need.seconds_per_step / 60
     time = f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:,.1f} hours"
     warm = min(warmup_steps, max_steps - 1)

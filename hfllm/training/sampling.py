@@ -9,8 +9,8 @@ def draw_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     """The prompt and what the model writes after it; an empty prompt is the start of a document.
 
     Each token is sampled from the 50 most likely ones, at temperature 0.8. There are at most `num_tokens`, and no more
-    than fit into the context. Of a prompt that fills the context, only the last tokens are used: at most half of the
-    context is kept free for new tokens.
+    than fit into the context. If a prompt fills the context, only its last tokens are used: up to half of the context
+    is kept free for new tokens.
     """
     was_training = model.training
     model.eval()
@@ -25,5 +25,5 @@ def draw_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
         input_ids.to(model.device), max_new_tokens=num_tokens, do_sample=True, temperature=0.8, top_k=50
     )
     model.train(was_training)
-    # Where the sample is cut inside a character of several bytes, those that are there decode to U+FFFD.
+    # If the sample ends inside a character of several bytes, the incomplete character decodes to U+FFFD.
     return tokenizer.decode(tokens[0], skip_special_tokens=True).rstrip("\ufffd")

@@ -1,10 +1,10 @@
 """Sizes of a model and of its training run, from its depth or from a budget of tokens or time.
 
-The rules were fitted to small models of the modern preset with Muon, trained for minutes on a CPU; the table is in the
-documentation's measurements. Fixed were: a width of 64 for each block (6 x 384, 12 x 768: shapes that are known to
-train well), heads of 64 channels, and a linear decay to zero. Measured were the number of tokens from which depth 2
-beats depth 1 at equal compute, the two learning rates at two widths, and the batch, with up to 2.9 million tokens.
-Beyond that the rules are extrapolated towards what is published about large models.
+The rules were fitted to small models of the modern preset with Muon, trained for minutes on a CPU; the table is in
+docs/measurements/log.md, "Sizing rules". Fixed: a width of 64 for each block (6 x 384, 12 x 768: shapes that are known
+to train well), heads of 64 channels, and a linear decay to zero. Measured, with up to 2.9 million tokens: the number of
+tokens from which depth 2 beats depth 1 at equal compute, the two learning rates at two widths, and the batch. Beyond
+that, the rules are extrapolated towards published results of large models.
 """
 
 import itertools
@@ -57,13 +57,13 @@ class Speed(NamedTuple):
 
 
 def slowest(speed: Speed) -> Speed:
-    """The speed of the slowest process, in all of them: they must agree on the number of steps."""
+    """The speed of the slowest process, the same on all processes, which must agree on the number of steps."""
     return Speed(*map(max, zip(*gather_object([tuple(speed)]), strict=True)))
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a run is sized for: the vocabulary, the tokens of a row and of one pass over the text, and given options.
+    """The conditions of a run: vocabulary, tokens of a row and of one pass over the text, and given options.
 
     Attributes:
         text_tokens: None for a stream, whose length is unknown.
@@ -169,7 +169,7 @@ def _size(depth: int, task: Task, budget: Budget, *, because: str) -> dict[str, 
     batch = _batch(num_tokens, task)
     if budget.minutes is not None and "max_steps" not in task.given:
         assert budget.measure is not None
-        for _ in range(2):  # the batch depends on the tokens that there is time for, which depend on its speed
+        for _ in range(2):  # the batch depends on the number of tokens in the time, which depends on the batch's speed
             speed = budget.measure({name: choice.value for name, choice in _with_given(model | batch, task).items()})
             in_time = steps_in_time(speed, budget.minutes, task) * tokens_of_a_step(batch, task)
             if in_time < num_tokens or budget.tokens is None:
@@ -264,11 +264,11 @@ def choose_sizes(
 ) -> tuple[dict[str, Any], str]:
     """A value for every option of SIZED, and a description of the reasons; `options` are those of recipes/pretrain.py.
 
-    A resumed run keeps the sizes it began with; otherwise they follow from the dials. `measure` is that of `Budget`,
-    the other arguments are those of `Task`.
+    A resumed run keeps the sizes it began with; otherwise they follow from the dials. `measure` goes to `Budget`, the
+    other arguments to `Task`.
 
     Raises:
-        ValueError: as `sizes_of_run` and `size_run`.
+        ValueError: as in `sizes_of_run` and `size_run`.
     """
     dials = {name: options[name] for name in DIALS}
     given = {name: options[name] for name in (*SIZED, "num_train_epochs") if options[name] is not None}
@@ -306,7 +306,7 @@ def sizes_of_run(output_dir: str | Path, task: Task, *, dials: Mapping[str, Any]
 
 
 def check_dials(options: Mapping[str, Any]) -> None:
-    """Reject what the dials cannot size, and options that contradict them; `options` are those of recipes/pretrain.py.
+    """Reject runs that the dials cannot size, and options that contradict them.
 
     Raises:
         ValueError: says what to give instead.

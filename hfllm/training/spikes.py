@@ -1,18 +1,17 @@
-"""Steps that are far from the last ones: a loss or a gradient that an update should not follow."""
+"""Detection of loss and gradient spikes, whose updates are skipped."""
 
 import statistics
 from collections import deque
 
 
-MAX_SKIPPED_IN_A_ROW = 10  # updates that were no updates; after so many it is no accident
+MAX_SKIPPED_IN_A_ROW = 10  # skipped updates; more in a row are not an accident
 
 
 class SpikeDetector:
-    """Tells whether a step's loss or gradient norm lies more than `sigmas` standard deviations above the last ones.
+    """Detects a step whose loss or gradient norm is more than `sigmas` standard deviations above the last ones.
 
-    The rule of OLMo-core's SkipStepOptimizer: of the last `window` steps, mean and standard deviation; half a window
-    has to be there before anything is called a spike, and what was one is not remembered, or the next would pass.
-    `history` is what a checkpoint keeps of it.
+    The rule of OLMo-core's SkipStepOptimizer: mean and standard deviation of the last `window` steps, from half a
+    window on. A spike is not added to the history, or the next one would pass. `history` is saved in checkpoints.
     """
 
     def __init__(self, sigmas: float, *, window: int = 128, history: list[list[float]] | None = None):
@@ -27,7 +26,7 @@ class SpikeDetector:
         return [list(pair) for pair in self.past]
 
     def is_spike(self, loss: float, grad_norm: float) -> bool:
-        """Judge a step by the ones before it, and remember it unless it is a spike."""
+        """Compare a step with the ones before it, and add it to the history unless it is a spike."""
         if len(self.past) >= self.window // 2:
             for value, past in zip((loss, grad_norm), zip(*self.past), strict=True):
                 if value > statistics.fmean(past) + self.sigmas * statistics.stdev(past):
@@ -39,7 +38,7 @@ class SpikeDetector:
 def stop_if_hopeless(
     num_skipped_in_a_row: int, *, step: int, learning_rate: float, detector: SpikeDetector | None
 ) -> None:
-    """Raise a ValueError when the last updates, up to `step`, were all skipped: the next ones would be as well."""
+    """Raise a ValueError if the last updates, up to `step`, were all skipped: the next ones would be as well."""
     if num_skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
         return
     or_spike = "" if detector is None else "or the step was a spike, "

@@ -58,8 +58,8 @@ def final_metrics(
 ) -> dict[str, Any]:
     """The numbers of `metrics.json`: loss, tokens, time, speed, the share of the machine's peak, and memory.
 
-    `state` has the loop's counts and the evaluation of the saved model. The peak is that of the type in which the run
-    computes; where the device has no fast products in it, peak and share are None (see `share_of_peak`).
+    `state` has the loop's counts and the evaluation of the saved model. The peak is measured in the dtype in which the
+    run computes; if the device has no fast products in it, peak and share are None (see `share_of_peak`).
     """
     result = Evaluation(**state["evaluation"])
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
@@ -85,7 +85,7 @@ def final_metrics(
 
 
 def describe_result(output_dir: Path, metrics: dict[str, Any], *, prompt: str) -> str:
-    """The result of a run of recipes/pretrain.py, the files it wrote, and what to do next."""
+    """The result of a pretraining run, the files it wrote, and what to do next."""
     speed = ""
     if metrics["tokens_per_second"]:
         speed = f" at {metrics['tokens_per_second']:,.0f} tokens/s"

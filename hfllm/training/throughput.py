@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 
-# The instructions of a CPU for products in a type, by the names that torch gives them; any one of them will do.
+# A CPU's instructions for products in a dtype, by torch's names; any one of them is enough.
 CPU_INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16"),
@@ -21,11 +21,11 @@ CPU_INSTRUCTIONS = {
 def flops_per_token(model: nn.Module, *, block_size: int) -> int:
     """Floating-point operations of training on one token, forward and backward.
 
-    6 for each weight of a matrix product (one multiplication and one addition forward, twice that backward) and
-    12 * layers * heads * head_dim * block_size for the attention scores and their values: the estimate of PaLM's
-    appendix B (https://arxiv.org/abs/2204.02311), which nanoGPT and most papers use. By that convention all of the
-    attention counts, although half of it is masked. Looking up an embedding costs nothing; the head counts, tied or
-    not. `model` is a bare transformers model; what gradient checkpointing computes twice counts once.
+    6 for each weight of a matrix product (one multiplication and one addition forward, twice that backward) and 12 *
+    layers * heads * head_dim * block_size for the attention scores and their values: the estimate of PaLM's appendix B
+    (https://arxiv.org/abs/2204.02311), which nanoGPT and most papers use. By that convention all of the attention
+    counts, although half of it is masked. An embedding lookup counts as nothing; the head counts, tied or not. `model`
+    is a bare transformers model. Activations that gradient checkpointing computes twice count once.
     """
     config = model.config
     weights = {
@@ -46,7 +46,7 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype = torch.float32) -
 
     Measured once per process, not read from a data sheet: the best of several products within about a third of a
     second, with the threads and the float32 precision (TF32 or not) set at that time. A model's MFU is its own rate
-    divided by this one; divided by a data sheet's number it would be lower.
+    divided by this one; with a data sheet's number it would be lower.
     """
     device = torch.device(device)
     size = 1024 if device.type == "cpu" else 8192
@@ -60,7 +60,7 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype = torch.float32) -
         synchronize(device)
         stop = time.perf_counter()
         if end is None:
-            end = stop + 0.3  # the first product also loads kernels and starts threads: it does not count
+            end = stop + 0.3  # the first product is not counted, because it also loads kernels and starts threads
         else:
             best = min(best, stop - start)
     return 2 * size**3 / best
@@ -91,10 +91,10 @@ def multiplies_fast(device: torch.device | str, dtype: torch.dtype) -> bool:
 
 
 def share_of_peak(flops_per_second: float, peak: float | None) -> float | None:
-    """A rate divided by the measured peak (MFU); None without a peak, or if the rate is above it.
+    """A rate divided by the measured peak (MFU); None without a peak, or if the rate is above the peak.
 
-    The products that measure the peak take a moment. If another program had the machine in that moment, the peak is too
-    low, and a share of it says nothing.
+    If another program used the machine while the peak was measured, the peak is too low, and a share of it means
+    nothing.
     """
     if peak is None or flops_per_second > peak:
         return None
@@ -113,7 +113,7 @@ def peak_memory_bytes(device: torch.device | str) -> int:
 
 
 class ThroughputMeter:
-    """Tokens per second of training alone: without the first steps, which compile, and without pauses.
+    """Tokens per second of training alone, without the first steps, which compile, and without pauses.
 
     Python runs ahead of an accelerator, so the meter waits for the accelerator whenever it reads the clock: once after
     the warm-up, and in `read` and `paused`, but never in an ordinary step.
@@ -144,7 +144,7 @@ class ThroughputMeter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what happens inside, such as an evaluation or a save, out of the rates."""
+        """Exclude the time of the block, such as an evaluation or a save, from the rates."""
         start = self._now()
         try:
             yield

@@ -1,9 +1,9 @@
-"""What DeepSpeed's ZeRO cuts up, as whole tensors by name, and back.
+"""Whole tensors by name from DeepSpeed's ZeRO, and back.
 
-ZeRO-2 lays the parameters of each group end to end in float32, pads the result and gives each process a piece of it and
-of the optimizer's state; ZeRO-3 cuts each parameter in itself. The pieces depend on the number of processes, so a
-checkpoint holds neither, but every parameter whole, as DDP and FSDP2 have it. Everything here is to be called by all
-processes together; DeepSpeed is imported only where it runs.
+ZeRO-2 concatenates the parameters of each group in float32, pads the result and gives each process a piece of it and of
+the optimizer's state; ZeRO-3 cuts each parameter separately. The pieces depend on the number of processes, so a
+checkpoint holds every parameter whole instead, as with DDP and FSDP2. All processes must call these functions together;
+DeepSpeed is imported only where it runs.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 
 
 def configure(accelerator: Accelerator, *, rows_per_device: int, max_grad_norm: float) -> None:
-    """Give DeepSpeed what it needs of the recipe's options; what our checkpoints cannot hold is refused."""
+    """Give DeepSpeed the recipe's options that it needs; refuse settings that our checkpoints cannot hold."""
     from transformers.integrations import unset_hf_deepspeed_config
 
     plugin = accelerator.deepspeed_plugin
@@ -53,7 +53,7 @@ def gather_weights(model: nn.Module, accelerator: Accelerator) -> dict[str, torc
     for name, parameter in model.named_parameters():  # one after the other: no process holds the model whole on its GPU
         if parameter.requires_grad:
             value = safe_get_full_fp32_param(parameter)
-        else:  # of a frozen one DeepSpeed has no float32 copy
+        else:  # DeepSpeed keeps no float32 copy of a frozen parameter
             with GatheredParameters([parameter]):
                 value = parameter.detach().clone()
         if accelerator.is_main_process:
@@ -88,7 +88,7 @@ def gather_optimizer(model: nn.Module, zero: Any, accelerator: Accelerator) -> d
 
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], accelerator: Accelerator) -> None:
-    """Put back what `gather_weights` gave; `tensors` are read on the main process only."""
+    """Load the result of `gather_weights`; `tensors` are read on the main process only."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
@@ -109,7 +109,7 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], accelerator
 
 
 def load_optimizer(model: nn.Module, zero: Any, optimizer_state: dict[str, Any], accelerator: Accelerator) -> None:
-    """Put back what `gather_optimizer` gave; `optimizer_state` is read on the main process only."""
+    """Load the result of `gather_optimizer`; `optimizer_state` is read on the main process only."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     # What all processes must know before the tensors come: each state's names, and the numbers among them.
@@ -131,7 +131,7 @@ def load_optimizer(model: nn.Module, zero: Any, optimizer_state: dict[str, Any],
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     zero.optimizer.state.clear()
     for flat, parameters in _partitions(zero):
-        # One number (the step) stands for all parameters of a piece: they are all updated together.
+        # One number (the step) is shared by all parameters of a piece, which are updated together.
         saved = next((values for parameter in parameters if (values := plan.get(names[id(parameter)]))), {})
         for what, value in saved.items():
             is_number = torch.is_tensor(value)
@@ -151,7 +151,7 @@ def load_optimizer(model: nn.Module, zero: Any, optimizer_state: dict[str, Any],
 
 
 def _link(zero: Any) -> None:
-    """Tell each parameter where its state lies: DeepSpeed 0.19 tells those of the first group only, and only once."""
+    """Give each parameter its place in the state; DeepSpeed 0.19 does so for the first group only, and only once."""
     if hasattr(zero, "bit16_groups") and zero.optimizer.state:
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -174,12 +174,12 @@ def is_cut(parameter: nn.Parameter) -> bool:
 
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:
-    """A parameter's own shape, also while ZeRO-3 has cut it up and left an empty tensor in its place."""
+    """A parameter's full shape, also if ZeRO-3 has cut it and left an empty tensor in its place."""
     return parameter.ds_shape if is_cut(parameter) else parameter.shape
 
 
 def _partitions(zero: Any) -> list[tuple[torch.Tensor, list[nn.Parameter]]]:
-    """The tensors that the inner optimizer works on, this process's pieces, and the parameters each is made of."""
+    """The tensors of the inner optimizer, which are this process's pieces, and the parameters that each is made of."""
     if hasattr(zero, "bit16_groups"):
         return list(zip(zero.single_partition_of_fp32_groups, zero.bit16_groups))
     return list(zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups))

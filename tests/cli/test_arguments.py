@@ -67,7 +67,7 @@ def test_a_value_that_begins_with_a_dash_is_a_value(tmp_path):
         ([], "max_steps: [", "is not YAML"),
     ],
 )
-def test_what_is_wrong_is_said_with_the_nearest_known_name(tmp_path, capsys, argv, yaml_text, message):
+def test_errors_name_the_nearest_known_option(tmp_path, capsys, argv, yaml_text, message):
     config = write(tmp_path / "a.yaml", yaml_text)
     with pytest.raises(SystemExit) as stopped:
         parse_arguments(Arguments, ["--config", config, *argv])
@@ -151,7 +151,7 @@ def test_overrides_get_yaml_types_and_known_names():
         parse_overrides(["head_dim"], known)
 
 
-def test_a_check_of_ours_ends_in_one_message_and_a_bug_keeps_its_traceback(monkeypatch, capsys):
+def test_our_checks_end_in_one_message_and_a_bug_keeps_its_traceback(monkeypatch, capsys):
     from hfllm.data import load_corpus
 
     monkeypatch.setattr("sys.argv", ["recipe"])
@@ -194,16 +194,16 @@ def fail(error: BaseException) -> None:
         (lambda folder: (folder / "file" / "below").mkdir(), "file/below: Not a directory."),
         (
             lambda folder: fail(OSError(errno.ENOSPC, "No space left on device")),
-            "No space left on device. Make room, and start",
+            "No space left on device. Free disk space, and start",
         ),
         (
             lambda folder: fail(SafetensorError("Error while serializing: I/O error: ... (os error 28)")),
-            "No space left on device. Make room, and start",
+            "No space left on device. Free disk space, and start",
         ),
     ],
     ids=["a folder that cannot be made", "a full disk", "a full disk for safetensors"],
 )
-def test_what_the_system_says_of_a_file_is_told_without_a_traceback(tmp_path, monkeypatch, capsys, fails, message):
+def test_errors_of_the_system_about_a_file_are_shown_without_a_traceback(tmp_path, monkeypatch, capsys, fails, message):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("sys.argv", ["recipe"])
     with pytest.raises(SystemExit) as stopped:
@@ -233,13 +233,13 @@ def test_a_wrong_option_is_not_hidden_behind_a_list_of_all(capsys):
     assert len(lines) == 2 and "?. " not in lines[1]
 
 
-def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+def test_ctrl_c_prints_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["recipe"])
 
     with pytest.raises(SystemExit) as stopped:
         run(lambda arguments: fail(KeyboardInterrupt()), Arguments)
     assert stopped.value.code == 130
-    assert capsys.readouterr().err.startswith("\nInterrupted. The same command begins again")
+    assert capsys.readouterr().err.startswith("\nInterrupted. The same command starts again")
 
 
 @pytest.mark.slow

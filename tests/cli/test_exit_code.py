@@ -1,4 +1,4 @@
-"""What `run` leaves for those who started a recipe: its exit code, and printed text that any terminal can show."""
+"""The exit code that `run` notes, and printed text that any terminal can show."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""What `--help` of each recipe prints."""
+"""The `--help` of each recipe."""
 
 import dataclasses
 import re
@@ -23,7 +23,7 @@ def help_of(recipe: str) -> str:
     return OptionParser(arguments_of(recipe), description=load_recipe(recipe).__doc__).format_help()
 
 
-def test_the_docstring_stands_in_the_help_as_it_is_written(recipe):
+def test_the_docstring_is_in_the_help_as_it_is_written(recipe):
     docstring = load_recipe(recipe).__doc__
     assert f"\n{docstring.strip()}\n" in help_of(recipe)
     assert "\n    " in docstring  # with its commands
@@ -52,7 +52,7 @@ def test_defaults_and_choices_are_the_real_ones(monkeypatch):
     assert "--num_hidden_layers N Number of blocks. (default: 6)" in text
     assert "--streaming [BOOL] Read and encode while training, for text larger than the disk. (default: false)" in text
     assert "--model PATH_OR_NAME Folder or Hub id of a model to train further. (default: random weights)" in text
-    assert "--repo_id TEXT Repository, owner/name; made if it is not there. (required)" in " ".join(
+    assert "--repo_id TEXT Repository, owner/name; created if it does not exist. (required)" in " ".join(
         help_of("push_to_hub").split()
     )
 

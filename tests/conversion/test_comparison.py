@@ -44,7 +44,7 @@ def test_several_batches_count_together():
     assert comparison.num_positions == 2 * (1 + 4 + 2)
 
 
-def test_what_is_no_number_is_an_infinite_difference_whichever_side_has_it():
+def test_what_is_not_a_number_is_an_infinite_difference_whichever_side_has_it():
     number, infinite, none = constant([[[1.0]]]), constant([[[torch.inf]]]), constant([[[torch.nan]]])
     one = torch.tensor([[1]])
     for reference, candidate in ((number, none), (none, number), (none, none), (number, infinite), (infinite, number)):
@@ -77,7 +77,7 @@ def test_models_arrays_and_outputs_are_all_taken(tiny_model):
         assert compare_logits(tiny_model, candidate, IDS).largest_difference == 0.0
 
 
-def test_a_model_in_training_is_compared_without_dropout_and_goes_on_training():
+def test_a_model_in_training_is_compared_without_dropout_and_continues_training():
     config = make_tiny_config("book", embedding_dropout=0.5, residual_dropout=0.5)
     model = hfllm.GPTForCausalLM(config).train()
     assert compare_logits(model, copy.deepcopy(model).eval(), IDS).largest_difference == 0.0

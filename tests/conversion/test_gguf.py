@@ -244,7 +244,7 @@ def test_q8_0_falls_back_to_f16_aloud_where_rows_do_not_fit(tokenizer, tmp_path,
     path = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="q8_0")
     types = {name: tensor.tensor_type.name for name, tensor in tensors(path).items()}
     assert types["blk.0.ffn_down.weight"] == "F16" and types["blk.0.ffn_up.weight"] == "Q8_0"
-    assert "2 of the matrices have rows that are no multiple of 32" in caplog.text
+    assert "2 matrices have rows whose length is not a multiple of 32" in caplog.text
     verify_gguf(path, model, tokenizer)
 
 
@@ -363,7 +363,7 @@ def test_tokens_that_swallow_spaces_and_ids_without_rows_are_refused(tokenizer, 
         export_gguf(qwen3(vocab_size=300), tokenizer, tmp_path / "model.gguf")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["added_tokens"][3]["rstrip"] = True
-    with pytest.raises(ValueError, match=r"'<\|im_start\|>' swallows whitespace"):
+    with pytest.raises(ValueError, match=r"'<\|im_start\|>' includes whitespace"):
         export_gguf(qwen3(), changed(tokenizer, added_tokens=state["added_tokens"]), tmp_path / "model.gguf")
 
 

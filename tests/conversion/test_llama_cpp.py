@@ -1,4 +1,4 @@
-"""llama.cpp itself on our GGUF files, where the npm package node-llama-cpp is at hand; and what we do if it is not."""
+"""llama.cpp itself on our GGUF files, if the npm package node-llama-cpp is installed; and the behaviour without it."""
 
 import json
 import os

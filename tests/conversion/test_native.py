@@ -286,7 +286,7 @@ def test_a_rope_scaling_written_by_transformers_4_is_understood(tmp_path):
     torch.testing.assert_close(from_native(tmp_path)(prompts()).logits, native(prompts()).logits, atol=1e-5, rtol=0)
 
 
-# What stands in the way
+# Obstacles to a conversion
 
 OBSTACLES = [
     # preset, what the user chose, native class, field that is named
@@ -386,7 +386,7 @@ def test_a_dropout_without_a_field_is_dropped_aloud_and_no_other(caplog):
 
 
 def test_every_field_of_our_config_is_thought_of():
-    """A new field must be carried over, or be an obstacle: whoever adds one decides it in conversion/native.py."""
+    """A new field must be carried over, or be an obstacle: its author decides that in conversion/native.py."""
     carried_over = {
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_parameters", "norm_eps", "hidden_act"),
@@ -432,7 +432,7 @@ def test_sliding_windows_are_refused_unless_no_layer_has_one():
     [
         (lambda: GPT2Model(gpt2(1, 2)), "GPT2LMHeadModel.*not a GPT2Model. Only causal language models"),
         (lambda: GPT2ForSequenceClassification(gpt2(1, 2)), "not a GPT2ForSequenceClassification. Only causal"),
-        (lambda: hfllm.GPTForCausalLM(make_tiny_config("book")), "not a GPTForCausalLM. It is one of ours already"),
+        (lambda: hfllm.GPTForCausalLM(make_tiny_config("book")), "not a GPTForCausalLM. It is an hfllm GPT already"),
         (lambda: torch.nn.Linear(2, 2), "not a Linear"),
     ],
 )
@@ -456,7 +456,7 @@ def test_an_adapter_must_be_merged_first():
         to_native(get_peft_model(ours, LoraConfig(target_modules=["q_proj"])))
 
 
-def test_a_classifier_of_ours_has_no_native_twin():
+def test_our_mean_pooling_classifier_has_no_native_class():
     classifier = hfllm.GPTForSequenceClassification(make_tiny_config("modern"))
     with pytest.raises(ValueError, match=r"not a GPTForSequenceClassification\. Only causal language"):
         to_native(classifier)
@@ -465,9 +465,9 @@ def test_a_classifier_of_ours_has_no_native_twin():
 @pytest.mark.parametrize("preset", ["modern", "book"])
 def test_a_classifier_on_the_mean_of_its_tokens_is_refused_by_the_fields_name(preset):
     config = make_tiny_config(preset, classifier_pooling="mean")
-    with pytest.raises(ValueError, match=r"classifier_pooling='mean', but \w+ has classifiers that stand on the last"):
+    with pytest.raises(ValueError, match=r"classifier_pooling='mean', but \w+ has classifiers that read the last"):
         to_native(hfllm.GPTForCausalLM(config))
-    with pytest.raises(ValueError, match=r"this classifier has classifier_pooling='mean'.*no native twin"):
+    with pytest.raises(ValueError, match=r"this classifier has classifier_pooling='mean'.*no native class"):
         to_native(hfllm.GPTForSequenceClassification(config))
 
 
@@ -491,13 +491,13 @@ def test_a_folder_of_something_else_is_refused_before_its_weights_are_read(tmp_p
             from_native(save_config(folder, **fields))
 
 
-def test_a_name_that_is_no_model_says_what_would_be(tmp_path):
+def test_a_name_without_a_model_is_refused_with_examples(tmp_path):
     (tmp_path / "notes.txt").touch()
     for name, words in (
         (tmp_path, r"a folder without a config.json.*notes\.txt"),
         (tmp_path / "notes.txt", "is not a folder"),
         (tmp_path / "missing", "is not a folder"),
-        ("nobody/nothing", "neither a model's folder nor a model that the Hub gave us"),
+        ("nobody/nothing", "neither a model's folder nor a model that the Hub sent"),
     ):
         with pytest.raises(ValueError, match=words):
             from_native(name)
@@ -509,9 +509,9 @@ def test_a_name_that_is_no_model_says_what_would_be(tmp_path):
         from_native(tmp_path)
 
 
-def test_a_folder_of_ours_says_that_it_is_one_already(tmp_path):
+def test_our_own_folder_is_refused_as_one_already(tmp_path):
     hfllm.GPTForCausalLM(make_tiny_config("modern")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="one of ours already: open it with GPTForCausalLM"):
+    with pytest.raises(ValueError, match="an hfllm GPT already: open it with GPTForCausalLM"):
         from_native(tmp_path)
 
 

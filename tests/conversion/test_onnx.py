@@ -36,7 +36,7 @@ def make_model(preset: str, **overrides) -> hfllm.GPTForCausalLM:
 
 @pytest.fixture(scope="module", params=["modern", "book"])
 def exported(request, tmp_path_factory) -> tuple[hfllm.GPTForCausalLM, Path]:
-    """A model and its file, in both presets; no two parts of it are alike, so none can stand for another."""
+    """A model and its file, in both presets; no two parts of it are alike, so a swap would show."""
     torch.manual_seed(0)
     model = make_model(request.param)
     for parameter in model.parameters():
@@ -96,7 +96,7 @@ def test_a_padded_row_has_the_logits_of_the_row_alone(exported, side):
 
 
 @torch.no_grad()
-def test_what_the_mask_hides_is_not_seen_even_where_the_positions_go_on(exported):
+def test_what_the_mask_hides_is_not_seen_even_where_the_positions_continue(exported):
     model, path = exported
     input_ids, mask = random_ids(model, 2, 8), torch.ones(2, 8, dtype=torch.long)
     mask[:, :3] = 0
@@ -271,14 +271,14 @@ def test_a_quantized_model_is_refused(tmp_path):
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_a_missing_package_is_named(monkeypatch, tmp_path, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(RuntimeError, match=rf"'{package}', which is not here: pip install -e '.\[export\]'"):
+    with pytest.raises(RuntimeError, match=rf"'{package}', which is not installed: pip install -e '.\[export\]'"):
         export_onnx(make_model("modern"), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_runtime_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(RuntimeError, match=r"'onnxruntime', which is not here: pip install -e '.\[export\]'"):
+    with pytest.raises(RuntimeError, match=r"'onnxruntime', which is not installed: pip install -e '.\[export\]'"):
         verify_onnx(tmp_path / "model.onnx", make_model("modern"))
 
 

@@ -175,7 +175,7 @@ def test_a_batch_that_changed_is_found_when_it_is_first_read_and_its_folder_name
     with pytest.raises(OSError, match=r"record batch 1 of 3 has another checksum\. Delete that folder") as raised:
         verify(1)
     assert str(folder) in str(raised.value)
-    flip_bit(folder / "data.arrow", 4)  # where the columns lie is verified before any of them is read
+    flip_bit(folder / "data.arrow", 4)  # the places of the columns are verified before any column is read
     make(write=write_three_batches, verify_now=False)
     assert make.num_written == 2
 

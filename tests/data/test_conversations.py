@@ -1,4 +1,4 @@
-"""Rows of the published forms become the same messages; what is no conversation says so, with its place."""
+"""Rows of the published forms become the same messages; other rows are refused with their place."""
 
 import json
 import re
@@ -100,7 +100,7 @@ def test_tools_are_refused_by_name(name):
         as_messages({**FORMS["messages"], name: [{"name": "search"}]})
 
 
-def test_calls_of_tools_in_a_message_are_refused_by_name_and_other_keys_are_told(tmp_path, caplog):
+def test_calls_of_tools_in_a_message_are_refused_by_name_and_other_keys_are_reported(tmp_path, caplog):
     called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     with pytest.raises(ValueError, match="message 2 has 'tool_calls'"):
         as_messages({"messages": [ONE_TURN[0], called]})
@@ -154,7 +154,7 @@ BAD = {
     "no content": ({"messages": [{"role": "user"}]}, "not an object with role and content"),
     "a number": ({"prompt": "Q", "response": 3}, "is a number, not a text"),
     "not an object": (["Q", "A"], "list, not an object"),
-    "null prompt": ({"prompt": None, "response": "A"}, r"\('prompt' is null\) are none of the forms"),
+    "null prompt": ({"prompt": None, "response": "A"}, r"\('prompt' is null\) fit no known form"),
     "prompt a number": ({"prompt": 5, "response": "A"}, "'prompt' is a number, not a text"),
     "system a number": ({"prompt": "Q", "response": "A", "system": 5}, "'system' is a number, not a text"),
     "an empty list": ({"messages": []}, "an empty list, not a list of messages"),
@@ -162,7 +162,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_row_that_is_no_conversation_says_why_and_where(name, tmp_path):
+def test_a_row_that_is_not_a_conversation_says_why_and_where(name, tmp_path):
     row, message = BAD[name]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in (FORMS["messages"], row)))
@@ -207,7 +207,7 @@ def test_no_question_recurs_between_training_validation_and_test():
 
 
 def test_too_few_prompts_to_split_is_an_error():
-    row = load_conversations("stdlib").rows[0]
+    row = Conversation(pair("What is 1 + 1?", "2"), "here")
     with pytest.raises(ValueError, match="1 different prompts are too few"):
         split_conversations([row] * 10, validation_fraction=0.1, test_fraction=0.1, seed=0)
 

@@ -120,7 +120,7 @@ def test_byte_order_marks_at_the_start_are_dropped_and_elsewhere_kept(tmp_path, 
         ("a.json", b'[{"text": "good"},\n {"text": "a"', "line 2", "delimiter in line 2; the rest of the file"),
         ("a.json", b'[{"text": "good"}\n {"text": "a"}]', "line 2", "a comma or a closing bracket is missing"),
         ("a.json", b'[{"text": "good"},\n]', "line 2", "not valid JSON: Expecting value"),
-        ("a.json", b'[{"text": "good"}]\n[]', "line 2", "something stands after the list"),
+        ("a.json", b'[{"text": "good"}]\n[]', "line 2", "there is something after the list"),
         ("a.json", b'{"text": "good"}\n{"text": \n}', "line 2", "not valid JSON: Expecting value in line 3"),
         ("a.jsonl", b'{"text": "good"}\n{"text": "a", "text": "b"}', "line 2", "the key 'text' more than once"),
         ("a.csv", b'text,id\ngood,1\n"a\xff",2\n', "line 3", "not UTF-8"),
@@ -223,7 +223,7 @@ def test_an_unreachable_dataset_says_what_would_do(load, monkeypatch):
 
 
 def test_a_dataset_of_the_hub_is_read_by_split_and_column(tmp_path, load, monkeypatch, caplog):
-    # A folder, loaded by `datasets` as it loads from the Hub, stands in for one.
+    # A folder, loaded by `datasets` as it loads from the Hub, replaces one.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "downloads")
     monkeypatch.setattr(sources, "_local_paths", lambda dataset: [])
     for split in ("train", "test"):
@@ -324,7 +324,7 @@ def test_pre_tokenizers_do_not_notice_the_cuts(name):
 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path):
-    """A reader of dictionaries would take the last one, without a word."""
+    """A reader of dictionaries would silently take the last one."""
     (tmp_path / "twice.csv").write_text("text,label,text\na b,1,c d\n")
     with pytest.raises(ValueError, match=r"twice.csv, line 1: the header has 'text' more than once"):
         load_corpus(str(tmp_path / "twice.csv"), cache_dir=tmp_path / "cache")
@@ -334,7 +334,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
         load_conversations(str(tmp_path / "twice.csv"))
 
 
-def test_the_files_of_a_folder_that_are_not_read_are_told(tmp_path, caplog):
+def test_the_files_of_a_folder_that_are_not_read_are_reported(tmp_path, caplog):
     for name in ("a.txt", "b.log", "c.log", "d.bin", ".hidden"):
         (tmp_path / name).write_text("a text")
     load_corpus(str(tmp_path), cache_dir=tmp_path / "cache")

@@ -3,7 +3,7 @@ import torch
 from hfllm.data.inspection import describe_row, shorten
 
 
-def test_a_row_is_told_document_by_document():
+def test_a_row_is_described_document_by_document():
     """A row of ten tokens: the end of one document, a whole one, and the beginning of a third."""
     batch = {
         "input_ids": torch.tensor([[11, 12, 1, 0, 13, 14, 1, 0, 15, 16]]),

@@ -1,4 +1,4 @@
-"""What is learned of a conversation, token by token, and how conversations share a row."""
+"""The learned tokens of a conversation, and conversations that share a row."""
 
 from itertools import pairwise
 from pydoc_data.topics import topics
@@ -248,7 +248,7 @@ def test_the_waste_by_padding_is_measured(packing, tokenizer):
 
 
 @pytest.mark.parametrize("train_on_prompt", [False, True])
-def test_positions_restart_and_the_first_token_of_a_conversation_is_no_target(train_on_prompt, tokenizer):
+def test_positions_restart_and_the_first_token_of_a_conversation_is_not_a_target(train_on_prompt, tokenizer):
     encoded = encode(tokenizer, train_on_prompt=train_on_prompt)
     rows = ConversationRows(encoded, block_size=128, pad_token_id=2)
     batch = rows.batch(np.arange(len(rows)))

@@ -1,4 +1,4 @@
-"""Labelled texts: every form in which they come, what is wrong with them at the door, and a split without leaks."""
+"""Labelled texts: all forms of files, errors in them, and a split without leaks."""
 
 import json
 from collections import Counter
@@ -66,7 +66,7 @@ def test_the_spam_collections_own_file_is_read_line_by_line(name, tmp_path):
 
 
 def test_the_spam_collection_on_the_hub_is_read_by_its_label_names(monkeypatch):
-    """Its columns are `sms` and `label`, a ClassLabel; as it is shaped there, without the Hub."""
+    """Its columns are `sms` and `label`, a ClassLabel; the same shape as on the Hub, made here."""
     features = datasets.Features({"sms": datasets.Value("string"), "label": datasets.ClassLabel(names=["ham", "spam"])})
     table = datasets.Dataset.from_dict({"sms": ["Sorry", "WINNER"], "label": [0, 1]}, features=features)
     asked = []
@@ -99,7 +99,7 @@ def test_the_standard_library_asks_which_package_a_docstring_comes_from():
         ("a.csv", "txt,label\na,b\n", {}, r"no column 'text' but \['txt', 'label'\]; did you mean text_column='txt'"),
         ("a.csv", "text,kind\na,b\n", {}, r"no column 'label' but \['text', 'kind'\]"),
         ("a.csv", "text,label\na,b,c\n", {}, "line 2: 3 cells where the header has 2"),
-        ("a.csv", "text,label\na,\n", {}, "line 2: its 'label' is '', not a word or a whole number"),
+        ("a.csv", "text,label\na,\n", {}, "line 2: its 'label' is '', not a text or a whole number"),
         ("a.jsonl", '{"text": "a", "label": 0.5}\n', {}, "line 1: its 'label' is 0.5"),
         (
             "a.jsonl",
@@ -118,13 +118,13 @@ def test_the_standard_library_asks_which_package_a_docstring_comes_from():
         ("a.csv", "text,label\na,x\n", {"split": "test"}, "only datasets on the Hub have these"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_place(name, content, options, message, tmp_path):
+def test_errors_name_their_place(name, content, options, message, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_labelled_texts(str(tmp_path / name), **options)
 
 
-def test_bytes_that_are_not_utf8_and_files_that_are_not_there_are_said(tmp_path):
+def test_bytes_that_are_not_utf8_and_files_that_are_not_there_are_reported(tmp_path):
     (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,x\n".encode("latin1"))
     with pytest.raises(ValueError, match=r"line 2: its 'text' holds bytes that are not UTF-8 \(at character 3\)"):
         load_labelled_texts(str(tmp_path / "latin.csv"))

@@ -106,7 +106,7 @@ def test_documents_are_packed_into_rows_that_share_one_token(rows_of):
     assert all(tensor.dtype == torch.int64 and tensor.is_contiguous() for tensor in batch.values())
 
 
-def test_the_last_row_is_padded_and_padding_is_no_target(rows_of):
+def test_the_last_row_is_padded_and_padding_is_not_a_target(rows_of):
     rows = rows_of("abcd", block_size=4)  # BOS a b c | d EOS
     assert rows.dataset["input_ids"][1] == [ord("d"), EOS, PAD, PAD, PAD]
     assert rows.dataset["position_ids"][1] == [0, 1, 0, 0, 0]
@@ -124,7 +124,7 @@ def test_no_row_is_added_when_the_last_token_is_already_a_target(rows_of):
     assert len(rows) == 1 and rows.account["padding_tokens"] == 0
 
 
-def test_eos_stands_in_for_a_missing_bos(rows_of):
+def test_eos_replaces_a_missing_bos(rows_of):
     assert rows_of("ab", block_size=3, bos_token_id=None).dataset["input_ids"][:] == [[EOS, *b"ab", EOS]]
 
 
@@ -237,7 +237,7 @@ def test_without_overlap_counting_once_changes_nothing(rows_of):
         assert plain.equal(once)
 
 
-def test_the_bytes_of_a_first_token_are_left_out_where_it_is_no_target(rows_of):
+def test_the_bytes_of_a_first_token_are_left_out_where_it_is_not_a_target(rows_of):
     def two_byte_tokens(texts):
         return [np.frombuffer(text.encode(), dtype=np.uint8)[::2] for text in texts]
 

@@ -38,7 +38,7 @@ def test_the_seed_decides(questions):
     assert python_questions(400, seed=1) != questions
 
 
-def test_the_questions_do_not_depend_on_where_python_lies_nor_on_how_it_hashes(tmp_path):
+def test_the_questions_depend_neither_on_pythons_folder_nor_on_its_hashing(tmp_path):
     """One that told the interpreter's path, sys.executable, trained other weights in every environment."""
     python = tmp_path / "somewhere else" / "python"
     python.parent.mkdir()

@@ -1,4 +1,4 @@
-"""The one reader: what is in a file is read, or refused with its place; nothing vanishes."""
+"""The reader of files: each record is read, or refused with its place; none is lost."""
 
 import bz2
 import gzip
@@ -112,7 +112,7 @@ def test_bytes_that_are_not_utf16_are_named_with_their_line(tmp_path):
         ("a.sqlite", b"SQLite format 3\x00", "an SQLite database"),
     ],
 )
-def test_what_is_no_text_is_refused_by_what_it_is(name, content, what, tmp_path):
+def test_files_that_are_not_text_are_refused_by_their_kind(name, content, what, tmp_path):
     path = tmp_path / name
     if content == "zip":
         with zipfile.ZipFile(path, "w") as archive:
@@ -161,7 +161,7 @@ def test_surplus_cells_are_refused_with_file_and_line_by_every_loader(end, tmp_p
 
 
 @pytest.mark.parametrize("name, cell", [("a.csv", ","), ("a.tsv", "\t")])
-def test_a_cell_that_swallows_rows_of_the_table_is_told_with_its_lines(name, cell, tmp_path, caplog):
+def test_a_cell_that_swallows_rows_of_the_table_is_reported_with_its_lines(name, cell, tmp_path, caplog):
     lines = [f"text{cell}label", f"fine{cell}ham", f'"Oh k... watching here:){cell}ham']
     lines += [f"message {number}{cell}ham" for number in range(24)] + [f'he said{cell}no"{cell}spam', f"last{cell}ham"]
     path = write(tmp_path / name, "\n".join(lines) + "\n")
@@ -234,7 +234,7 @@ def test_objects_one_after_another_are_read_however_they_are_laid_out(tmp_path):
     assert record.columns == values[0]
 
 
-def test_after_a_broken_object_reading_goes_on_with_the_next(tmp_path):
+def test_after_a_broken_object_reading_continues_with_the_next(tmp_path):
     path = write(tmp_path / "a.json", '{\n "text": "one"\n}\n{\n "text": \n}\n{\n "text": "three"\n}\n')
     records = list(read_documents(path, "text"))
     assert ["".join(record.text) for record in records] == ["one", "", "three"]
@@ -312,7 +312,7 @@ def test_a_separator_line_cuts_a_text_into_documents(tmp_path):
 # Folders, links, names
 
 
-def test_links_are_followed_once_and_what_is_not_read_is_told(tmp_path, caplog):
+def test_links_are_followed_once_and_what_is_not_read_is_reported(tmp_path, caplog):
     folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
     write(folder / "a.txt", "a")
     write(folder / "sub" / "b.py", "b")
@@ -342,7 +342,7 @@ def test_a_link_to_a_folder_of_texts_is_a_folder_of_texts(tmp_path):
         local_paths(str(tmp_path / "gone"), dataset_config=None, split="train")
 
 
-def test_folders_that_runs_write_are_left_out_and_told(tmp_path, caplog):
+def test_folders_that_runs_write_are_left_out_and_reported(tmp_path, caplog):
     write(tmp_path / "a.txt", "a")
     write(tmp_path / "out" / "mine" / "samples.txt", "written by the run")
     write(tmp_path / "out" / "tokenizer" / "arguments.yaml", "vocab_size: 300")

@@ -28,7 +28,7 @@ def texts_of(found: shards.Shards) -> list[list[str]]:
 
 @pytest.fixture
 def as_on_the_hub(monkeypatch):
-    """A folder, streamed by `datasets` as it streams from the Hub, stands in for a dataset there."""
+    """A folder, streamed by `datasets` as it streams from the Hub, replaces a dataset there."""
     monkeypatch.setattr(sources, "_local_paths", lambda dataset: [])
 
 

@@ -76,7 +76,7 @@ def test_of_few_documents_the_smallest_validates(tmp_path, caplog):
 
 
 def novel(letter: str, num_bytes: int) -> str:
-    """A text of paragraphs of some 500 bytes, each of which says where it stands."""
+    """A text of paragraphs of some 500 bytes, each with its number."""
     paragraphs = [f"{letter} {number:06} " + f"{letter}word " * 70 for number in range(num_bytes // 500)]
     return "\n\n".join(paragraphs) + "\n"
 

@@ -134,7 +134,7 @@ def test_epochs_and_seeds_differ_in_their_order_and_nothing_else(tmp_path, strea
 
 
 @pytest.mark.parametrize("what", [lanes.DOCUMENTS, lanes.ROWS])
-def test_documents_and_rows_are_each_shuffled_anew_in_each_epoch_and_with_each_seed(
+def test_documents_and_rows_are_each_shuffled_again_in_each_epoch_and_with_each_seed(
     tmp_path, stream_of, monkeypatch, what
 ):
     shuffled = lanes.permutation
@@ -159,7 +159,7 @@ def test_rows_of_a_long_document_and_neighbours_of_a_shard_are_spread(tmp_path, 
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_stream_cut_anywhere_goes_on_bitwise(tmp_path, stream_of, monkeypatch, seed):
+def test_a_stream_cut_anywhere_resumes_bitwise(tmp_path, stream_of, monkeypatch, seed):
     generator = random.Random(seed)
     monkeypatch.setattr(corpus, "PART_CHARACTERS", generator.choice([3, 16, 1 << 16]))
     write_shards(tmp_path / "texts", 5, lengths=range(1, generator.choice([3, 60])), num_documents=5)
@@ -282,7 +282,7 @@ def test_the_state_of_another_stream_is_refused_with_the_difference_shown(tmp_pa
     changes = [{"seed": 1}, {"block_size": 9}, {"chunk_bytes": 301}, {"key": "other"}, {"bos_token_id": 3}]
     for change in changes:
         [(name, value)] = change.items()
-        pattern = rf"state of another stream:\n    stream.{name}: .* then, {value!r} now\n.*start anew"
+        pattern = rf"state of another stream:\n    stream.{name}: .* then, {value!r} now\n.*start again"
         with pytest.raises(ValueError, match=pattern):
             stream_of(tmp_path / "texts", **change).load_state_dict(state)
     held_out = datasets.Dataset.from_dict({"text": ["x"], "document": [0]})
@@ -337,7 +337,7 @@ def test_a_held_out_document_of_many_parts_is_known_by_its_first(tmp_path, strea
     assert sorted(pair for batch in batches for pair in targets_of(batch)) == pairs_of(kept)
 
 
-def test_a_bad_record_stops_the_stream_with_its_place_and_skipping_goes_on_from_there(tmp_path, stream_of, caplog):
+def test_a_bad_record_stops_the_stream_with_its_place_and_skipping_continues_from_there(tmp_path, stream_of, caplog):
     good = [chr(FIRST + 10 * n) + chr(FIRST + 10 * n + 1) for n in range(40)]
     write_lines(tmp_path / "texts" / "a.jsonl", good[:20])
     with (tmp_path / "texts" / "a.jsonl").open("ab") as file:
@@ -394,7 +394,7 @@ def test_a_file_that_is_gone_stops_the_stream_and_the_step_can_be_taken_once_it_
     stream = stream_of(tmp_path / "texts", num_lanes=1)
     last = stream._deal(1, 0)[0][-1].name  # so that two others are read before it is missed
     (tmp_path / "texts" / last).rename(tmp_path / "away")
-    with pytest.raises(OSError, match=rf"{last} cannot be read: .*No such file.*Put this one back.*resumes"):
+    with pytest.raises(OSError, match=rf"{last} cannot be read: .*No such file.*Put it back.*resumes"):
         stream.take(70)
     (tmp_path / "away").rename(tmp_path / "texts" / last)
     assert_same(stream.take(70), expected)

@@ -1,4 +1,4 @@
-"""Chat templates for tokenizers that come without one: GPT-2's, ours with its template taken away, a Llama-like one."""
+"""Chat templates for tokenizers without one: GPT-2's, ours without its template, a Llama-like one."""
 
 import copy
 import json
@@ -144,7 +144,7 @@ def test_chatml_for_a_tokenizer_of_others_by_hand(llama_like):
     assert tokenizer.apply_chat_template(messages, tokenize=False) == text
 
 
-def test_a_byte_order_mark_is_no_part_of_a_template(bare, tmp_path):
+def test_a_byte_order_mark_is_not_a_part_of_a_template(bare, tmp_path):
     (tmp_path / "mine.jinja").write_bytes(b"\xef\xbb\xbf{{ messages }}")
     choose_template(bare, str(tmp_path / "mine.jinja"))
     assert bare.chat_template == "{{ messages }}"
@@ -162,7 +162,7 @@ def test_a_file_holds_a_template(bare, tmp_path):
     choose_template(bare, str(path))
     assert bare.chat_template == template
     path.write_text("Hello")
-    with pytest.raises(ValueError, match="goes through `messages`"):
+    with pytest.raises(ValueError, match="loops over `messages`"):
         choose_template(bare, str(path))
     with pytest.raises(ValueError, match="one of alpaca, chatml, or a file with a Jinja template, and there is no"):
         choose_template(bare, "vicuna")

@@ -1,4 +1,4 @@
-"""Text to the rows of a run: what is evaluated on, and what it is told of."""
+"""The training and validation rows of a run, and the names of validation texts."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_one_validation_text_has_no_name_of_its_own(prepare, texts):
     assert text.validation.num_bytes == 140 and text.validation_parts == {}
 
 
-def test_validation_documents_that_are_trained_on_are_told_and_a_stream_leaves_them_out(prepare, texts, caplog):
+def test_validation_documents_that_are_trained_on_are_reported_and_a_stream_leaves_them_out(prepare, texts, caplog):
     (texts / "seen.jsonl").write_text(json.dumps({"text": "text 7 one two"}) + "\n" + json.dumps({"text": "new"}))
     prepare(str(texts / "train.jsonl"), validation_dataset=str(texts / "seen.jsonl"))
     assert "1 of the 2 documents to evaluate on" in caplog.text

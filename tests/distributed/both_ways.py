@@ -1,4 +1,4 @@
-"""Run by a launcher: transformers shards our model in both directions, and it takes steps; see test_both_ways.py."""
+"""Script for a launcher: steps of our model, sharded by transformers in both directions; see test_both_ways.py."""
 
 import json
 import sys
@@ -41,11 +41,11 @@ def take_step(model, optimizer, step: int, *, group: int = 0, num_groups: int = 
     rows = rows_of(step)
     num_targets = int((rows["shift_labels"] != -100).sum())
     own = {name: tensor[group::num_groups] for name, tensor in rows.items()}
-    # FSDP takes the mean over the groups, so each divides by a count that is so many times smaller.
+    # FSDP takes the mean over the groups, so each divides by a count that is smaller by their number.
     labels = own["shift_labels"]
     loss = model(**own, labels=labels, use_cache=False, num_items_in_batch=num_targets / num_groups).loss
     loss.backward()
-    meshes = defaultdict(list)  # norms lie in one direction only, matrices in two; torch adds up within a mesh
+    meshes = defaultdict(list)  # norms are sharded in one direction only, matrices in two; torch adds up within a mesh
     for parameter in model.parameters():
         meshes[getattr(parameter, "device_mesh", None)].append(parameter)
     norms = [get_total_norm([parameter.grad for parameter in group], foreach=False) for group in meshes.values()]

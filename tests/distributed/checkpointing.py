@@ -1,4 +1,4 @@
-"""Run by a launcher: what one process began is loaded, written, trained on, and resumed, into folders to compare."""
+"""Script for a launcher: load, write, train and resume a checkpoint, into folders to compare."""
 
 import json
 import sys

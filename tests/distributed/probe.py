@@ -1,4 +1,4 @@
-"""Run by a launcher: a backward pass of a tiny model, each process on its own rows; what came of it, in files."""
+"""Script for a launcher: a backward pass of a tiny model, each process on its own rows, with its results in files."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""One dial sizes a run for all its processes alike."""
+"""A dial gives all processes of a run the same sizes."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Every accelerate file is what it says, on this machine too; and what accelerate would do instead is refused."""
+"""Every accelerate file launches what it says, also on this machine; silent alternatives of accelerate are refused."""
 
 from pathlib import Path
 

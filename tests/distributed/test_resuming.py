@@ -1,4 +1,4 @@
-"""A run goes on with another number of processes, sharded in another way, as if nothing had happened."""
+"""A run resumes exactly with another number of processes, and sharded in another way."""
 
 import json
 
@@ -91,7 +91,7 @@ def follow(straight, output_dir, legs: list[tuple]) -> None:
     assert log["step"] == sorted(log["step"])
 
 
-def test_fsdp2_goes_on_with_fewer_and_fewer_processes(straight, tmp_path):
+def test_fsdp2_resumes_with_fewer_and_fewer_processes(straight, tmp_path):
     follow(straight, tmp_path, [("fsdp2.yaml", 4), ("fsdp2.yaml", 2), ("fsdp2.yaml", 1), ("cpu.yaml", 1)])
 
 

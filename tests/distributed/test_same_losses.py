@@ -1,4 +1,4 @@
-"""One effective batch is one number: a step of eight rows has one loss and one gradient, however it is cut."""
+"""A step of eight rows has one loss and one gradient, however it is split."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""SIGTERM to a run of several processes: all save together within a step, and the same command goes on."""
+"""SIGTERM to a run of several processes: all save together within a step, and the same command resumes."""
 
 import signal
 import subprocess
@@ -56,7 +56,7 @@ def straight(small, tmp_path_factory):
 @pytest.mark.parametrize(
     ("config", "whom"), [("ddp.yaml", "the launcher"), ("fsdp2.yaml", "all"), ("fsdp2.yaml", "a worker")]
 )
-def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_losses(straight, tmp_path, config, whom):
+def test_sigterm_saves_and_the_same_command_resumes_to_the_same_losses(straight, tmp_path, config, whom):
     expected, options = straight(config)
     own = {**options, "output_dir": tmp_path / "stopped"}
     words = [*command(config, 2), *recipe(own)]
@@ -65,8 +65,8 @@ def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_losses(straight,
     [checkpoint] = (tmp_path / "stopped" / "checkpoints").glob("step-*")
     step = int(checkpoint.name.removeprefix("step-"))
     assert steps_when_told <= step <= steps_when_told + 2  # the step under way, and one that began meanwhile
-    assert f"Stopped at step {step} of 40; the same command goes on" in output
-    if whom == "a worker":  # the launcher tells how its workers ended, unless it is told to stop itself
+    assert f"Stopped at step {step} of 40; the same command resumes" in output
+    if whom == "a worker":  # the launcher reports how its workers ended, unless it gets the signal itself
         assert "exitcode: 143" in output
     assert not (tmp_path / "stopped" / ".lock").exists()
     assert not (tmp_path / "stopped" / "model.safetensors").exists()

@@ -1,4 +1,4 @@
-"""A streamed run reads the same rows in the same order, whatever number of processes shares its shards."""
+"""A streamed run reads the same rows in the same order on any number of processes."""
 
 import json
 

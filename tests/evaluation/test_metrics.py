@@ -1,4 +1,4 @@
-"""The `evaluate` modules of our own: their examples, hand counts, and several processes."""
+"""Our modules for `evaluate`: their examples, hand counts, and several processes."""
 
 import doctest
 import math
@@ -121,12 +121,12 @@ def test_the_recipes_numbers_are_those_of_the_metrics_and_of_scikit_learn():
     "predictions, references, words",
     [([[0.5, 0.2]], [0], "sum to 1"), ([[0.5, 0.5]], [2], "2 classes")],
 )
-def test_what_is_no_probability_or_no_class_is_refused(predictions, references, words):
+def test_invalid_probabilities_and_classes_are_refused(predictions, references, words):
     with pytest.raises(ValueError, match=words):
         load_metric("calibrated_classification").compute(predictions=predictions, references=references)
 
 
-def test_case_counts_unless_it_is_told_not_to():
+def test_case_counts_unless_ignore_case_is_set():
     metric = load_metric("exact_answer")
     given = {"predictions": ["Yes ", "no"], "references": [["yes"], ["no", "none"]]}
     assert metric.compute(**given)["exact_match"] == 0.5

@@ -161,7 +161,7 @@ def test_the_rows_stay_as_they_were(accelerator):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_goes_on_in_the_mode_it_was_in(accelerator, training):
+def test_the_model_continues_in_the_mode_it_was_in(accelerator, training):
     rows = TextRows(torch.randint(2, (3, 4)), num_bytes=1)
     model = FixedLogits([0.0, 0.0]).train(training)
     evaluate_rows(model, rows, batch_size=2, accelerator=accelerator)
@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_raises(accelerator, bad):
         evaluate_rows(FixedLogits([0.0, bad]), rows, batch_size=2, accelerator=accelerator)
 
 
-def test_nothing_to_score_is_said(accelerator):
+def test_nothing_to_score_is_an_error(accelerator):
     rows = TextRows(torch.randint(2, (3, 4)), num_bytes=1)
     rows.shift_labels[:] = -100
     with pytest.raises(ValueError, match="none of the 3 rows has a target"):

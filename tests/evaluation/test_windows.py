@@ -1,4 +1,4 @@
-"""Documents in windows: each token once, and the numbers of a hand-written sum."""
+"""Documents in windows: each token counts once, compared with a hand-written sum."""
 
 import math
 

@@ -70,7 +70,7 @@ def test_the_logistic_regression_learns_words_and_knows_labels_by_their_ids():
     assert np.exp(logits).sum(1) == pytest.approx([1, 1]) and strength in (1, 10, 100)
 
 
-def test_the_numbers_stand_beside_what_costs_nothing_and_a_model_that_loses_is_told_so():
+def test_the_numbers_are_beside_cheap_baselines_and_a_worse_model_is_reported():
     texts = {
         "train": (["red fish", "red bird", "blue fish", "blue bird", "red cat"], [1, 1, 0, 0, 1]),
         "eval": (["red", "blue"], [1, 0]),

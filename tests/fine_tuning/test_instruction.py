@@ -1,4 +1,4 @@
-"""How long to train on few or many rows, and what is said of what was learned."""
+"""The number of epochs and evaluations, and the description of what was learned."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def describe(before: float, after: float, replies: tuple[str, str], **metrics) -
     return describe_learning(metrics, SAMPLES, [Reply(text, True) for text in replies])
 
 
-def test_a_model_that_learned_nothing_is_told_so():
+def test_a_model_that_learned_nothing_is_described_so():
     assert "Nothing was learned" in describe(2.0, 2.5, ("4", "6")) and "rose, from 2.0000 to 2.5" in describe(
         2.0, 2.5, "ab"
     )
@@ -47,7 +47,7 @@ def test_a_model_that_learned_nothing_is_told_so():
     assert "none of 40 replies is exactly the expected one" in said
 
 
-def test_a_model_that_learned_is_told_so_with_a_question_that_it_answers():
+def test_a_model_that_learned_is_described_so_with_a_question_that_it_answers():
     said = describe(5.0, 3.0, ("5", "6"), test_exact_match=0.5, test_answers=40)
     assert said.startswith("The model learned: the test loss fell from 5.0000 to 3.0000")
     assert said.endswith("answers correctly:\n    3 + 3?")

@@ -1,4 +1,4 @@
-"""The loss on learned tokens, against that of transformers' own models over all logits."""
+"""The loss on learned tokens, against transformers' own loss over all logits."""
 
 import pytest
 import torch

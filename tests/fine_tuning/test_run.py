@@ -1,4 +1,4 @@
-"""What the fine-tuning recipes share: Trainer's arguments, and the run around Trainer."""
+"""The shared run of the fine-tuning recipes, and Trainer's arguments."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A Hub of our own on the loopback, huggingface_hub pointed at it, and the folder of a small run to be pushed."""
+"""A Hub on the loopback that huggingface_hub uses, and the folder of a small run to push."""
 
 import json
 import os

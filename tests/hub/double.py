@@ -62,7 +62,7 @@ class Hub:
         self.requests: list[str] = []
         self.faults: list[Fault] = []
         self.quota: int | None = None  # bytes of LFS objects
-        self.refuses_each = False  # a full quota is told of each object, and not of the whole request
+        self.refuses_each = False  # a full quota is reported for each object, and not for the whole request
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True

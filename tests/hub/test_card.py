@@ -56,7 +56,7 @@ def test_a_card_says_what_the_run_was(copied):
     assert "/home/somebody" not in card
 
 
-def test_a_number_that_is_not_finite_is_no_result(copied):
+def test_a_number_that_is_not_finite_is_not_a_result(copied):
     metrics = json.loads((copied / "metrics.json").read_text())
     (copied / "metrics.json").write_text(json.dumps({**metrics, "eval_loss": float("nan")}))
     write_card(copied)
@@ -64,7 +64,7 @@ def test_a_number_that_is_not_finite_is_no_result(copied):
     assert types == {"bits_per_byte"}
 
 
-def test_a_sample_cannot_end_the_block_it_stands_in(copied):
+def test_a_sample_cannot_end_its_block(copied):
     (copied / "samples.txt").write_text("--- step 3\n```\n# not a heading\n````\n")
     card = make_card(read_run(copied))
     assert "`````text\n```\n# not a heading\n````\n`````" in card
@@ -155,7 +155,7 @@ def animals(tmp_path) -> dict[str, str]:
     return dict(zip(labels, sentences))
 
 
-def test_the_code_on_a_classifiers_adapters_card_runs_as_it_stands(animals, tmp_path, monkeypatch, capsys):
+def test_the_code_on_a_classifiers_adapters_card_runs_unchanged(animals, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     card = make_card(read_run("animals"), base_model="base")
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]

@@ -1,4 +1,4 @@
-"""The whole way, over the loopback: pushed, pulled and tuned where hfllm is not, and the adapter back and merged."""
+"""Over the loopback: push a model, pull and tune it where hfllm is not installed, and merge the adapter here."""
 
 import importlib.util
 import json
@@ -112,7 +112,7 @@ def test_pushed_pulled_tuned_pushed_pulled_and_merged_nothing_is_lost(hub, run_f
 
 
 @pytest.mark.slow
-def test_the_code_on_the_card_runs_as_it_stands(hub, run_folder, tmp_path):
+def test_the_code_on_the_card_runs_unchanged(hub, run_folder, tmp_path):
     push("--model", run_folder, "--repo_id", "me/my-gpt")
     code = re.search(r"```python\n(.*?)```", hub.files("me/my-gpt")["README.md"].decode(), re.DOTALL)[1]
     environment = clean_environment(hub, tmp_path)
@@ -128,7 +128,7 @@ def test_the_code_on_the_card_runs_as_it_stands(hub, run_folder, tmp_path):
     assert done.stdout.startswith("a cat ")
 
 
-def test_the_native_twin_needs_no_code_of_ours(hub, make_run):
+def test_the_native_form_needs_no_hfllm_code(hub, make_run):
     folder = make_run(seed=4, preset="modern")
     push("--model", folder, "--repo_id", "me/my-qwen3", "--native")
     files = hub.files("me/my-qwen3")

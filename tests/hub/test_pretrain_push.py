@@ -1,4 +1,4 @@
-"""`recipes/pretrain.py --push_to_hub`: what is pushed while it trains, and that the Hub's faults are not the run's."""
+"""`recipes/pretrain.py --push_to_hub`: pushes during training, and faults of the Hub that do not end the run."""
 
 import json
 import logging

@@ -132,7 +132,7 @@ def test_a_download_that_breaks_off_is_tried_again(hub, run_folder):
 
 
 @pytest.mark.fault(22)
-def test_a_hub_that_stays_away_is_told_and_the_same_push_can_be_repeated(hub, run_folder):
+def test_a_hub_that_stays_down_is_an_error_and_the_same_push_can_be_repeated(hub, run_folder):
     hub.fail("POST", "/commit/", status=503, message="Service Unavailable", times=99)
     with pytest.raises(PushError, match=r"The Hub answered 503 .*run the same push again") as raised:
         push_to_hub(run_folder, "me/my-gpt")
@@ -165,7 +165,7 @@ def test_another_model_that_comes_in_the_meantime_is_not_written_over(hub, make_
     assert hub.files("me/my-gpt")["config.json"] == theirs
 
 
-def test_no_permission_is_said(hub, run_folder, monkeypatch):
+def test_missing_permission_is_explained(hub, run_folder, monkeypatch):
     with pytest.raises(PushError, match=r"may not write to google/my-gpt.*--repo_id of your own"):
         push_to_hub(run_folder, "google/my-gpt")
     hub.create("you/theirs")
@@ -176,7 +176,7 @@ def test_no_permission_is_said(hub, run_folder, monkeypatch):
         push_to_hub(run_folder, "me/my-gpt")
 
 
-def test_no_token_is_said_before_anything_is_asked(hub, run_folder, monkeypatch):
+def test_a_missing_token_is_an_error_before_any_request(hub, run_folder, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(PushError, match=r"no token.*hf auth login"):
         push_to_hub(run_folder, "me/my-gpt")
@@ -184,7 +184,7 @@ def test_no_token_is_said_before_anything_is_asked(hub, run_folder, monkeypatch)
 
 
 @pytest.mark.parametrize("refuses_each", [False, True])
-def test_a_full_quota_is_said(hub, run_folder, refuses_each):
+def test_a_full_quota_is_explained(hub, run_folder, refuses_each):
     hub.quota, hub.refuses_each = 1000, refuses_each
     with pytest.raises(PushError, match=r"no room left for me/my-gpt: .*Private repository storage limit reached"):
         push_to_hub(run_folder, "me/my-gpt")
@@ -203,7 +203,7 @@ def test_a_name_without_an_owner_is_the_users(hub, run_folder):
     assert "me/my-gpt" in hub.repositories
 
 
-def test_a_folder_that_is_no_model_is_refused(hub, run_folder, tmp_path):
+def test_a_folder_that_is_not_a_model_is_refused(hub, run_folder, tmp_path):
     with pytest.raises(PushError, match="is not a folder"):
         push_to_hub(tmp_path / "nowhere", "me/my-gpt")
     with pytest.raises(PushError, match=r"no config.json; it holds nothing"):
@@ -228,7 +228,7 @@ def test_a_repository_with_another_model_is_left_alone_unless_told(hub, make_run
     assert "extra.bin" not in hub.files("me/my-gpt") and hub.files("me/my-gpt")["LICENSE"] == b"theirs"
 
 
-def test_a_private_repository_is_closed_to_strangers_who_are_told_what_to_do(hub, run_folder, monkeypatch):
+def test_a_private_repository_is_refused_to_others_with_the_next_step(hub, run_folder, monkeypatch):
     push_to_hub(run_folder, "me/secret", private=True)
     assert hub.repositories["me/secret"].is_private
     assert hfllm.GPTForCausalLM.from_pretrained("me/secret").num_parameters() > 0
@@ -246,7 +246,7 @@ def hub_cache() -> str:
 
 def test_a_public_repository_does_not_take_what_was_to_be_private(hub, run_folder):
     hub.create("me/open")
-    with pytest.raises(PushError, match=r"me/open is there already, and public"):
+    with pytest.raises(PushError, match=r"me/open exists already, and is public"):
         push_to_hub(run_folder, "me/open", private=True)
     assert set(hub.files("me/open")) == {".gitattributes"}
 

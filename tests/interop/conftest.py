@@ -1,4 +1,4 @@
-"""Other people's tools open a folder of ours by its path, as they open anybody's.
+"""Other libraries open our folders by their path, like any other model.
 
 The folder is what a run of `recipes/pretrain.py` leaves: a modern GPT and its tokenizer, here untrained and tiny.
 """
@@ -32,7 +32,7 @@ QUIET_TRAINING = {
 
 @pytest.fixture(autouse=True)
 def _leave_no_accelerator_behind():
-    """A Trainer decides precision and device for the whole process; the next test decides anew."""
+    """A Trainer decides precision and device for the whole process; the next test decides again."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -1,4 +1,4 @@
-"""lm_eval on a folder of ours: its numbers are those of the model, computed one text at a time by hand.
+"""lm_eval on our folder: its numbers equal the model's, computed one text at a time by hand.
 
 The tasks are local (a YAML file and a JSONL file each), so that nothing is downloaded.
 """

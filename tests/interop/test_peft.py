@@ -1,4 +1,4 @@
-"""PEFT on our models: adapters train, load again, merge and stand side by side, and the tied head stays tied."""
+"""PEFT on our models: adapters train, load again, merge and exist side by side, and the tied head stays tied."""
 
 import json
 
@@ -129,7 +129,7 @@ def test_a_classifier_keeps_its_score_layer_with_the_adapter(base, tmp_path):
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": torch.tensor([2, 0])}
 
     def open_base() -> PreTrainedModel:
-        torch.manual_seed(torch.initial_seed() + 1)  # the head is new, and drawn anew each time
+        torch.manual_seed(torch.initial_seed() + 1)  # the head is new, with other random weights each time
         return hfllm.GPTForSequenceClassification.from_pretrained(base, num_labels=3)
 
     model = open_base()

@@ -1,4 +1,4 @@
-"""sentence-transformers on a folder of ours: an embedding is what its pooling says of our hidden states."""
+"""sentence-transformers on our folder: an embedding is the pooling of our hidden states."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""transformers' Trainer on our models: the loss is one number, however the batch is cut into pieces."""
+"""transformers' Trainer on our models: the loss is the same, however the batch is split."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def make_rows() -> list[dict]:
 
 
 def train(model, output_dir: str, rows_per_batch: int) -> Trainer:
-    """Two updates of plain gradient descent from all eight rows each, in batches of so many."""
+    """Two updates of plain gradient descent from all eight rows each, in batches of this size."""
     arguments = TrainingArguments(
         output_dir=output_dir,
         per_device_train_batch_size=rows_per_batch,

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer and DPOTrainer on a folder of ours: what they learn from is what they say they learn from."""
+"""TRL's SFTTrainer and DPOTrainer on our folder: they train on the tokens that they are documented to train on."""
 
 import math
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Other people's tools where hfllm is not installed: the folder's own code is enough, with `trust_remote_code`."""
+"""Other libraries without hfllm installed: the folder's own code is enough, with `trust_remote_code`."""
 
 import json
 import subprocess

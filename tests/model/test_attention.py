@@ -24,7 +24,7 @@ def make_model(config: hfllm.GPTConfig, backend: str) -> hfllm.GPTForCausalLM:
 
 
 def position_ids_of(*lengths: int) -> torch.Tensor:
-    """Positions (1, T) of a row in which documents of these lengths stand one after the other."""
+    """Positions (1, T) of a row in which documents of these lengths follow each other."""
     return torch.cat([torch.arange(length) for length in lengths])[None]
 
 
@@ -86,7 +86,7 @@ def test_documents_of_more_tokens_than_a_kernels_block_never_see_each_other(pres
 @torch.no_grad()
 def test_documents_stay_apart_in_a_row_with_padding(tiny_config, side, backend):
     model = make_model(tiny_config, backend)
-    # Padding on the left may be counted, too: then the positions go on from it into the first document.
+    # Padding on the left may be counted, too: then the positions continue from it into the first document.
     position_ids = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3] if side == "left" else [0, 1, 2, 0, 1, 2, 3, 0, 0, 0]])
     attention_mask = torch.tensor([[0] * 3 + [1] * 7] if side == "left" else [[1] * 7 + [0] * 3])
     arguments = {

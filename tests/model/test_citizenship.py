@@ -1,4 +1,4 @@
-"""transformers treats our models as its own: generating, loading, resizing, sharding, compiling."""
+"""transformers treats our models like its own: generating, loading, resizing, sharding, compiling."""
 
 import math
 import subprocess
@@ -228,7 +228,7 @@ transformers.AutoModelForSequenceClassification.from_pretrained("model", trust_r
 
 
 def test_importing_prints_nothing():
-    """Nothing more than transformers' own models do: an installed package may have a word for whoever imports them."""
+    """Nothing more than transformers' own models print: an installed package may print something on import."""
     program = """
 import sys
 import transformers.models.llama.modeling_llama

@@ -116,7 +116,7 @@ def test_every_word_of_the_books_dictionary_is_explained():
             assert hasattr(hfllm.GPTConfig(), field)
 
 
-def test_transformers_own_keywords_are_no_unknown_fields(tmp_path):
+def test_transformers_own_keywords_are_not_unknown_fields(tmp_path):
     config = hfllm.GPTConfig(
         num_labels=3,
         dtype="bfloat16",

@@ -1,4 +1,4 @@
-"""GPTLinear multiplies a single row in another routine: the same numbers, from the weights as they are now."""
+"""GPTLinear multiplies a single row in another routine: the same numbers, from the present weights."""
 
 import copy
 

@@ -167,7 +167,7 @@ def test_the_first_of_several_stop_strings_ends_the_text_past_the_table():
 
 @pytest.mark.parametrize("helper", ["an assistant", "an assistant with a smaller table", "prompt lookup"])
 @pytest.mark.parametrize("length", [5, 10, 11, 12, 30])
-def test_assisted_decoding_goes_on_alone_past_the_table(model, helper, length):
+def test_assisted_decoding_continues_alone_past_the_table(model, helper, length):
     prompt = torch.randint(3, 6, (length,)).tolist()
     options = {"prompt_lookup_num_tokens": 4}
     if helper != "prompt lookup":
@@ -225,7 +225,7 @@ def test_a_window_leaves_the_callers_cache_with_the_beginning_of_the_text(model)
     assert again[0].tolist() == write_greedily(model, shorter, 2)
 
 
-def test_a_conversation_goes_on_with_its_cache_past_the_table(model):
+def test_a_conversation_continues_with_its_cache_past_the_table(model):
     cache = DynamicCache(config=model.config)
     tokens = PROMPTS[0]
     for turn in ([], [33, 34], [35], [36, 37, 38]):
@@ -309,7 +309,7 @@ ROPE = {
 
 
 @pytest.mark.parametrize("rope_type", ROPE)
-def test_rotary_positions_go_on_past_the_context_as_configured(rope_type):
+def test_rotary_positions_continue_past_the_context_as_configured(rope_type):
     model = make_model("modern", rope_parameters={"rope_type": rope_type, **ROPE[rope_type]})
     # These two change their frequencies with the length, which does not reach keys that are in a cache already.
     use_cache = rope_type not in ("dynamic", "longrope")

@@ -83,7 +83,7 @@ def test_a_weight_of_another_shape_is_named_with_both_shapes(folder):
     assert hfllm.GPTForCausalLM.from_pretrained(broken, ignore_mismatched_sizes=True)
 
 
-def test_whoever_asks_for_the_lists_gets_the_model(folder):
+def test_asking_for_the_lists_returns_the_model(folder):
     broken = change(folder, weights=lambda saved: {key: saved[key] for key in saved if "layers.1." not in key})
     model, lists = hfllm.GPTForCausalLM.from_pretrained(broken, output_loading_info=True)
     assert isinstance(model, hfllm.GPTForCausalLM)
@@ -208,7 +208,7 @@ def test_keys_that_other_tools_wrote_are_kept_and_named(folder, caplog, monkeypa
 # --- dtypes and inputs
 
 
-def test_float8_is_no_dtype_to_load_in(folder):
+def test_float8_is_not_a_dtype_to_load_in(folder):
     with pytest.raises(ValueError, match=r"torch only stores numbers in it.*quantization_config"):
         hfllm.GPTForCausalLM.from_pretrained(folder, dtype=torch.float8_e4m3fn)
 

@@ -1,4 +1,4 @@
-"""The oldest transformers that we admit and the newest of the package index write the same text with every cache.
+"""The oldest supported transformers and the newest one on the package index write the same text with every cache.
 
 Each release is installed beside the environment, in .cache/transformers/<version>. The reference is chapter 4's loop:
 one row, no cache, the ids cropped to the learned positions at each step.

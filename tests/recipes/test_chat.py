@@ -147,7 +147,7 @@ def say(tokenizer, text: str, input_ids: torch.Tensor, stopping_criteria) -> Sim
 
 @pytest.fixture
 def prompts(talker, monkeypatch) -> list[list[int]]:
-    """The prompts that the model gets, instead of a real reply; each is answered with a word."""
+    """The prompts that the model gets, instead of a real reply; each is answered with one word."""
     seen = []
     tokenizer = recipe.load_tokenizer(talker)
 
@@ -200,7 +200,7 @@ def test_ten_times_as_many_lines_take_ten_times_the_work(talker, prompts, monkey
     assert work[200] < 11 * work[20]
 
 
-def test_bytes_that_are_not_utf8_are_replaced_and_told_and_the_chat_goes_on(talker, prompts, monkeypatch, capsys):
+def test_bytes_that_are_not_utf8_are_replaced_and_reported_and_the_chat_continues(talker, prompts, monkeypatch, capsys):
     printed, errors = chat(monkeypatch, capsys, b"caf\xe9 \xff\nBye\n", model=talker)
     assert printed == "yes \nyes \n"
     assert "(2 bytes that are not UTF-8 were replaced by \ufffd.)" in errors
@@ -209,7 +209,7 @@ def test_bytes_that_are_not_utf8_are_replaced_and_told_and_the_chat_goes_on(talk
     assert len(prompts) == 2
 
 
-def test_a_message_longer_than_the_context_is_refused_and_the_chat_goes_on(talker, monkeypatch, capsys):
+def test_a_message_longer_than_the_context_is_refused_and_the_chat_continues(talker, monkeypatch, capsys):
     printed, errors = chat(monkeypatch, capsys, f"{'word ' * 200}\nBye\n", model=talker)
     assert printed == "Good night!\n"
     assert "room for 64. Shorten it" in errors
@@ -230,7 +230,7 @@ def test_ctrl_c_ends_the_reply_and_not_the_chat(talker, monkeypatch, capsys):
     assert "(stopped)" in errors
 
 
-def test_what_cannot_be_is_said_at_the_door(talker, tmp_path):
+def test_impossible_options_are_refused_at_the_start(talker, tmp_path):
     for option, message in {
         "--max_new_tokens=0": "at least 1",
         "--top_p=0.5": "temperature 0",
@@ -530,7 +530,7 @@ def test_people_talk_to_it_in_a_real_browser_that_asks_nobody_else(way, port, br
         page.wait_for_the_end()
         browser.save_screenshot(os.environ.get("HFLLM_SCREENSHOT", str(tmp_path / "chat.png")))
         overflow = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-        assert overflow <= 0, "nothing stands out of the window"
+        assert overflow <= 0, "nothing reaches out of the window"
         box = "return document.querySelector(arguments[0]).getBoundingClientRect()"
         chat, settings = (browser.execute_script(box, name) for name in ("#message", "#temperature"))
         is_beside, is_below = settings["left"] > chat["right"], settings["top"] > chat["bottom"]
@@ -585,7 +585,7 @@ def test_an_error_is_shown_and_the_next_message_is_answered(talker, port, browse
     with served_page(talker, port):
         for wrong, message in (("word " * 300, "Shorten it"), ("half a pair: {half}", "not valid Unicode")):
             page = Page(browser, port)
-            for _ in range(2):  # the page makes its text box anew with each message
+            for _ in range(2):  # the page makes its text box again with each message
                 page.send(wrong)
                 page.wait_for_error(message)
                 page.wait_for_the_end()

@@ -49,7 +49,7 @@ def test_a_file_of_options_wins_over_the_dial_and_the_command_line_over_both(run
     assert found["max_steps"] == 2
 
 
-def test_a_run_that_goes_on_keeps_the_sizes_it_began_with(run_pretrain, unsized, monkeypatch, capsys):
+def test_a_run_that_resumes_keeps_the_sizes_it_began_with(run_pretrain, unsized, monkeypatch, capsys):
     """Whatever speed the machine has by then."""
     recipe = run_pretrain.recipe
     monkeypatch.setattr(recipe, "measure_speed", lambda *_: Speed(seconds_per_step=1.0, seconds_per_evaluation=1.0))

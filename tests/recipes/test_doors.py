@@ -1,4 +1,4 @@
-"""What every recipe stops at its door: numbers that cannot be meant, what is no model, and other recipes' folders."""
+"""Errors at the start of every recipe: numbers out of range, folders without a model, and other recipes' folders."""
 
 import dataclasses
 import errno
@@ -92,11 +92,9 @@ def test_a_folder_without_a_model_says_what_it_holds(recipe, folders, tokenizer_
 
 @pytest.mark.parametrize("recipe", ["pretrain", "finetune_classification", "finetune_instruction"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_recipe_neither_goes_on_in_nor_deletes_another_recipes_folder(recipe, overwrite, tmp_path):
+def test_a_recipe_neither_resumes_nor_deletes_another_recipes_run(recipe, overwrite, tmp_path):
     (tmp_path / "arguments.yaml").write_text(yaml.safe_dump({"dataset": "stdlib", "vocab_size": 300, "max_bytes": 9}))
-    with pytest.raises(
-        ValueError, match=r"belongs to another recipe, whose options \(max_bytes, vocab_size\) stand in"
-    ):
+    with pytest.raises(ValueError, match=r"belongs to another recipe, whose options \(max_bytes, vocab_size\) are in"):
         call(recipe, "--output_dir", tmp_path, *["--overwrite_output_dir"] * overwrite)
     (tmp_path / "arguments.yaml").write_text(": : :")
     with pytest.raises(ValueError, match=r"arguments.yaml cannot be read, so nothing says whose run this is"):
@@ -111,7 +109,7 @@ def test_a_recipe_neither_goes_on_in_nor_deletes_another_recipes_folder(recipe, 
         ("swanlab", "its package is not installed"),
     ],
 )
-def test_a_tracker_that_is_not_there_is_no_tracker_left_out(recipe, tracker, message, folders, monkeypatch):
+def test_a_missing_tracker_is_refused_and_not_left_out(recipe, tracker, message, folders, monkeypatch):
     monkeypatch.chdir(folders)
     rows = [{"instruction": f"{n}", "output": f"{n}", "text": f"cat {n}", "label": n % 2} for n in range(40)]
     (folders / "rows.json").write_text(json.dumps(rows))
@@ -126,7 +124,7 @@ def test_a_tracker_that_is_not_there_is_no_tracker_left_out(recipe, tracker, mes
     [
         ("evaluate_model", ["--limit", 3], "--limit and --include_path are for lm-eval's tasks"),
         ("evaluate_model", ["--max_new_tokens", 5], "--max_new_tokens is the length of a reply: give --check_answers"),
-        ("evaluate_model", ["--model", "a", "a"], "--model a a: one of them is there twice"),
+        ("evaluate_model", ["--model", "a", "a"], "--model a a: one of them is given twice"),
         ("evaluate_model", ["--block_size", 0], "--block_size 0: give at least 1"),
         ("benchmark", ["--measure", "time_to_quality", "--bf16", "true"], "--bf16: --measure time_to_quality runs"),
         ("benchmark", ["--measure", "time_to_quality"], "is for a text of about a megabyte: give it as --dataset"),
@@ -137,7 +135,7 @@ def test_a_tracker_that_is_not_there_is_no_tracker_left_out(recipe, tracker, mes
         ("chat", ["--temperature", "nan"], "--temperature nan: give a finite number"),
     ],
 )
-def test_what_would_be_left_out_or_fail_later_is_said_at_the_door(recipe, argv, message, tmp_path):
+def test_options_that_would_be_ignored_or_fail_later_are_refused_at_the_start(recipe, argv, message, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a text")
     dataset = ["--dataset", text] if recipe == "evaluate_model" else []
@@ -145,7 +143,7 @@ def test_what_would_be_left_out_or_fail_later_is_said_at_the_door(recipe, argv, 
         call(recipe, *dataset, *argv)
 
 
-def test_a_learning_rate_of_zero_is_no_default(folders, tmp_path):
+def test_a_learning_rate_of_zero_is_not_a_default(folders, tmp_path):
     """`args.learning_rate or default` would train."""
     (tmp_path / "rows.json").write_text(json.dumps([{"instruction": f"{n}", "output": f"{n}"} for n in range(60)]))
     call(
@@ -157,7 +155,7 @@ def test_a_learning_rate_of_zero_is_no_default(folders, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_what_stopped_at_the_door_leaves_a_folder_that_takes_the_right_command(folders, tmp_path):
+def test_a_refused_command_leaves_a_folder_that_the_right_command_can_use(folders, tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"cat {n},{n % 2}\n" for n in range(40)))
     options = ["--model", folders / "causal", "--dataset", tmp_path / "rows.csv", "--output_dir", tmp_path / "out"]
     with pytest.raises(ValueError, match="did you mean"):

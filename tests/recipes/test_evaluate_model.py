@@ -103,7 +103,7 @@ def test_the_numbers_are_those_of_a_sum_by_hand_and_stand_beside_those_of_traini
     evaluate("--model", folder, "--dataset", text, "--block_size", 16, "--stride", 4, "--per_device_eval_batch_size", 3)
     again = metrics_of(folder)
     assert again["test_tokens"] == num_tokens and again["test_stride"] == 4
-    assert again["test_bits_per_byte"] != found["test_bits_per_byte"], "its own numbers it writes anew"
+    assert again["test_bits_per_byte"] != found["test_bits_per_byte"], "its own numbers are written again"
     assert again["test_loss"] == 7.0
 
 
@@ -113,7 +113,7 @@ def test_a_folder_that_cannot_take_the_numbers_is_refused_before_they_are_measur
     folder = save_model(build())
     monkeypatch.setattr(recipe, "score", None)
     (folder / "metrics.json").write_text("{half")
-    with pytest.raises(ValueError, match="no JSON object"):
+    with pytest.raises(ValueError, match="not a JSON object"):
         evaluate("--model", folder, "--dataset", text)
     with pytest.raises(ValueError, match=r"is a file\. Give the path of a folder"):
         evaluate("--model", folder, "--dataset", text, "--output_dir", text)
@@ -180,7 +180,7 @@ def test_what_cannot_be_measured_says_so(evaluate, save_model, text, tmp_path):
     (tmp_path / "nothing").mkdir()
     classifier = save_model(hfllm.GPTForSequenceClassification(make_tiny_config("book", vocab_size=300)), "classifier")
     for options, words in [
-        (["--model", folder], "Give --dataset, --tasks or both"),
+        (["--model", folder], "give --dataset, --tasks or both"),
         (["--model", tmp_path / "nothing", "--dataset", text], "without a config.json"),
         (["--model", tmp_path / "absent", "--dataset", text], "neither a folder nor a model"),
         (["--model", classifier, "--dataset", text], "no column 'label'"),
@@ -190,7 +190,7 @@ def test_what_cannot_be_measured_says_so(evaluate, save_model, text, tmp_path):
         (["--model", folder, classifier, "--dataset", text], "these are of two.*classifier is a classifier model"),
         (["--model", folder, "--dataset", text, "--label_column", "kind"], "is for classifiers"),
         (["--model", folder, "--dataset", text, "--check_answers"], "give --conversations"),
-        (["--model", folder, "--dataset", text, "--conversations"], "none of the forms known"),
+        (["--model", folder, "--dataset", text, "--conversations"], "fit no known form"),
         (["--model", folder, "--dataset", "stdlib", "--conversations"], "held back from training"),
         (["--model", folder, "--dataset", text, "--conversations", "--stride", 2], "scored whole"),
         (["--model", folder, "--dataset", empty], "has no text"),
@@ -198,7 +198,7 @@ def test_what_cannot_be_measured_says_so(evaluate, save_model, text, tmp_path):
         (["--model", folder, "--dataset", text, "--split", "validation"], "is local and read whole"),
         (["--model", folder, "--dataset", text, "--stride", 33], "tokens would be left out"),
         (["--model", folder, "--dataset", text, "--block_size", 33], "more than the model's context"),
-        (["--model", folder, "--dataset", text, "--adapter", tmp_path / "nothing"], "no PEFT adapter"),
+        (["--model", folder, "--dataset", text, "--adapter", tmp_path / "nothing"], "not a PEFT adapter"),
         (["--model", folder, folder, "--dataset", text, "--output_dir", tmp_path], "a folder for each model"),
     ]:
         with pytest.raises(ValueError, match=words):

@@ -108,7 +108,7 @@ def test_a_native_model_becomes_ours_and_the_way_back_gives_the_same_weights(exp
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_rounding_is_told_and_the_written_weights_are_the_rounded_ones(export, make_model, dtype, tmp_path):
+def test_rounding_is_reported_and_the_written_weights_are_the_rounded_ones(export, make_model, dtype, tmp_path):
     source = make_model()
     printed = export(model=source, to="qwen3", dtype=dtype, output_dir=tmp_path / "out")
     assert f"rounding to {dtype}: largest |difference| " in printed
@@ -201,7 +201,7 @@ def test_a_tokenizer_that_would_read_otherwise_is_not_called_done(export, make_m
 
     recipe_save = recipe.save_model
     monkeypatch.setattr(recipe, "save_model", as_qwen)
-    with pytest.raises(RuntimeError, match="another tokenizer than was written:\n  - ids of 'Caf"):
+    with pytest.raises(RuntimeError, match="differs from the one written:\n  - ids of 'Caf"):
         export(model=make_model(), to="qwen3", output_dir=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -271,7 +271,7 @@ def test_two_exports_into_one_folder_at_once_are_refused(export, make_model, tmp
 def test_the_model_itself_is_never_overwritten(export, make_model, tmp_path):
     source = make_model()
     for target in (source, tmp_path):
-        with pytest.raises(ValueError, match="is where the model itself lies"):
+        with pytest.raises(ValueError, match="is the model's own folder"):
             export(model=source, to="qwen3", output_dir=target, overwrite_output_dir=True)
     assert (source / "model.safetensors").exists()
 
@@ -300,7 +300,7 @@ def test_an_adapter_is_merged_into_the_base_that_it_names(export, make_model, tm
     torch.testing.assert_close(exported(ids).logits, adapted.eval()(ids).logits, atol=1e-4, rtol=0)
 
 
-def test_what_is_no_model_is_refused_in_words(export, make_model, tmp_path):
+def test_a_folder_without_a_model_is_refused(export, make_model, tmp_path):
     source = make_model()
     model = hfllm.GPTForCausalLM.from_pretrained(source)
     model.name_or_path = ""
@@ -333,7 +333,7 @@ def test_the_tokenizer_must_be_there_and_be_the_models(export, make_model, token
     assert hard_ids(AutoTokenizer.from_pretrained(tmp_path / "out")) == hard_ids(expected)
 
 
-def test_weights_that_a_dtype_cannot_hold_or_that_are_no_numbers_are_named(export, make_model, tmp_path):
+def test_weights_that_a_dtype_cannot_hold_or_that_are_not_numbers_are_named(export, make_model, tmp_path):
     source = make_model()
     model = hfllm.GPTForCausalLM.from_pretrained(source)
     with torch.no_grad():

@@ -115,7 +115,7 @@ def test_before_training_it_says_what_it_found_and_what_it_trains(finished):
         "Always saying 'ham' is right on",
         "Repeated texts:",
         "Left out: 1 empty texts.",
-        "texts are longer than block_size 32 and lose their end",
+        "texts are longer than block_size 32 and cut at the end",
         "LoRA of rank 4 on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; score.",
     ):
         assert words in text, words
@@ -193,7 +193,7 @@ def test_text_that_names_a_control_token_is_text_in_training_and_in_the_pipeline
 
 def test_a_classifier_pads_and_cuts_on_the_right_whatever_its_base_is_used_to(recipe, base, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.padding_side = tokenizer.truncation_side = "left"  # as it is left behind by who generates in batches
+    tokenizer.padding_side = tokenizer.truncation_side = "left"  # as left behind by batched generation
     tokenizer.save_pretrained(tmp_path / "left")
     tokenizer = recipe.load_classifier_tokenizer(str(tmp_path / "left"))
     tokenizer.save_pretrained(tmp_path / "right")
@@ -235,8 +235,8 @@ def test_a_finished_run_has_nothing_to_do_and_another_one_is_refused(finished, c
         classify(**{**options, "learning_rate": 0.1})
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(finished, classify, recipe, tmp_path, monkeypatch):
-    """Stopped after two of three epochs; dropout and the order of texts go on where they were."""
+def test_an_interrupted_run_resumes_to_the_same_weights(finished, classify, recipe, tmp_path, monkeypatch):
+    """Stopped after two of three epochs; dropout and the order of texts continue where they were."""
     straight, _ = finished
     options = {**straight, "output_dir": tmp_path / "out"}
 
@@ -372,7 +372,7 @@ def test_gpt2_of_transformers_learns_spam_by_the_config_of_the_collection(gpt2, 
     assert batch[0]["score"] == pytest.approx(alone["score"], abs=1e-6)
 
 
-def test_the_saved_folder_and_the_adapter_say_where_the_head_stands(finished):
+def test_the_saved_folder_and_the_adapter_name_the_pooling(finished):
     out = Path(finished[0]["output_dir"])
     for path in (out / "config.json", out / "adapter" / "base_model.json"):
         assert json.loads(path.read_text())["classifier_pooling"] == "mean_first_last"

@@ -200,7 +200,7 @@ def test_a_finished_run_is_left_alone_and_another_one_is_refused(options, capsys
         run(**{**options, "learning_rate": 0.02})
 
 
-def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(options, tmp_path):
+def test_an_interrupted_run_resumes_exactly(options, tmp_path):
     whole = run(**{**options, "output_dir": tmp_path / "whole"})
     interrupted = {**options, "output_dir": tmp_path / "interrupted", "save_steps": 2, "save_total_limit": 2}
     run(**interrupted)
@@ -410,7 +410,7 @@ def test_a_base_model_of_others_without_a_chat_template_learns_to_chat(family, r
         assert numbers["test_exact_match"] == metrics["test_exact_match"]
 
 
-def test_what_cannot_be_is_said_at_the_door(options, base_model, tmp_path):
+def test_impossible_options_are_refused_at_the_start(options, base_model, tmp_path):
     with pytest.raises(ValueError, match="is model itself, which would be overwritten"):
         run(**{**options, "output_dir": base_model})
     with pytest.raises(ValueError, match="block_size=65 is longer than the model's context of 64"):

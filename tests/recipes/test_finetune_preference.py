@@ -1,4 +1,4 @@
-"""DPO on pairs of replies: the policy comes to prefer what it is shown, and starts as its own reference."""
+"""DPO on pairs of replies: the policy learns the shown preference, and starts as its own reference."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def test_texts_and_messages_are_the_same_preference():
         ({"prompt": "Q", "chosen": "A", "rejected": "B", "tools": [{"name": "x"}]}, "it has 'tools'"),
     ],
 )
-def test_a_row_that_is_no_preference_says_why(row, message, tmp_path):
+def test_a_row_that_is_not_a_preference_says_why(row, message, tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([row]))
     with pytest.raises(ValueError, match=message):
@@ -129,7 +129,7 @@ def run(**options) -> dict:
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(options, tmp_path, capsys):
+def test_an_interrupted_run_resumes_exactly(options, tmp_path, capsys):
     whole = run(**{**options, "max_steps": 6, "output_dir": tmp_path / "whole"})
     interrupted = {**options, "max_steps": 6, "save_steps": 2, "save_total_limit": 3}
     run(**interrupted)

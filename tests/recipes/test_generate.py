@@ -100,7 +100,7 @@ def test_learned_positions_slide_past_the_context_and_it_says_so(generate, model
     assert text.rstrip("\n") == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_rotary_positions_go_on_and_it_says_so(generate, models):
+def test_rotary_positions_continue_and_it_says_so(generate, models):
     text = generate(model=models["modern"], prompt="the cat", max_new_tokens=60, do_sample=False)
     assert text.startswith("(Past the context of 32 tokens the model continues at positions that it did not see")
     assert text == generate(model=models["modern"], prompt="the cat", max_new_tokens=60, do_sample=False)
@@ -234,7 +234,7 @@ def test_ctrl_c_keeps_what_was_written_and_ends(generate, model, monkeypatch, ca
         ({"prompt_file": "nowhere.txt"}, "prompt_file='nowhere.txt' is not a file"),
     ],
 )
-def test_an_option_that_cannot_be_stops_at_the_door(generate, options, message):
+def test_impossible_options_are_refused_at_the_start(generate, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model="not even looked for", **options)
 
@@ -280,5 +280,5 @@ def test_a_folder_without_a_model_says_what_to_do(generate, tmp_path):
     (tmp_path / "log.jsonl").touch()
     with pytest.raises(ValueError, match=r"without a config.json.*log\.jsonl.*to resume it"):
         generate(model=tmp_path)
-    with pytest.raises(ValueError, match="neither a folder nor a model that the Hub gave us"):
+    with pytest.raises(ValueError, match="neither a folder nor a model that the Hub sent"):
         generate(model="nobody/nothing")

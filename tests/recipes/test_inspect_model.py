@@ -151,7 +151,7 @@ def test_the_habits_of_clear_heads_are_named(recipe):
     assert even["to_first"] == pytest.approx((1 / 3 + 1 / 4) / 2)
 
 
-def test_what_stands_out_is_said_in_words(recipe, capsys):
+def test_the_summary_names_what_is_remarkable(recipe, capsys):
     first = torch.zeros(4, 4)
     first[:, 0] = 1
     mixed = torch.tensor([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.1, 0.5, 0.4, 0], [0.0, 0.1, 0.4, 0.5]])
@@ -266,8 +266,8 @@ def test_a_choice_that_does_not_exist_is_named(inspect, one_layer, tmp_path, opt
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_model_says_what_to_do(inspect, tmp_path, tokenizer_folder):
-    with pytest.raises(ValueError, match="neither a folder nor a model that the Hub gave us"):
+def test_a_folder_without_a_model_is_refused_with_the_next_step(inspect, tmp_path, tokenizer_folder):
+    with pytest.raises(ValueError, match="neither a folder nor a model that the Hub sent"):
         inspect("nobody/nothing")
     (tmp_path / "run").mkdir()
     with pytest.raises(ValueError, match=r"without a config.json"):

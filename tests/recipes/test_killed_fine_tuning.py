@@ -1,4 +1,4 @@
-"""Fine-tuning recipes as a user starts them, killed and told to stop for real: they end with the same weights."""
+"""Fine-tuning recipes as a user starts them, killed or stopped by real signals: they end with the same weights."""
 
 import json
 import os
@@ -104,9 +104,7 @@ def start_until(command: list[str], output_dir: Path, step: int) -> subprocess.P
 @pytest.mark.slow
 @pytest.mark.fault(1, 2, 24, 25, 27, 28)
 @pytest.mark.parametrize("name", ["instruction lora", "instruction muon", "preference", "classification"])
-def test_a_run_killed_in_its_second_epoch_and_told_to_stop_in_its_third_ends_with_the_same_weights(
-    commands, tmp_path, name
-):
+def test_a_run_killed_in_its_second_epoch_and_stopped_in_its_third_ends_with_the_same_weights(commands, tmp_path, name):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     subprocess.run([*commands[name], "--output_dir", straight], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=300)
     num_steps = json.loads((straight / "metrics.json").read_text())["train_steps"]

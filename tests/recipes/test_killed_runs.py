@@ -119,7 +119,7 @@ def test_a_push_that_is_killed_again_and_again_arrives_as_a_whole(commands, tmp_
 @pytest.mark.slow
 @pytest.mark.fault(13)
 def test_a_supervised_run_of_two_processes_outlives_one_of_them(small, tmp_path):
-    """The whole job is started anew, goes on from its checkpoint, and ends as if nothing had been."""
+    """The whole job is started again, resumes from its checkpoint, and ends with the same weights."""
     options = {**small, "max_steps": 150, "save_steps": 5, "eval_steps": 150, "per_device_train_batch_size": 2}
     straight, killed = ({**options, "output_dir": tmp_path / name} for name in ("straight", "killed"))
     two = {"config": "ddp.yaml", "num_processes": 2, "main_process_port": 0, "mixed_precision": "no"}

@@ -179,7 +179,7 @@ def test_a_run_that_was_cut_ends_with_the_very_weights_of_one_that_was_not(run_p
     recipe.StopRequest.agreed = original
     assert stopped.value.code == 143
     assert not (tmp_path / "cut" / "model.safetensors").exists()
-    # What may change when a run goes on: where it stands, how often it saves and evaluates, how many rows at a time.
+    # What may change when a run resumes: its folder, how often it saves and evaluates, how many rows at a time.
     (tmp_path / "cut").rename(tmp_path / "moved")
     may_change = {"save_steps": 4, "save_total_limit": 1, "eval_steps": 12, "per_device_eval_batch_size": 3}
     run_pretrain(**{**cut, "output_dir": tmp_path / "moved", **may_change})
@@ -215,7 +215,7 @@ def checkpoints_of(output_dir) -> list[str]:
 
 
 def run_until(run_pretrain, monkeypatch, step, **options):
-    """A run that is told to stop after this step, as by a signal."""
+    """A run that stops after this step, as by a signal."""
     log = options["output_dir"] / "log.jsonl"
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(run_pretrain.recipe.StopRequest, "agreed", lambda self: step in validation_losses(log.parent))
@@ -262,7 +262,7 @@ def test_a_run_stops_early_where_the_validation_loss_no_longer_falls(
     losses = validation_losses(tmp_path / "whole")
     best = min(losses, key=losses.get)
     patient = {**overfitting, "early_stopping_patience": 2, "output_dir": tmp_path / "patient"}
-    run_until(run_pretrain, monkeypatch, best + 3, **patient)  # the count goes on after a resume
+    run_until(run_pretrain, monkeypatch, best + 3, **patient)  # the count continues after a resume
     capsys.readouterr()
     metrics = run_pretrain(**patient)
     assert best + 6 < 18 and metrics["train_steps"] == best + 6
@@ -276,7 +276,7 @@ def test_a_run_stops_early_where_the_validation_loss_no_longer_falls(
     assert_same_weights(tmp_path / "whole", tmp_path / "patient")
 
 
-def test_without_the_best_checkpoint_the_last_model_is_saved_and_that_is_said(
+def test_without_the_best_checkpoint_the_last_model_is_saved_and_that_is_reported(
     run_pretrain, overfitting, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "out"
@@ -314,13 +314,13 @@ def test_a_finished_run_has_nothing_to_do(run_pretrain, small, capsys):
     assert (small["output_dir"] / "model.safetensors").stat().st_mtime_ns == weights
 
 
-def test_a_finished_run_goes_on_with_more_steps(run_pretrain, small):
+def test_a_finished_run_resumes_with_more_steps(run_pretrain, small):
     run_pretrain(**small)
     metrics = run_pretrain(**{**small, "max_steps": 15})
     assert metrics["train_steps"] == 15
 
 
-def test_overwriting_starts_anew_and_keeps_what_is_not_ours(run_pretrain, small):
+def test_overwriting_starts_again_and_keeps_files_that_are_not_ours(run_pretrain, small):
     run_pretrain(**small)
     (small["output_dir"] / "notes.txt").write_text("mine")
     metrics = run_pretrain(**{**small, "max_steps": 6, "overwrite_output_dir": True})
@@ -404,7 +404,7 @@ def test_a_mistake_elsewhere_in_the_command_leaves_the_run_that_was_to_be_overwr
 def test_the_folder_of_the_model_is_not_overwritten(run_pretrain, small, place):
     run_pretrain(**small)
     weights = (small["output_dir"] / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=r"is model itself|model .* lies in output_dir"):
+    with pytest.raises(ValueError, match=r"is model itself|model .* is in output_dir"):
         run_pretrain(**{**small, "model": small["output_dir"] / place, "overwrite_output_dir": True})
     assert (small["output_dir"] / "model.safetensors").read_bytes() == weights
 
@@ -624,7 +624,7 @@ def test_two_processes_take_the_steps_of_one(run_pretrain, small, tmp_path):
 @pytest.mark.fault(10)
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_stops_and_the_same_command_goes_on(small, signal_number):
+def test_a_signal_saves_stops_and_the_same_command_resumes(small, signal_number):
     """The command of the README, through accelerate's launcher, stopped by a real signal."""
     root = Path(__file__).parents[2]
     options = {**small, "max_steps": 200, "eval_steps": 200, "save_steps": 1000}
@@ -661,7 +661,7 @@ def test_a_dry_run_tells_what_the_run_would_need_and_writes_nothing(run_pretrain
     assert "This was a dry run: nothing was written" in told
 
 
-def test_a_dry_run_leaves_a_run_that_stands_there_alone(run_pretrain, small, tmp_path, capsys):
+def test_a_dry_run_does_not_change_an_existing_run(run_pretrain, small, tmp_path, capsys):
     run_pretrain(**{**small, "output_dir": tmp_path / "run"})
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     run_pretrain(**{**small, "output_dir": tmp_path / "run", "dry_run": True, "overwrite_output_dir": True})
@@ -669,7 +669,7 @@ def test_a_dry_run_leaves_a_run_that_stands_there_alone(run_pretrain, small, tmp
     assert "would resume from step-" in capsys.readouterr().out
 
 
-def test_a_streamed_run_that_is_cut_goes_on_to_the_same_weights(run_pretrain, small, tmp_path):
+def test_a_streamed_run_that_is_cut_resumes_to_the_same_weights(run_pretrain, small, tmp_path):
     streamed = {"streaming": True, "max_steps": 12, "save_steps": 6}
     run_pretrain(**{**small, "output_dir": tmp_path / "whole", **streamed})
     recipe = run_pretrain.recipe

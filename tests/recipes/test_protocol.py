@@ -1,4 +1,4 @@
-"""What every recipe that writes a folder promises, tried with each of them."""
+"""The guarantees of every recipe that writes a folder, tested with each of them."""
 
 import contextlib
 import json
@@ -191,7 +191,7 @@ def test_the_folder_of_the_model_is_not_overwritten(start, copy, name):
     folder = copy(name)
     before = contents(folder)
     for place in (folder, *sorted((folder / "checkpoints").glob("*-*"))):
-        with pytest.raises(ValueError, match=r"output_dir|output_dir .* is where the model itself lies"):
+        with pytest.raises(ValueError, match=r"output_dir|output_dir .* is the model's own folder"):
             start(name, folder, model=place, overwrite_output_dir=True)
     assert contents(folder) == before
 

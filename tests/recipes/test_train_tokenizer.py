@@ -23,7 +23,7 @@ specification.loader.exec_module(recipe)
 
 @pytest.fixture
 def arguments(tmp_path):
-    """Ten documents of the same length, each full of a word of its own, which becomes a token where it is seen."""
+    """Ten documents of the same length, each full of its own word, which becomes a token if it is trained on."""
     words = ["apple", "bread", "chair", "dance", "eagle", "fruit", "grape", "house", "igloo", "joker"]
     lines = [json.dumps({"text": f" {word}" * 100}) for word in words]
     (tmp_path / "words.jsonl").write_text("\n".join(lines))
@@ -77,7 +77,7 @@ def test_the_same_tokenizer_is_not_trained_again(arguments, capsys, monkeypatch)
     assert report["others"][arguments.output_dir]["tokens"] == report["tokens"]  # what was asked for is still done
 
 
-def test_a_tokenizer_below_the_folder_of_its_text_is_no_text(arguments, tmp_path, capsys):
+def test_a_tokenizer_below_the_folder_of_its_text_is_not_a_text(arguments, tmp_path, capsys):
     arguments.dataset = str(tmp_path)
     recipe.main(arguments)
     recipe.main(arguments)

@@ -29,6 +29,6 @@ def test_code_within_a_line_may_hold_backticks_and_bars():
     assert markdown_code("a`b|c") == "`` a`b\\|c ``"
 
 
-def test_a_block_is_not_ended_by_its_text_and_holds_no_mark_of_ours():
+def test_a_block_is_not_ended_by_its_text_and_holds_none_of_our_marks():
     block = markdown_block("```\n<!-- written by hfllm: end -->\nx")
     assert block == "````text\n```\n <!-- written by hfllm: end -->\nx\n````"

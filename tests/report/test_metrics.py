@@ -22,9 +22,9 @@ def test_what_training_wrote_stays_and_what_was_added_may_be_written_again(tmp_p
 
 
 @pytest.mark.parametrize("text", ["{half", "[1, 2]"])
-def test_numbers_are_not_added_to_what_is_no_object(tmp_path, text):
+def test_numbers_are_not_added_to_what_is_not_an_object(tmp_path, text):
     (tmp_path / "metrics.json").write_text(text)
-    with pytest.raises(ValueError, match=r"metrics\.json is no JSON object, so nothing can be added to it"):
+    with pytest.raises(ValueError, match=r"metrics\.json is not a JSON object, so nothing can be added to it"):
         add_metrics(tmp_path, {"test_loss": 2.0})
     assert (tmp_path / "metrics.json").read_text() == text
 

@@ -245,11 +245,11 @@ def test_a_run_that_is_not_over_has_its_page(make_folder):
     assert "not finished: the log reaches step 20" in Page(render_run(read_run(folder))).text
 
 
-def test_a_folder_that_is_no_runs_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a folder"):
         read_run(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"no run's folder.*it holds notes.txt"):
+    with pytest.raises(ValueError, match=r"not a run's folder.*it holds notes.txt"):
         read_run(tmp_path)
     (tmp_path / "metrics.json").write_text("{")
     with pytest.raises(ValueError, match=r"metrics.json is not JSON"):

@@ -46,11 +46,11 @@ def test_a_log_is_read_line_by_line(tmp_path):
     assert math.isnan(second["loss"]) and second["eval_loss"] is None
 
 
-def test_a_torn_last_line_is_left_out_and_said(tmp_path, caplog):
+def test_a_torn_last_line_is_left_out_and_reported(tmp_path, caplog):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 4.5}\n{"step": 2, "lo')
     with caplog.at_level(logging.WARNING):
         assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": 4.5}]
-    assert "log.jsonl, line 2 is torn or no entry of a log" in caplog.text
+    assert "log.jsonl, line 2 is incomplete or not a log entry" in caplog.text
 
 
 def test_a_resumed_run_takes_back_what_it_logged_after_its_checkpoint(tmp_path):
@@ -132,7 +132,7 @@ def test_the_running_mean_by_hand():
     assert np.isnan(_smooth(np.array([np.nan, 1.0]))[0])
 
 
-def test_an_empty_log_is_said(tmp_path):
+def test_an_empty_log_is_reported(tmp_path):
     with pytest.raises(ValueError, match="the log has no entries"):
         plot_curves([], tmp_path / "curves.png")
 
@@ -199,7 +199,7 @@ def test_every_token_of_a_long_prompt_can_be_read(tmp_path, drawn):
     assert tick_labels(first.yaxis) == tokens
     assert first.get_yticklabels()[0].get_fontsize() >= 5.5
     points_of_a_row = first.get_window_extent().height / drawn[0].dpi * 72 / 47
-    assert points_of_a_row > 0.9 * first.get_yticklabels()[0].get_fontsize()  # labels do not lie over each other
+    assert points_of_a_row > 0.9 * first.get_yticklabels()[0].get_fontsize()  # labels do not overlap
 
 
 def test_dollar_signs_in_labels_and_names_of_runs_are_text(tmp_path, drawn):

@@ -20,7 +20,7 @@ def test_large_numbers_and_counts_are_finite():
 
 
 @pytest.mark.fault(11, 31)
-def test_a_loss_far_worse_than_a_guess_is_no_result():
+def test_a_loss_far_worse_than_a_guess_is_not_a_result():
     check_converged(2.5, num_choices=2)  # overfitted: a guess has 0.69
     check_converged(9.0, num_choices=1000, before=12.0)  # a guess has 6.9: bad, but better than it was
     check_converged(9.0, num_choices=1000, before=2.0)

@@ -84,7 +84,7 @@ def test_a_run_that_was_killed_while_it_filled_its_cache_within_its_folder_begin
         run(tmp_path / "other", cache_dir=tmp_path / "other" / "cache")
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_gives_way_to_any_other(tmp_path):
+def test_a_run_that_ended_before_its_first_checkpoint_is_replaced_by_any_other(tmp_path):
     with claim_folder(tmp_path, recipe="pretrain") as folder:
         folder.begin(IDENTITY, files=["log.jsonl"])
         make(tmp_path, "log.jsonl", "notes.txt")
@@ -93,7 +93,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_gives_way_to_any_other(tmp
     assert files_in(tmp_path) == {"run.json", "notes.txt"}
 
 
-def test_an_option_that_may_change_is_applied_and_told(tmp_path):
+def test_an_option_that_may_change_is_applied_and_reported(tmp_path):
     def start(**options) -> list[str]:
         with claim_folder(tmp_path, recipe="pretrain") as folder:
             return folder.begin(IDENTITY, options=options)
@@ -116,13 +116,13 @@ def test_a_folder_of_another_recipe_is_refused_even_to_overwrite(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 1}'])
-def test_a_record_that_cannot_be_read_is_said(tmp_path, text):
+def test_a_record_that_cannot_be_read_is_reported(tmp_path, text):
     make(tmp_path, "run.json", text=text)
     with pytest.raises(ValueError, match=r"run.json cannot be read .*Delete it"):
         run(tmp_path, overwrite=True)
 
 
-def test_an_empty_path_is_no_folder(tmp_path, monkeypatch):
+def test_an_empty_path_is_not_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(make(tmp_path, "checkpoints/step-00000006/state.json"))
     with pytest.raises(ValueError, match="output_dir is empty"), claim_folder("", recipe="pretrain", overwrite=True):
         pass
@@ -321,7 +321,7 @@ def test_beside_files_whose_names_no_run_uses_one_begins_if_it_is_asked_to(tmp_p
     assert files_in(tmp_path) == {*RUN, "thesis.docx", "checkpoints/other_tool.pt"}
 
 
-def test_hidden_files_and_those_of_a_disk_are_no_obstacle(tmp_path):
+def test_hidden_files_and_those_of_a_disk_are_not_an_obstacle(tmp_path):
     make(tmp_path, ".DS_Store", ".gitkeep")
     (tmp_path / "lost+found").mkdir()
     run(tmp_path)
@@ -350,7 +350,7 @@ def test_nothing_is_followed_out_of_the_folder(tmp_path, is_run):
 
 
 @pytest.mark.fault(32)
-def test_a_file_that_is_a_link_gives_way_and_what_it_leads_to_stays(tmp_path):
+def test_a_file_that_is_a_link_is_replaced_and_its_target_stays(tmp_path):
     run(tmp_path / "out")
     make(tmp_path, "theirs")
     for name in ("log.jsonl", "model.safetensors", CHECKPOINT[0]):
@@ -370,9 +370,9 @@ def test_a_file_that_is_a_link_gives_way_and_what_it_leads_to_stays(tmp_path):
         ("out/", "is model itself"),
         ("out/../out", "is model itself"),
         ("link", "is model itself"),
-        ("out/checkpoints/step-00000006", "lies in output_dir"),
-        ("link/checkpoints/step-00000006", "lies in output_dir"),
-        ("data.txt,out/mine.txt", "lies in output_dir"),
+        ("out/checkpoints/step-00000006", "is in output_dir"),
+        ("link/checkpoints/step-00000006", "is in output_dir"),
+        ("data.txt,out/mine.txt", "is in output_dir"),
     ],
 )
 def test_a_folder_that_the_run_reads_from_is_not_overwritten(tmp_path, monkeypatch, place, message, overwrite):
@@ -393,11 +393,11 @@ def test_a_link_in_the_folder_to_a_dataset_elsewhere_is_refused_as_well(tmp_path
     run(tmp_path / "out")
     make(tmp_path, "my.txt")
     (tmp_path / "out" / "data").symlink_to(tmp_path / "my.txt")
-    with pytest.raises(ValueError, match=r"dataset .* lies in output_dir"):
+    with pytest.raises(ValueError, match=r"dataset .* is in output_dir"):
         run(tmp_path / "out", overwrite=True, inputs={"dataset": tmp_path / "out" / "data"})
 
 
-def test_a_run_may_lie_below_its_model_and_an_id_of_the_hub_lies_nowhere(tmp_path):
+def test_a_run_may_be_below_its_model_and_a_hub_id_is_no_place(tmp_path):
     make(tmp_path / "model", "config.json")
     run(tmp_path / "model" / "tuned", inputs={"model": tmp_path / "model", "dataset": "owner/name"})
     run(tmp_path / "model" / "tuned", inputs={"model": tmp_path / "model"}, overwrite=True)

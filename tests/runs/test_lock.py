@@ -58,7 +58,7 @@ def held_by_another_process(folder):
 
 
 @pytest.mark.fault(8)
-def test_a_second_run_in_the_same_folder_is_refused_and_told_by_whom(tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused_with_the_holder(tmp_path):
     with run_lock(tmp_path / "run", recipe="pretrain"):
         holder = rf"process {os.getpid()} on {socket.gethostname()} \(pretrain, since 20"
         with (
@@ -244,7 +244,7 @@ def test_the_file_system_of_this_machines_memory_is_local():
 
 
 @pytest.mark.fault(7)
-def test_an_output_folder_that_cannot_be_used_is_said_at_the_start(tmp_path):
+def test_an_output_folder_that_cannot_be_used_is_reported_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     message = r"output folder .*file/run cannot be used: .* Choose another"
     with pytest.raises(OSError, match=message), run_lock(tmp_path / "file" / "run"):

@@ -69,7 +69,7 @@ def test_signals_at_once_are_one_request_and_a_later_one_stops_at_once():
 @pytest.mark.fault(13)
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
 @pytest.mark.parametrize("is_launched", [True, False])
-def test_a_run_whose_launcher_dies_is_told_to_stop_and_one_from_a_shell_is_not(tmp_path, is_launched):
+def test_a_run_whose_launcher_dies_gets_a_signal_and_one_from_a_shell_does_not(tmp_path, is_launched):
     answer = tmp_path / "answer"
     body = f"print('ready', flush=True); time.sleep(3); open({str(answer)!r}, 'w').write(str(request.agreed()))"
     launcher = (

@@ -1,4 +1,4 @@
-"""A tiny model that babbles: untrained, so that every reply is another one, and runs until its tokens are used up."""
+"""A tiny untrained model, whose replies all differ and do not end before their limit of tokens."""
 
 from collections.abc import Iterator
 from pydoc_data.topics import topics

@@ -228,7 +228,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(app, toke
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
     ],
 )
-def test_a_body_that_is_no_request_is_refused(app, body, message):
+def test_a_body_that_is_not_a_request_is_refused(app, body, message):
     status, text = call(app, "POST", "/v1/chat/completions", body)
     assert status == 400
     assert message in json.loads(text)["error"]["message"]
@@ -357,7 +357,7 @@ def test_a_client_that_leaves_ends_its_generation(app, writer, stream):
         time.sleep(0.01)
 
 
-def test_more_clients_than_the_queue_holds_are_told_to_come_back(model, tokenizer):
+def test_more_clients_than_the_queue_holds_are_refused_for_now(model, tokenizer):
     writer = ReplyWriter(model, tokenizer, max_waiting=0)
     try:
         app = build_application(writer, Sampling(5), name="talker")

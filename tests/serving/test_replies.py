@@ -212,7 +212,7 @@ def test_a_writer_can_be_closed_by_a_signal_while_a_job_is_submitted(model, toke
     assert closing.is_set() and not writer._thread.is_alive()
 
 
-def test_messages_that_are_no_text_or_that_the_template_refuses_are_an_error_in_words(tokenizer, monkeypatch):
+def test_messages_that_are_not_text_or_that_the_template_refuses_are_an_error_in_words(tokenizer, monkeypatch):
     with pytest.raises(ValueError, match=r"character 4 is half of a surrogate pair, '\\ud800'"):
         encode_messages([{"role": "user", "content": "abc\ud800"}], tokenizer)
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('one turn only') }}")

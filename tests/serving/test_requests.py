@@ -161,7 +161,7 @@ def test_another_model_is_not_found():
 
 
 @pytest.mark.parametrize("body", [None, [], "text", 5, True])
-def test_a_body_that_is_no_object_is_refused(body):
+def test_a_body_that_is_not_an_object_is_refused(body):
     with pytest.raises(RequestError, match="send a JSON object"):
         read(body)
 

@@ -26,7 +26,7 @@ def test_a_last_character_that_lacks_bytes_is_left_out(tokenizer):
     assert texts.text == "a"
 
 
-def test_bytes_that_are_no_character_are_written_as_the_tokenizer_decodes_them(tokenizer):
+def test_bytes_that_are_not_a_character_are_written_as_the_tokenizer_decodes_them(tokenizer):
     lone = tokenizer("é", add_special_tokens=False).input_ids[1]
     ids = [
         *tokenizer("a", add_special_tokens=False).input_ids,

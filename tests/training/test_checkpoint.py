@@ -369,7 +369,7 @@ def test_another_optimizer_or_grouping_is_refused(tmp_path, accelerator):
 
 
 @pytest.mark.fault(19)
-def test_a_run_with_other_arguments_is_refused_and_told_each_difference():
+def test_a_run_with_other_arguments_is_refused_with_each_difference():
     saved = {"seed": 1, "learning_rate": 1e-3, "dataset": "stdlib"}
     check_same_run(saved, dict(saved), "step-00000001")
     with pytest.raises(ValueError, match="step-00000001 belongs to another run") as error:
@@ -440,7 +440,7 @@ def test_without_verification_only_a_changed_byte_goes_unseen(tmp_path, accelera
     assert latest_checkpoint(tmp_path).name == "step-00000001"
 
 
-def test_no_checkpoint_at_all_is_none_and_no_sound_one_is_said(tmp_path, accelerator, caplog):
+def test_no_checkpoint_is_none_and_no_sound_one_is_an_error(tmp_path, accelerator, caplog):
     assert latest_checkpoint(tmp_path / "nowhere") is None
     assert caplog.text == ""
     (save_small(tmp_path, 1, accelerator) / "state.json").unlink()
@@ -525,7 +525,7 @@ def test_a_disk_that_fills_up_meanwhile_loses_the_new_checkpoint_only(tmp_path, 
 
 
 @pytest.mark.fault(7)
-def test_an_output_folder_that_is_gone_or_closed_is_said(tmp_path, accelerator):
+def test_an_output_folder_that_is_gone_or_closed_is_reported(tmp_path, accelerator):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/checkpoints/step-00000001 could not be written: .*Not a directory"):
         save_small(tmp_path / "file" / "checkpoints", 1, accelerator)
@@ -657,5 +657,5 @@ def test_kill_9_at_random_moments_always_leaves_a_whole_checkpoint(tmp_path, num
     outcomes = json.loads(result.stdout.splitlines()[-1])
     steps = [outcome["step"] for outcome in outcomes]
     assert len(steps) == num_kills
-    assert all(before < after for before, after in itertools.pairwise(steps))  # each went on where the last one was
+    assert all(before < after for before, after in itertools.pairwise(steps))  # each resumed where the last one was
     assert sum(outcome["was_saving"] for outcome in outcomes) > num_kills / 4  # of 84, more than 20 hit a save

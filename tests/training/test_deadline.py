@@ -1,4 +1,4 @@
-"""A run for so many minutes ends in them, with the learning rate down, whatever becomes of the machine."""
+"""A run of limited time ends in time, at the end of its learning-rate schedule, also if the machine becomes slower."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,7 @@ from hfllm.training import deadline
 from hfllm.training.deadline import Deadline, last_step_in_time, position_in_schedule
 
 
-def test_without_a_new_plan_a_step_stands_where_it_is():
+def test_without_a_new_plan_a_step_is_its_own_position():
     assert [position_in_schedule(step, 10, []) for step in range(10)] == list(range(10))
 
 
@@ -55,7 +55,7 @@ def clock(monkeypatch):
 def train(
     state: State, clock: Clock, seconds_of_step, *, minutes: float = 10.0, until: int | None = None
 ) -> list[float]:
-    """A run planned for 560 steps of 1 s and an evaluation of 5 s after every 150; where its steps stand."""
+    """A run planned for 560 steps of 1 s and an evaluation of 5 s after every 150; with the positions of its steps."""
     plan = Deadline(state, planned_steps=560, minutes=minutes, eval_steps=150)
     plan.start()
     positions = []

@@ -110,13 +110,13 @@ def test_deepspeed_is_refused_for_what_it_cannot_do(deepspeed, asked, message):
     assert deepspeed == []
 
 
-def test_deepspeed_is_told_the_loops_numbers(deepspeed):
+def test_deepspeed_gets_the_loops_numbers(deepspeed):
     start_accelerator(per_device_train_batch_size=3, max_grad_norm=0.5)
     assert deepspeed == [{"rows_per_device": 3, "max_grad_norm": 0.5}]
 
 
-def test_pretraining_with_muon_is_refused_under_deepspeed_and_with_adamw_goes_on(deepspeed, monkeypatch, tmp_path):
-    """Muon is the recipe's default for random weights: whoever launches a DeepSpeed file meets this first."""
+def test_pretraining_with_muon_is_refused_under_deepspeed_and_with_adamw_continues(deepspeed, monkeypatch, tmp_path):
+    """Muon is the recipe's default for random weights, so a launch with DeepSpeed raises this first."""
     recipe = load_recipe("pretrain")
     options = {"output_dir": str(tmp_path / "out")}
     with pytest.raises(ValueError, match="give optimizer=adamw"):

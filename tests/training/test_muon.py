@@ -1,4 +1,4 @@
-"""Muon against linear algebra, against numpy by hand, and against itself: stacked or alone, resumed or straight on."""
+"""Muon against linear algebra, against numpy by hand, and against itself: stacked or alone, resumed or not."""
 
 import numpy as np
 import pytest
@@ -141,7 +141,7 @@ def test_a_step_is_that_of_torchs_own_muon_up_to_its_rounding():
     torch.testing.assert_close(parameter, other, atol=0.01, rtol=0)
 
 
-def test_what_is_no_hidden_matrix_takes_adamws_step_bitwise():
+def test_what_is_not_a_hidden_matrix_takes_adamws_step_bitwise():
     model, optimizer = build()
     twin, _ = build()
     adamw = build_adamw(twin, learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
@@ -213,7 +213,7 @@ def test_a_model_without_hidden_matrices_is_refused():
         build_muon(nn.Embedding(3, 2), **OPTIONS)
 
 
-def test_what_is_no_matrix_cannot_be_orthogonal():
+def test_what_is_not_a_matrix_cannot_be_orthogonal():
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         Muon([{"params": [nn.Parameter(torch.ones(3))], "orthogonal": True}])
 

@@ -18,7 +18,7 @@ def model(tokenizer):
     return hfllm.GPTForCausalLM(config).train()
 
 
-def test_a_sample_goes_on_from_the_prompt_and_the_model_trains_on(model, tokenizer):
+def test_a_sample_continues_from_the_prompt_and_the_model_trains_on(model, tokenizer):
     prompt_length = len(tokenizer("the cat").input_ids)
     for num_tokens, expected in ((5, prompt_length + 5), (1000, 32)):  # the model has 32 positions
         counted = []

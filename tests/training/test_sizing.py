@@ -1,4 +1,4 @@
-"""The dial: what follows from a depth or a budget, with every number counted by hand."""
+"""Sizes from a depth or a budget, with every number counted by hand."""
 
 import dataclasses
 

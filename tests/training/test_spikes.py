@@ -12,7 +12,7 @@ def noisy_steps(num_steps: int) -> list[tuple[float, float]]:
 
 
 @pytest.mark.fault(12)
-def test_ordinary_noise_is_no_spike_and_six_sigmas_are():
+def test_ordinary_noise_is_not_a_spike_and_six_sigmas_are():
     detector = SpikeDetector(6.0, window=64)
     assert not any(detector.is_spike(*step) for step in noisy_steps(200))
     assert detector.is_spike(2.0 + 10 * 0.1, 1.0)  # the loss

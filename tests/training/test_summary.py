@@ -1,4 +1,4 @@
-"""What is told of a run before it starts, and its numbers at the end."""
+"""The description of a run before it starts, and its numbers at the end."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Bits per byte and perplexity, from losses that are summed already."""
+"""Bits per byte and perplexity, from summed losses."""
 
 import math
 
@@ -7,9 +7,9 @@ import evaluate
 
 
 _DESCRIPTION = """
-Bits per byte says how many bits a language model needs for a byte of text. Unlike perplexity, no tokenizer flatters it:
-models with different vocabularies compare. Both are computed here from sums, because means of batches weigh tokens
-unequally.
+Bits per byte is the number of bits that a language model needs for a byte of text. Unlike perplexity, it does not
+depend on the tokenizer, so models with different vocabularies can be compared. Both are computed here from sums,
+because means of batches weigh tokens unequally.
 """
 
 _KWARGS_DESCRIPTION = """

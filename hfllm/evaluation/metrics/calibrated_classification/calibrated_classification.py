@@ -26,7 +26,7 @@ Args:
 
 Returns:
     accuracy (float), f1_macro (float): the mean of F1 over the classes that occur or are predicted.
-    precision, recall, f1 (list of float): for each class; 0 where nothing can be divided.
+    precision, recall, f1 (list of float): for each class; 0 where the divisor is 0.
     confusion_matrix (list of list of int): row: the right class; column: the predicted one.
     expected_calibration_error (float): from 0, right, to 1.
     brier_score (float): from 0, right, to 2.

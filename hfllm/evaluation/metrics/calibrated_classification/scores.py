@@ -8,10 +8,10 @@ import numpy as np
 def classification_scores(probabilities: np.ndarray, labels: np.ndarray, *, num_bins: int = 10) -> dict[str, Any]:
     """Scores of the probabilities (N, C) for the right classes (N,), each row counted once.
 
-    Precision, recall and F1 of a class are 0 where nothing can be divided. `f1_macro` is the mean of F1 over the
-    classes that occur among the labels or the predictions, as in scikit-learn. `reliability` has, for each bin of the
-    confidence that is not empty, the mean confidence, the accuracy and the number of rows; the expected calibration
-    error is the mean of their distances, weighted by rows (Guo et al. 2017, equation 5).
+    Precision, recall and F1 of a class are 0 where the divisor is 0. `f1_macro` is the mean of F1 over the classes that
+    occur among the labels or the predictions, as in scikit-learn. `reliability` has, for each bin of the confidence
+    that is not empty, the mean confidence, the accuracy and the number of rows; the expected calibration error is the
+    mean of their distances, weighted by rows (Guo et al. 2017, equation 5).
     """
     num_classes = probabilities.shape[1]
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)

@@ -1,23 +1,23 @@
-"""Exact match of answers: the fraction that are, after stripping, what was expected."""
+"""Exact match of answers: the fraction that equal the expected answer, after stripping."""
 
 import datasets
 import evaluate
 
 
 _DESCRIPTION = """
-The fraction of generated answers that equal the expected one, or one of several. White space at the ends does not
-count; case does, unless it is told not to.
+The fraction of generated answers that equal the expected one, or one of several. Whitespace at the ends is ignored;
+case is not, unless `ignore_case` is set.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (list of str): the answers.
-    references (list of list of str): for each answer, what counts as right.
+    references (list of list of str): for each answer, the right ones.
     ignore_case (bool): whether upper and lower case are the same. Defaults to False.
 
 Returns:
     exact_match (float): from 0 to 1.
-    num_right (int), num_answers (int): what it is the ratio of.
+    num_right (int), num_answers (int): its numerator and denominator.
 
 Examples:
     >>> metric = evaluate.load("hfllm/evaluation/metrics/exact_answer")
