@@ -226,12 +226,55 @@ def save_adapter(
         # PEFT puts an adapter into a folder of its name, unless that is "default".
         for file in [path for path in Path(there).rglob("*") if path.is_file()]:
             file.replace(folder / file.name)
-    known_by = {"base_model_name_or_path": name or None, "weights_sha256": base_fingerprint(model)}
+    describe_base(model, folder, adapter_name=adapter_name)
+
+
+def describe_base(model: PeftModel, folder: str | PathLike, *, adapter_name: str = "default") -> None:
+    """Write into an adapter's folder what its base is known by, and a classifier's labels; see `save_adapter`."""
+    config, base = model.peft_config[adapter_name], model.get_base_model()
+    known_by = {
+        "base_model_name_or_path": config.base_model_name_or_path or None,
+        "weights_sha256": base_fingerprint(model),
+    }
     if config.task_type == "SEQ_CLS":
         known_by |= {"id2label": base.config.id2label, "problem_type": base.config.problem_type}
         if hasattr(base.config, "classifier_pooling"):
             known_by["classifier_pooling"] = base.config.classifier_pooling
-    (folder / BASE_FILE).write_text(json.dumps(known_by, indent=2) + "\n", encoding="utf-8")
+    (Path(folder) / BASE_FILE).write_text(json.dumps(known_by, indent=2) + "\n", encoding="utf-8")
+
+
+def read_adapter_config(adapter: str | PathLike) -> PeftConfig:
+    """PEFT's config of an adapter, by its folder or Hub id.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    folder = Path(adapter).expanduser()
+    if folder.is_dir() and not (folder / "adapter_config.json").exists():
+        raise ValueError(f"adapter {adapter} is a folder without an adapter_config.json, so not a PEFT adapter.")
+    try:
+        return PeftConfig.from_pretrained(str(folder if folder.is_dir() else adapter))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"adapter {str(adapter)!r} is not a PEFT adapter: {str(error).splitlines()[0]}") from error
+
+
+def head_of_adapter(adapter: str | PathLike) -> dict[str, Any]:
+    """A classifier's `id2label`, `label2id` and `problem_type`: its adapter's, or of the config.json beside or above it.
+
+    Raises:
+        ValueError: none of them has an id2label.
+    """
+    folder = Path(adapter).expanduser()
+    for path in (folder / BASE_FILE, folder / "config.json", folder.absolute().parent / "config.json"):
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if "id2label" in config:
+            id2label = {int(index): label for index, label in config["id2label"].items()}
+            label2id = {label: index for index, label in id2label.items()}
+            return {"id2label": id2label, "label2id": label2id, "problem_type": config.get("problem_type")}
+    raise ValueError(
+        f"adapter {adapter} is a classifier's, but nothing says its labels: there is no config.json with id2label in "
+        "its folder or the one above. Put the run's config.json there, or give the merged model as model."
+    )
 
 
 def load_adapter(

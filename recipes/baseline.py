@@ -7,14 +7,13 @@ steps of AdamW with beta2 0.99, the learning rate rising to 1e-3 over 100 steps 
 dropout. The same text is held out as in recipes/pretrain.py.
 """
 
-import json
 import math
-from pathlib import Path
 
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import run
 from hfllm.cli.options import arguments, check_numbers, differs
 from hfllm.data import load_corpus, split_documents
+from hfllm.runs.files import open_output_dir, write_json
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
@@ -60,6 +59,8 @@ def main(args: BaselineArguments) -> None:
             f"than a row of {BLOCK_SIZE}. Give more text, or another --validation_fraction."
         )
 
+    output_dir = open_output_dir(args.output_dir)
+
     # 2. GPT-2, and Trainer's own loop
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     shape = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": BLOCK_SIZE}
@@ -96,8 +97,7 @@ def main(args: BaselineArguments) -> None:
     loss = nats / targets.numel()
     bits_per_byte = loss * len(held_out) / len(held_out.encode()) / math.log(2)
     metrics = {"eval_loss": loss, "eval_bits_per_byte": bits_per_byte, "train_steps": args.max_steps}
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    (Path(args.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_json(output_dir / "metrics.json", metrics)
     print(f"Validation: {loss:.4f} nats per character, {bits_per_byte:.4f} bits per byte.")
 
 

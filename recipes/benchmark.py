@@ -36,6 +36,7 @@ from hfllm.cli.options import arguments, check_numbers, differs, option
 from hfllm.data import load_corpus, prepare_rows, rows_of_step, split_documents
 from hfllm.model import GPTConfig, GPTForCausalLM
 from hfllm.report.benchmark import benchmark_table, plot_benchmark, plot_scaling
+from hfllm.runs.files import open_output_dir, write_json, write_text
 from hfllm.tokenization import document_encoder, load_tokenizer, tokenizer_fingerprint
 from hfllm.training.devices import keep_freed_memory
 from hfllm.training.footprint import training_memory
@@ -104,6 +105,8 @@ class BenchmarkArguments(
 
 def main(args: BenchmarkArguments) -> None:
     args.check()
+    if args.output_dir is not None:
+        open_output_dir(args.output_dir)
     if args.measure == "time_to_quality":
         save(args, {"time_to_quality": measure_time_to_quality(args)})
         return
@@ -131,14 +134,13 @@ def save(args: BenchmarkArguments, results: dict[str, Any]) -> None:
     if args.output_dir is None:
         return
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "benchmark.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "benchmark.json", results)
     shape = f"{args.num_hidden_layers} layers of {args.hidden_size}, vocabulary {args.vocab_size:,}"
     if "scaling" in results:
         plot_scaling(results["scaling"], folder / "scaling.png", title=f"What a token costs: {results['machine']}")
     elif "machine" in results:
         title = f"{shape}, context {args.block_size}, {args.per_device_train_batch_size} rows; {results['machine']}"
-        (folder / "benchmark.md").write_text(f"{title}\n\n{benchmark_table(results)}", encoding="utf-8")
+        write_text(folder / "benchmark.md", f"{title}\n\n{benchmark_table(results)}")
         plot_benchmark(results, folder / "benchmark.png", title=title.replace("; it", ";\nit"))
     print(f"\nWritten into {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 

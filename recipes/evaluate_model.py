@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import run
-from hfllm.cli.opening import open_causal_lm, open_config
+from hfllm.cli.opening import open_causal_lm, open_classifier, open_config
 from hfllm.cli.options import Location, arguments, check_numbers, differs, option
 from hfllm.data import load_corpus, split_documents
 from hfllm.data.conversations import Conversation, load_conversations
@@ -36,19 +36,17 @@ from hfllm.evaluation.replies import score_conversations
 from hfllm.evaluation.tasks import find_tasks, run_tasks
 from hfllm.evaluation.windows import score_documents
 from hfllm.hub import write_page_and_card
-from hfllm.report.metrics import add_metrics, metrics_table
+from hfllm.report.metrics import add_metrics, metrics_table, read_metrics
+from hfllm.runs.files import open_output_dir
+from hfllm.runs.lock import run_lock
+from hfllm.runs.processes import on_main_process
 from hfllm.tokenization import document_encoder, load_classifier_tokenizer, load_tokenizer
 from hfllm.training.devices import start_accelerator
 
 import datasets
 import torch
 from accelerate import Accelerator, DistributedType
-from transformers import (
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 
@@ -170,8 +168,9 @@ def main(args: EvaluateArguments) -> None:
             "The accelerate file shards the model (FSDP, DeepSpeed), but each process needs a whole one. Use "
             "accelerate_configs/ddp.yaml or multi_cpu.yaml."
         )
-    configs = {name: open_config(name, trust_remote_code=args.trust_remote_code) for name in args.model}
-    kind = find_kind(configs, adapter=args.adapter)
+    opened = {"adapter": args.adapter, "trust_remote_code": args.trust_remote_code}
+    configs = {name: open_config(name, **opened) for name in args.model}
+    kind = find_kind(configs)
     check_options_of(kind, args)
     task_manager = find_tasks(args.tasks, include_path=args.include_path) if args.tasks else None
 
@@ -180,6 +179,9 @@ def main(args: EvaluateArguments) -> None:
     if isinstance(data, LabelledTexts):
         for name, config in configs.items():
             check_labels(name, config, data)
+
+    folders = {name: folder_of_numbers(name, args) for name in args.model}
+    on_main_process(accelerator, lambda: check_folders(folders))
 
     results: dict[str, dict[str, Any]] = {}
     for name in args.model:
@@ -198,7 +200,7 @@ def main(args: EvaluateArguments) -> None:
 
         # 5. The numbers go into metrics.json, beside the numbers of training
         if accelerator.is_main_process:
-            save_numbers(name, results[name], args)
+            save_numbers(folders[name], name, results[name])
     if accelerator.is_main_process:
         print(f"\n{metrics_table(results)}")
 
@@ -273,7 +275,7 @@ def open_model(name: str, kind: Kind, config: PretrainedConfig, args: EvaluateAr
     """The model in `--dtype`, with its adapter if there is one; an adapter of another base is refused."""
     options: dict[str, Any] = {"dtype": getattr(torch, args.dtype), "trust_remote_code": args.trust_remote_code}
     if kind == "classifier":
-        model = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
+        model = open_classifier(name, config=config, **options)
     else:
         model = open_causal_lm(name, **options)
     if args.adapter is None:
@@ -343,20 +345,33 @@ def choose_window_stride(tokenizer: PreTrainedTokenizerBase, args: EvaluateArgum
     return stride
 
 
-def save_numbers(name: str, numbers: dict[str, Any], args: EvaluateArguments) -> None:
-    """Add the numbers to the metrics.json of --output_dir, of the adapter or of the model, and to a run's card."""
+def folder_of_numbers(name: str, args: EvaluateArguments) -> Path | None:
+    """Whose metrics.json gets a model's numbers: --output_dir, the adapter's folder or the model's, if it has one."""
     if args.output_dir is not None:
-        folder = Path(args.output_dir) / (Path(name).name if len(args.model) > 1 else "")
-    elif args.adapter is not None and Path(args.adapter).is_dir():
-        folder = Path(args.adapter)
-    elif args.adapter is None and Path(name).is_dir():
-        folder = Path(name)
-    else:
+        return Path(args.output_dir) / (Path(name).name if len(args.model) > 1 else "")
+    folder = Path(name if args.adapter is None else args.adapter)
+    return folder if folder.is_dir() else None
+
+
+def check_folders(folders: dict[str, Path | None]) -> None:
+    """Refuse a folder that cannot take the numbers, before they are measured."""
+    for folder in folders.values():
+        if folder is not None:
+            read_metrics(open_output_dir(folder))
+
+
+def save_numbers(folder: Path | None, name: str, numbers: dict[str, Any]) -> None:
+    """Add the numbers to the metrics.json of the folder, and to a run's card."""
+    if folder is None:
         print(f"{name} is not a local folder, so its numbers are only printed. Give --output_dir to save them.")
         return
-    print(add_metrics(folder, numbers))
-    if (folder / "arguments.yaml").exists():  # a run's folder
-        write_page_and_card(folder)
+    try:
+        with run_lock(folder, recipe="evaluate_model"):
+            print(add_metrics(folder, numbers))
+            if (folder / "arguments.yaml").exists():  # a run's folder
+                write_page_and_card(folder)
+    except RuntimeError as error:  # a run has begun to work there
+        print(f"The numbers of {name} are only printed: {error}")
 
 
 if __name__ == "__main__":

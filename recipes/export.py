@@ -117,7 +117,7 @@ def load_model(name: str) -> PreTrainedModel:
         return load_causal_lm(name)
     from hfllm.adapters import load_adapter, merge_adapter  # imports PEFT
 
-    return merge_adapter(load_adapter(load_causal_lm(base), name))
+    return merge_adapter(load_adapter(load_model(base), name))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -38,7 +38,7 @@ from typing import Any, Literal
 from hfllm.adapters import add_lora, count_parameters, describe_trained
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import check_recipe, run
-from hfllm.cli.opening import check_fit, open_config
+from hfllm.cli.opening import check_fit, open_classifier, open_config
 from hfllm.cli.options import arguments, check_numbers, differs, option
 from hfllm.data.labelled_texts import (
     MULTI_LABEL,
@@ -78,7 +78,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -411,18 +410,18 @@ def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTe
 
 
 def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> PreTrainedModel:
-    """The pretrained model with a new head, in float32 for training, in whatever precision it was saved."""
+    """The model with a head for these labels, in float32 for training, whatever precision it was saved in.
+
+    The head is new, unless the model is a classifier for the same labels already.
+    """
     config = open_config(args.model)
     check_fit(config, num_ids=len(tokenizer), block_size=args.block_size)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        args.model,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-        problem_type=args.problem_type,
-        dtype=torch.float32,
-        **({"classifier_pooling": args.pooling} if isinstance(config, GPTConfig) else {}),
-    )
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.problem_type = args.problem_type
+    if isinstance(config, GPTConfig):
+        config.classifier_pooling = args.pooling
+    model = open_classifier(args.model, config=config, dtype=torch.float32)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
 

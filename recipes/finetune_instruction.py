@@ -170,7 +170,6 @@ class InstructionArguments(
 
     # Output
     output_dir = differs("out/chat")
-    save_total_limit = differs(1)
     report_to = differs(help="Experiment trackers, by transformers' names, e.g. tensorboard trackio wandb.")
 
     def check(self) -> None:

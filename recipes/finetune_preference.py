@@ -58,7 +58,6 @@ class PreferenceArguments(
     learning_rate = differs(5e-5)
     seed = differs(help="Random seed of the split, the order of rows and LoRA's initial weights.")
     output_dir = differs("out/preferred")
-    save_total_limit = differs(1)
 
     def check(self) -> None:
         check_numbers(self)

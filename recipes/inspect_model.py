@@ -9,7 +9,6 @@ probabilities.png and inspection.json into `--output_dir`, and prints a summary.
 `--model` is a folder that a recipe wrote, or any causal language model of the Hub whose layers are attention.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from hfllm.cli.arguments import run
 from hfllm.cli.opening import open_causal_lm
 from hfllm.cli.options import arguments, check_numbers, differs, option
 from hfllm.report import plot_attention, plot_probabilities
+from hfllm.runs.files import open_output_dir, write_json
 from hfllm.tokenization import load_tokenizer
 
 import torch
@@ -73,12 +73,10 @@ def main(args: InspectArguments) -> None:
     # 4. Numbers
     heads, even = describe_heads(attentions)
     tokens, next_tokens = describe_tokens(input_ids[0].tolist(), log_probabilities, tokenizer, args.top_k)
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = open_output_dir(args.output_dir)
     inputs = {"model": args.model, "prompt": args.prompt}
     numbers = {"tokens": tokens, "next_tokens": next_tokens, "heads": heads, "even_head": even}
-    text = json.dumps({**inputs, **numbers}, indent=1, ensure_ascii=False)
-    (output_dir / "inspection.json").write_text(text + "\n", encoding="utf-8")
+    write_json(output_dir / "inspection.json", {**inputs, **numbers}, indent=1)
 
     # 5. Pictures
     written = [output_dir / "inspection.json", draw_probabilities(args, tokens, next_tokens)]

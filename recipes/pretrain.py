@@ -54,6 +54,7 @@ from hfllm.evaluation.rows import evaluate_rows, join_evaluations, score_rows, t
 from hfllm.hub import TrainingPush, write_page_and_card
 from hfllm.model import GPTConfig, GPTForCausalLM
 from hfllm.report import plot_curves, save_environment
+from hfllm.report.page import PAGE_FILE
 from hfllm.runs.files import write_json
 from hfllm.runs.finite import check_converged
 from hfllm.runs.folder import RunFolder, claim_folder
@@ -287,7 +288,7 @@ class PretrainArguments(
         )
 
 
-PRESENTED_FILES = ("curves.png", "report.html")
+PRESENTED_FILES = ("curves.png", PAGE_FILE)
 
 
 def main(args: PretrainArguments) -> None:
@@ -310,6 +311,7 @@ def main(args: PretrainArguments) -> None:
         recipe="pretrain",
         overwrite=args.overwrite_output_dir,
         inputs=inputs_of(args),
+        cache_dir=args.cache_dir,
         accelerator=accelerator,
         only_look=args.dry_run,
     )
@@ -431,7 +433,9 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolde
     # 7. The loop, and then the model in the form that other tools open, with its numbers
     is_early = state.has_ended_early(args.early_stopping_patience)
     end = state.step if is_early else max(state.step, deadline.max_steps)
-    if not folder.is_finished(step=end if minutes is None else None):
+    # A deadline's last plan is in the last checkpoint alone; from an earlier one, only the record knows the end.
+    is_end_known = minutes is None or state.step == folder.finished_step
+    if not folder.is_finished(step=end if is_end_known else None):
         folder.reopen()
         accelerator.init_trackers("hfllm", config={name: str(value) for name, value in vars(args).items()})
         with folder.writing() as partial:
@@ -452,7 +456,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolde
             text.close()
             return False
         save_result(args, setup, folder, state, tokens_per_second)
-    elif folder.is_done("page") and (hub is None or folder.is_done("push")):
+    elif folder.is_done("page", file=PAGE_FILE) and (hub is None or folder.is_done("push")):
         accelerator.print(f"The run in {args.output_dir} ended at step {end:,}: nothing to do.")
         if is_early and end < deadline.max_steps:
             accelerator.print("It stopped early. To train further, give a larger --early_stopping_patience, or none.")
@@ -693,7 +697,7 @@ def present(args: PretrainArguments, setup: Setup, folder: RunFolder) -> None:
         metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
         print(describe_result(output_dir, metrics, prompt=prompt))
 
-    if not folder.is_done("page"):
+    if not folder.is_done("page", file=PAGE_FILE):
         on_main_process(setup.accelerator, draw)
         folder.note_done(page=True)
     hub = setup.hub

@@ -87,6 +87,7 @@ def main(args: TokenizerArguments) -> None:
         recipe="train_tokenizer",
         overwrite=args.overwrite_output_dir,
         inputs=inputs_of(args),
+        cache_dir=args.cache_dir,
     )
     with claim as folder:
         others = {name: load_tokenizer(name, require_eos=False) for name in args.compare_with or []}

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "conversion": {"conversion", "model"},
     "report": {"report", "runs"},
-    "hub": {"adapters", "conversion", "hub", "model", "report"},
+    "hub": {"adapters", "conversion", "hub", "model", "report", "runs"},
     "__init__": {"conversion", "model", "tokenization"},
 }
 

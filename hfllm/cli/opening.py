@@ -1,21 +1,44 @@
 """Open a recipe's model; a folder or id without such a model is rejected before any weight is loaded."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 
-def open_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+def open_config(name: str, *, adapter: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a model, by its folder or Hub id; for a LoRA adapter's folder, the config of its base.
+
+    With the adapter of a classifier, as `adapter` or in that folder, it is that of the classifier which the two make.
 
     Raises:
         ValueError: there is no such model; says what there is instead.
     """
+    if adapter is None and (base := base_of_adapter(name)):
+        return open_config(base, adapter=name, trust_remote_code=trust_remote_code)
     if base := base_of_adapter(name):
-        return open_config(base, trust_remote_code=trust_remote_code)
+        config = open_config(base, trust_remote_code=trust_remote_code)
+    else:
+        config = _read_config(name, trust_remote_code=trust_remote_code)
+    if adapter is not None:
+        from ..adapters import head_of_adapter, read_adapter_config  # PEFT takes time to import
+
+        if read_adapter_config(adapter).task_type == "SEQ_CLS":
+            config.update(head_of_adapter(adapter))
+            config.architectures = [AutoModelForSequenceClassification._model_mapping[type(config)].__name__]
+    return config
+
+
+def _read_config(name: str, *, trust_remote_code: bool) -> PreTrainedConfig:
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").exists():
         found = sorted(path.name for path in folder.iterdir())[:10]
@@ -56,12 +79,9 @@ def open_causal_lm(name: str, *, trust_remote_code: bool = False, **options: Any
         ValueError: there is no such model, its weights cannot be read, or it is not a causal language model.
     """
     if base := base_of_adapter(name):
-        from ..adapters import load_adapter, merge_adapter  # PEFT takes time to import
-
         if _read_adapter_config(name).get("task_type") == "SEQ_CLS":
             raise ValueError(f"model={name} is the adapter of a classifier. Give the model that it was made from.")
-        model = open_causal_lm(base, trust_remote_code=trust_remote_code, **options)
-        return merge_adapter(load_adapter(model, name)).requires_grad_(True)  # PEFT froze the base's weights
+        return _merged(open_causal_lm(base, trust_remote_code=trust_remote_code, **options), name)
     config = open_config(name, trust_remote_code=trust_remote_code)
     if other := [kind for kind in config.architectures or [] if kind.endswith("Classification")]:
         raise ValueError(
@@ -72,6 +92,45 @@ def open_causal_lm(name: str, *, trust_remote_code: bool = False, **options: Any
         return AutoModelForCausalLM.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **options)
     except SafetensorError as error:
         raise ValueError(f"model={name}: its weights cannot be read, save or download them again: {error}") from error
+
+
+def open_classifier(name: str, *, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """A classifier of whole texts with this config; with a new head if the model has none for the config's labels.
+
+    `name` is a folder or Hub id, or a LoRA adapter's folder, which is merged into its base. `options` are those of
+    `from_pretrained`.
+
+    Raises:
+        ValueError: there is no such model, or its weights cannot be read.
+    """
+    source = open_config(name, trust_remote_code=options.get("trust_remote_code", False))
+    is_classifier = any(kind.endswith("ForSequenceClassification") for kind in source.architectures or [])
+    has_head = is_classifier and source.id2label == config.id2label
+    has_head = has_head and source.problem_type in (None, config.problem_type)
+    base = base_of_adapter(name)
+    try:
+        if has_head and base:
+            return _merged(open_classifier(base, config=config, **options), name)
+        if has_head or not (is_classifier or base):
+            config = copy.deepcopy(config)
+            config.architectures = source.architectures  # what was saved, and so whether a head is missing from it
+            return AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
+    except SafetensorError as error:
+        raise ValueError(f"model={name}: its weights cannot be read, save or download them again: {error}") from error
+    # Its weights without its head, under a new one.
+    trained = open_classifier(name, config=source, **options) if is_classifier else open_causal_lm(name, **options)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=options.get("dtype"))
+    model.base_model.load_state_dict(trained.base_model.state_dict())
+    model.name_or_path = name
+    return model
+
+
+def _merged(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    from ..adapters import load_adapter, merge_adapter  # PEFT takes time to import
+
+    model = merge_adapter(load_adapter(base, adapter)).requires_grad_(True)  # PEFT froze the base's weights
+    model.name_or_path = adapter  # an adapter that is trained on this model has it as its base
+    return model
 
 
 def base_of_adapter(name: str) -> str | None:

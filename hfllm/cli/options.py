@@ -188,12 +188,18 @@ def changeable_of(arguments: Any) -> dict[str, int | float]:
 def inputs_of(arguments: Any) -> dict[str, Any]:
     """The options that name what the recipe reads, a path or an id of the Hub; those that were given.
 
-    Not `config`, which has been read already.
+    Not `config`, which has been read already. With a LoRA adapter's folder as `model`, its base is read as well.
     """
     reads = (Location.READ, Location.READ_OR_NAMED)
     names = [field.name for field in dataclasses.fields(arguments) if about_of(field).location in reads]
     names = [name for name in names if name != "config"]
-    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    from .opening import base_of_adapter  # imports what opens models, which `--help` can do without
+
+    inputs = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    model, bases = inputs.get("model"), []
+    while isinstance(model, str) and (model := base_of_adapter(model)):
+        bases.append(model)
+    return inputs | ({"the base of model": bases} if bases else {})
 
 
 def check_numbers(arguments: Any) -> None:

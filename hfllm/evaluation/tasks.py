@@ -1,7 +1,8 @@
 """Tasks of lm-eval, on a model that is already loaded."""
 
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def run_tasks(
     names: Sequence[str],
     batch_size: int,
     limit: int | None = None,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """`test_<task>_<metric>` of each task, on its first `limit` examples if given."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -50,9 +51,14 @@ def run_tasks(
     found = lm_eval.simple_evaluate(
         language_model, tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
     )
+    return numbers_of(found["results"])
+
+
+def numbers_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """lm-eval's results by our names, without what is no score; None where one is not finite, as JSON has no NaN."""
     return {
-        f"test_{task}_{metric.removesuffix(',none').replace(',', '_')}": float(value)
-        for task, numbers in found["results"].items()
+        f"test_{task}_{metric.removesuffix(',none').replace(',', '_')}": float(value) if math.isfinite(value) else None
+        for task, numbers in results.items()
         for metric, value in numbers.items()
         if isinstance(value, int | float) and "stderr" not in metric and metric != "sample_len"
     }

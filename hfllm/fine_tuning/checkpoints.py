@@ -2,6 +2,7 @@
 
     checkpoints/checkpoint-100/
         model.safetensors, config.json      or adapter_model.safetensors with LoRA: as Trainer writes them
+        base_model.json                     with LoRA, what its base is known by, and a classifier's labels
         tokenizer.json, ...                 so that the folder opens by itself
         optimizer.safetensors, .json        "<number of the parameter>.<what>", and the optimizer's plain numbers
         scheduler.json, scaler.json         the learning rate's schedule; the loss scale, with float16
@@ -180,6 +181,10 @@ class CheckpointedTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
+            if hasattr(self.model, "peft_config") and not self._is_sharded:  # whose weights no process has
+                from ..adapters import describe_base  # PEFT takes time to import
+
+                describe_base(self.model, folder)
             if self.tokenizer_of_checkpoints is not None:
                 self.tokenizer_of_checkpoints.save_pretrained(folder)
 

@@ -28,6 +28,7 @@ from ..cli.arguments import save_arguments
 from ..cli.options import changeable_of, identity_of, inputs_of
 from ..hub import write_page_and_card
 from ..report import save_environment
+from ..report.page import PAGE_FILE
 from ..runs.files import write_json
 from ..runs.finite import check_finite
 from ..runs.folder import RunFolder, claim_folder
@@ -41,7 +42,7 @@ from .checkpoints import CheckpointedTrainer, train_from_newest
 
 
 # Files that a run writes besides its results, and after them.
-FILES = ("log.jsonl", "report.html")
+FILES = ("log.jsonl", PAGE_FILE)
 # Updates in a row whose gradient was not finite; more are not an accident.
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -86,7 +87,7 @@ class FineTuningRun:
         self.folder.check_same(self.identity)
         if not self.folder.is_finished():
             return False
-        if not self.folder.is_done("page"):
+        if not self.folder.is_done("page", file=PAGE_FILE):
             self._present()
         elif self.is_main:
             print(f"The run in {self.output_dir} is finished: nothing to do. overwrite_output_dir starts again.")

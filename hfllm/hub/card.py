@@ -27,6 +27,7 @@ from ..report.words import (
     problem_type_of,
     sentence_about,
 )
+from ..runs.files import write_text
 
 
 CARD_FILE = "README.md"
@@ -77,7 +78,7 @@ def write_card(folder: str | Path, *, repo_id: str | None = None, base_model: st
     merged = join_cards(new, old)
     if merged is None:
         return False
-    path.write_text(merged, encoding="utf-8")
+    write_text(path, merged)
     return True
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -23,23 +22,16 @@ RUN_FILES = (
 
 def save_merged(folder: str | Path, target: str | Path) -> None:
     """Write into `target` the whole model of an adapter and its base, merged in float32."""
-    from ..adapters import load_adapter, merge_adapter  # PEFT takes time to import
+    from ..adapters import head_of_adapter, load_adapter, merge_adapter  # PEFT takes time to import
 
     folder, target = Path(folder).expanduser(), Path(target)
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base = adapter.get("base_model_name_or_path")
     is_classifier = adapter.get("task_type") == "SEQ_CLS"
     auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    # A classifier's labels are the adapter's, which says them, or else the config beside it.
-    labels: dict[str, Any] = {}
-    for name in ("config.json", "base_model.json") if is_classifier else ():
-        config = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
-        if "id2label" in config:
-            labels = {"id2label": {int(key): label for key, label in config["id2label"].items()}}
-            labels["label2id"] = {label: key for key, label in labels["id2label"].items()}
-            labels["problem_type"] = config.get("problem_type")
+    head = head_of_adapter(folder) if is_classifier else {}
     try:
-        model: PreTrainedModel = auto_class.from_pretrained(base, dtype="float32", **labels)
+        model: PreTrainedModel = auto_class.from_pretrained(base, dtype="float32", **head)
         dtype = getattr(model.config, "dtype", None) or model.dtype
         merged = merge_adapter(load_adapter(model, folder), dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .escaping import plain_labels
-from .pictures import EDGE, GRID, TEXT, TRAINING, VALIDATION
+from .pictures import EDGE, GRID, TEXT, TRAINING, VALIDATION, save_figure
 
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ def plot_benchmark(results: Mapping[str, Any], path: str | Path, *, title: str) 
         _dress(axes)
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter("{x:,.0f}")
-    figure.savefig(path)
-    return Path(path)
+    return save_figure(figure, path)
 
 
 def plot_scaling(points: list[dict[str, Any]], path: str | Path, *, title: str) -> Path:
@@ -107,8 +106,7 @@ def plot_scaling(points: list[dict[str, Any]], path: str | Path, *, title: str) 
         for kind, (style, marker) in styles.items()
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False, labelcolor=TEXT)
-    figure.savefig(path)
-    return Path(path)
+    return save_figure(figure, path)
 
 
 def _models(results: Mapping[str, Any], columns: list[tuple[str, str, str, float, str]]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .escaping import plain_labels
-from .pictures import EDGE, TEXT, TRAINING, VALIDATION, drawable
+from .pictures import EDGE, TEXT, TRAINING, VALIDATION, drawable, save_figure
 
 
 @plain_labels()
@@ -64,8 +64,7 @@ def plot_confusion(scores: dict, names: Sequence[str], path: str | Path, *, titl
         _finish(axes)
     if title:
         figure.suptitle(drawable(title, 80), color=TEXT)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save_figure(figure, path, dpi=120)
 
 
 @plain_labels()
@@ -95,8 +94,7 @@ def plot_labels(scores: dict, path: str | Path, *, title: str | None = None) -> 
     _finish(axes)
     if title:
         figure.suptitle(drawable(title, 80), color=TEXT)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save_figure(figure, path, dpi=120)
 
 
 @plain_labels()
@@ -118,8 +116,7 @@ def plot_numbers(
     _finish(axes)
     if title:
         figure.suptitle(drawable(title, 80), color=TEXT)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save_figure(figure, path, dpi=120)
 
 
 def _finish(axes: Any) -> None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..runs.files import write_json
+
 
 NAMES_KEY = "evaluated"  # in metrics.json: the names that were added, and may be replaced
 OTHER_NAME = "evaluate_"  # prefix for a name that training has written
@@ -16,24 +18,34 @@ def add_metrics(folder: str | Path, numbers: dict[str, Any]) -> str:
 
     Raises:
         ValueError: the metrics.json is not a JSON object.
+        FloatingPointError: a number is not finite.
     """
     path = Path(folder) / "metrics.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        ours = metrics.get(NAMES_KEY, [])
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a JSON object, so nothing was added to it. Repair or delete it.") from error
+    metrics = read_metrics(folder)
+    ours = metrics.get(NAMES_KEY, [])
     renamed = {key: f"{OTHER_NAME}{key}" for key in numbers if key in metrics and key not in ours}
     numbers = {renamed.get(key, key): value for key, value in numbers.items()}
     metrics |= {**numbers, NAMES_KEY: sorted({*ours, *numbers})}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, metrics)
     said = f"{path}: {len(numbers)} numbers written"
     if renamed:
         return f"{path} has {', '.join(renamed)} already, from training: ours are named {OTHER_NAME}... there.\n{said}"
     return said
+
+
+def read_metrics(folder: str | Path) -> dict[str, Any]:
+    """What stands in a folder's metrics.json; empty if there is none.
+
+    Raises:
+        ValueError: it is not a JSON object.
+    """
+    path = Path(folder) / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        metrics.get(NAMES_KEY)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not a JSON object, so nothing can be added to it. Repair or delete it.") from error
+    return metrics
 
 
 def metrics_table(results: dict[str, dict[str, Any]]) -> str:

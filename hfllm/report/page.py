@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runs.files import write_text
 from .charts import Line, chart, line_of
 from .escaping import html_text
 from .run import Confusion, Run, is_confusion
@@ -94,9 +95,7 @@ def _write(path: str | Path, title: str, content: str) -> Path:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file in it, for example {path / PAGE_FILE}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(content, encoding="utf-8")
-    beside.replace(path)
+    write_text(path, content)
     return path
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..runs.files import replacing
 from .escaping import plain_labels
 
 
@@ -55,8 +56,7 @@ def plot_curves(log: list[dict[str, Any]], path: str | Path, *, title: str | Non
         if index >= len(panels) - 2:
             axes.set_xlabel("step", color=TEXT)
     figure.align_ylabels()
-    figure.savefig(path)
-    return Path(path)
+    return save_figure(figure, path)
 
 
 @plain_labels()
@@ -125,8 +125,7 @@ def plot_attention(
     bar.set_label("attention weight", color=TEXT, fontsize=8)
     bar.ax.tick_params(colors=TEXT, labelsize=7)
     bar.outline.set_edgecolor(EDGE)
-    figure.savefig(path)
-    return Path(path)
+    return save_figure(figure, path)
 
 
 @plain_labels()
@@ -169,7 +168,13 @@ def plot_probabilities(
     _draw_bars(axes, labels, values, [_percent(p) for p in values], color=VALIDATION)
     axes.set_xlim(0, max(1.12 * max(values), 0.2))
     axes.set_title("what comes next, likeliest first", fontsize=9, color=TEXT)
-    figure.savefig(path)
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | Path, **options: Any) -> Path:
+    """Write a picture in one stroke; its ending says its format."""
+    with replacing(path) as beside:
+        figure.savefig(beside, format=Path(path).suffix.removeprefix("."), **options)
     return Path(path)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,33 @@ def replacing(path: str | Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def open_output_dir(output_dir: str | Path) -> Path:
+    """The folder, made if it is not there, and found writable before hours of work go into what it is to hold.
+
+    Raises:
+        ValueError: no folder is named, or a file.
+        OSError: nothing can be written there.
+    """
+    path = named_folder(output_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise OSError(f"The output folder {path} cannot be used: {error}. Choose another output_dir.") from error
+    return path
+
+
+def named_folder(output_dir: str | Path) -> Path:
+    """The path of a folder that may be made; a ValueError if none is named, or a file."""
+    if not str(output_dir).strip():
+        raise ValueError("output_dir is empty. Give the path of a folder, for example out/my-run.")
+    path = Path(output_dir).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir {path} is a file. Give the path of a folder, for example out/my-run.")
+    return path
 
 
 def remove_leftovers(folder: Path) -> None:

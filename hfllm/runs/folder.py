@@ -26,7 +26,7 @@ import yaml
 from accelerate import Accelerator, PartialState
 
 from .completion import FORMAT_VERSION, RECORD, describe_finish, find_fault, read_record, write_record
-from .files import flush, remove_leftovers
+from .files import flush, named_folder, remove_leftovers
 from .identity import as_json, check_same_run, find_differences
 from .lock import run_lock
 from .processes import on_main_process
@@ -40,7 +40,15 @@ CHECKPOINT_NAME = re.compile(r"((torn|broken|deleting)-)?(step|checkpoint)-\d+(-
 WRITING = "writing"  # a folder of checkpoints that are being written
 CHECKPOINT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
-    *("state.json", "manifest.json", "trainer_state.json", "training_args.*", "optimizer.*", "scheduler.*"),
+    *(
+        "base_model.json",
+        "state.json",
+        "manifest.json",
+        "trainer_state.json",
+        "training_args.*",
+        "optimizer.*",
+        "scheduler.*",
+    ),
     *("scaler.*", "rng_state*", "random_states.*", "*_gpt.py", "README.md"),
 )
 TOKENIZER_FILES = (
@@ -48,6 +56,10 @@ TOKENIZER_FILES = (
     *("merges.txt", "chat_template.jinja", "tokenizer_report.json"),
 )
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+RESULT_FILES = (  # without one of them, a finished run is not finished any more
+    *(*WEIGHTS, "config.json", "generation_config.json", "metrics.json", "adapter/adapter_model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json"),
+)
 EXPORTED_FILES = ("*.gguf", "*.onnx", "*.onnx.data")
 # Other files that runs write. Earlier versions kept no record: there, these files are the run's own. In a folder where
 # a run begins, no other file may have such a name.
@@ -67,27 +79,26 @@ def claim_folder(
     recipe: str,
     overwrite: bool = False,
     inputs: Mapping[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
     accelerator: Accelerator | PartialState | None = None,
     only_look: bool = False,
 ) -> Iterator["RunFolder"]:
     """Reserve `output_dir` for this run while the block lasts, see `run_lock`; every process enters it.
 
     Only the lock is written here, and nothing is deleted. `inputs` are the paths and ids that the run reads, by the
-    names of their parameters; each part of a list separated by commas is checked. With `only_look`, no lock is taken.
+    names of their parameters; each part of a list separated by commas is checked. Files in `cache_dir` may be there
+    before a run begins. With `only_look`, no lock is taken.
 
     Raises:
         ValueError: the folder is another recipe's, holds files that no run made, or something that the run reads.
     """
-    if not str(output_dir).strip():
-        raise ValueError("output_dir is empty. Give the path of a folder, for example out/my-run.")
-    path = Path(output_dir).expanduser()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output_dir {path} is a file. Give the path of a folder, for example out/my-run.")
+    path = named_folder(output_dir)
     lock = contextlib.nullcontext() if only_look else run_lock(path, recipe=recipe, accelerator=accelerator)
     with lock:
         if not only_look:
             on_main_process(accelerator, lambda: remove_leftovers(path))
-        record = on_main_process(accelerator, lambda: _open(path, recipe, overwrite=overwrite, inputs=inputs or {}))
+        reads: dict[str, Any] = {"inputs": inputs or {}, "cache_dir": cache_dir}
+        record = on_main_process(accelerator, lambda: _open(path, recipe, overwrite=overwrite, **reads))
         yield RunFolder(path, recipe=recipe, overwrite=overwrite, record=record, accelerator=accelerator)
 
 
@@ -111,6 +122,11 @@ class RunFolder:
     def is_of_earlier_version(self) -> bool:
         """Whether the run that is here was made by a version that kept no record, and noted only its options."""
         return bool(self.record.get("is_old"))
+
+    @property
+    def finished_step(self) -> int | None:
+        """The step at which the run that is here was finished, if it was."""
+        return (self.record.get("finished") or {}).get("step")
 
     def check_same(self, identity: Mapping[str, Any]) -> None:
         """Refuse another run than the one that is here, unless that is to be overwritten; see `check_same_run`.
@@ -215,14 +231,19 @@ class RunFolder:
     def finish(self, *, step: int | None = None, files: Iterable[str] | None = None) -> None:
         """Note that the run is finished at `step` and that `files` are its result; the last thing that is written.
 
-        By default these are the weights, `config.json` and `metrics.json` that the last `writing` moved in. Without one
-        of them the run is not finished. Steps that may fail without harm to the result (the page, a push) are noted by
-        `note_done`.
+        By default these are the files that open the model (RESULT_FILES) and `metrics.json`, as `writing` moved them
+        in. Without one of them the run is not finished. Steps that may fail without harm to the result (the page, a
+        push) are noted by `note_done`.
         """
-        result = (*WEIGHTS, "config.json", "metrics.json", "adapter/adapter_model.safetensors")
-        names = [name for name in self.moved if _matches([name], result)] if files is None else list(files)
-        finished = on_main_process(self.accelerator, lambda: describe_finish(self.path, step=step, files=names))
-        self._change(finished=finished)
+
+        def describe() -> dict[str, Any]:
+            names = files
+            if names is None:
+                own = [name for name in self.record["files"] if _matches([name], RESULT_FILES)]
+                names = [name for name in own if (self.path / name).exists()]
+            return describe_finish(self.path, step=step, files=list(names))
+
+        self._change(finished=on_main_process(self.accelerator, describe))
 
     def is_finished(self, *, step: int | None = None) -> bool:
         """Whether the run ended at `step` and its result is still as it was written, by the weights' sha256."""
@@ -239,8 +260,10 @@ class RunFolder:
         finished = self.record["finished"]
         self._change(finished={**finished, "done": {**finished["done"], **what}})
 
-    def is_done(self, what: str) -> bool:
-        """Whether `note_done` has noted this step since the run was finished."""
+    def is_done(self, what: str, *, file: str | None = None) -> bool:
+        """Whether `note_done` has noted this step since the run was finished, and the `file` it made still exists."""
+        if file is not None and not on_main_process(self.accelerator, (self.path / file).exists):
+            return False
         return bool(((self.record.get("finished") or {}).get("done") or {}).get(what))
 
     def _has_something(self) -> bool:
@@ -283,7 +306,9 @@ class RunFolder:
         return record, names
 
 
-def _open(path: Path, recipe: str, *, overwrite: bool, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _open(
+    path: Path, recipe: str, *, overwrite: bool, inputs: Mapping[str, Any], cache_dir: str | Path | None
+) -> dict[str, Any]:
     """The record of the run that is in the folder, empty if a new run may begin there."""
     record = read_record(path) or _record_of_earlier_version(path, recipe)
     if record and record["recipe"] != recipe:
@@ -294,7 +319,7 @@ def _open(path: Path, recipe: str, *, overwrite: bool, inputs: Mapping[str, Any]
     if overwrite or not record:
         _check_inputs(path, inputs)
     if not record:
-        _check_foreign(path, overwrite=overwrite)
+        _check_foreign(path, overwrite=overwrite, cache_dir=cache_dir)
     if overwrite:
         for name in _own_files(path, record):
             _refuse_links(path, name)
@@ -359,9 +384,16 @@ def _check_inputs(path: Path, inputs: Mapping[str, Any]) -> None:
                     )
 
 
-def _check_foreign(path: Path, *, overwrite: bool) -> None:
-    """Refuse a folder with files that no run made; to overwrite in it, only if a run writes none of their names."""
+def _check_foreign(path: Path, *, overwrite: bool, cache_dir: str | Path | None) -> None:
+    """Refuse a folder with files that no run made; to overwrite in it, only if a run writes none of their names.
+
+    A run that was killed while it prepared its text has left nothing but its cache, perhaps in a folder within.
+    """
     files = _visible_files(path)
+    cache = Path(cache_dir or path).expanduser().resolve()
+    if path.resolve() in cache.parents:
+        below = f"{cache.relative_to(path.resolve()).as_posix()}/"
+        files = [name for name in files if not name.startswith(below)]
     if overwrite:
         files = [name for name in files if _matches([name], (*RUN_FILES, *EXPORTED_FILES))]
     if not files:

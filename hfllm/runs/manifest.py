@@ -2,7 +2,9 @@
 
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .files import flush, sha256_of
 
@@ -11,27 +13,34 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
 
-def write_manifest(folder: str | Path) -> None:
-    """List every file below `folder` in its manifest, and have the system write all of them to the disk."""
+def write_manifest(folder: str | Path, **others: Any) -> None:
+    """List every file below `folder` in its manifest, and have the system write all of them to the disk.
+
+    `others` are further entries of the manifest, for people.
+    """
     folder = Path(folder)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         flush(path)
         files[path.relative_to(folder).as_posix()] = {"num_bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    manifest = {"format_version": FORMAT_VERSION, "files": files}
+    manifest = {"format_version": FORMAT_VERSION, "files": files, **others}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     flush(folder / MANIFEST)
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         flush(path)
 
 
-def find_fault(folder: str | Path) -> str | None:
-    """The first problem of the files that the folder's manifest lists, or None; reads every byte of them."""
+def find_fault(folder: str | Path, *, required: Iterable[str] = (), verify: bool = True) -> str | None:
+    """The first problem of the files that the folder's manifest lists, or None; reads every byte of them.
+
+    The manifest must list those `required`. `verify=False` skips the sha256, and checks names and sizes only.
+    """
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = int(manifest["format_version"])
-        expected = {name: (entry["num_bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        names = dict.fromkeys([*required, *manifest["files"]])
+        expected = {name: (manifest["files"][name]["num_bytes"], manifest["files"][name]["sha256"]) for name in names}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -45,15 +54,15 @@ def find_fault(folder: str | Path) -> str | None:
             return f"{name} is missing"
         if (size := (folder / name).stat().st_size) != num_bytes:
             return f"{name} has {size:,} bytes instead of {num_bytes:,}"
-        if sha256_of(folder / name) != digest:
+        if verify and sha256_of(folder / name) != digest:
             return f"{name} has changed since it was written (its sha256 differs)"
     return None
 
 
-def set_aside(folder: Path, prefix: str = "broken-") -> Path:
+def set_aside(folder: Path) -> Path:
     """Rename the folder to `broken-<its name>`, with a number at its end if that exists; returns its new path."""
     for number in itertools.count(1):
-        aside = folder.with_name(f"{prefix}{folder.name}" + (f"-{number}" if number > 1 else ""))
+        aside = folder.with_name(f"broken-{folder.name}" + (f"-{number}" if number > 1 else ""))
         if not aside.exists():
             break
     return folder.rename(aside)

@@ -9,7 +9,7 @@
         manifest.json           size and sha256 of all others, written last
 
 A checkpoint is written into `step-00000100.tmp`, flushed to the disk and then renamed: at every moment the folder
-either holds it complete or does not hold it. `step-00000100.broken` failed verification and was set aside;
+either holds it complete or does not hold it. `broken-step-00000100` failed verification and was set aside;
 `step-00000100.replaced` is being replaced by a new one of that step. One process or many, DDP, FSDP2 or DeepSpeed's
 ZeRO-2 and ZeRO-3, compiled or not, all write the same files, so that any of these can resume from any other. Nothing is
 pickled.
@@ -41,18 +41,18 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..runs.files import find_non_finite, flush, sha256_of
+from ..runs.files import find_non_finite, flush
 from ..runs.finite import check_finite
 from ..runs.identity import check_same_run
+from ..runs.manifest import find_fault, set_aside, write_manifest
 from ..runs.processes import on_main_process
 from . import zero
 
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-FILES = (MODEL, OPTIMIZER, STATE)
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+FILES = (MODEL, OPTIMIZER, STATE)  # of every checkpoint; those of earlier versions have no config and no tokenizer
 
 
 def save_checkpoint(
@@ -167,7 +167,7 @@ def latest_checkpoint(
         _put_back_replaced(folder)
         checkpoints = _checkpoints(folder)
         for path in reversed(checkpoints):
-            fault = _fault(path, verify=verify)
+            fault = find_fault(path, required=FILES, verify=verify)
             if fault is None:
                 return path
             _set_aside(path, fault)
@@ -186,7 +186,7 @@ def find_checkpoint(directory: str | Path, *, step: int, accelerator: Accelerato
         _put_back_replaced(path.parent)
         if not path.is_dir():
             return None
-        if (fault := _fault(path, verify=True)) is not None:
+        if (fault := find_fault(path, required=FILES)) is not None:
             _set_aside(path, fault)
             return None
         return path
@@ -218,7 +218,7 @@ def load_checkpoint(
     optimizer_state: dict[str, Any] = {}
 
     def read() -> dict[str, Any]:
-        if fault := _fault(path, verify=False):
+        if fault := find_fault(path, required=FILES, verify=False):
             raise ValueError(f"The checkpoint {path} is broken: {fault}. Resume from another one.")
         content = json.loads((path / STATE).read_text(encoding="utf-8"))
         if identity is not None:
@@ -285,7 +285,8 @@ def find_state(
         )
         accelerator.print(f"Resuming from step {state['step']:,}, saved in {checkpoint}.")
         return state
-    if list(directory.glob("step-*")):
+    # Earlier versions set them aside under other names. What a run left when it was killed in its first save is none.
+    if [*directory.glob("broken-step-*"), *directory.glob("step-*.broken*")]:
         raise ValueError(
             f"No sound checkpoint is left in {directory}, only broken ones. Put a sound one there, or start again with "
             "overwrite_output_dir."
@@ -296,8 +297,8 @@ def find_state(
 
 def describe_start(output_dir: str | Path) -> str:
     """Where the run in this folder would resume; "" if it would begin."""
-    checkpoints = sorted(path.name for path in (Path(output_dir) / "checkpoints").glob("step-*"))
-    return f"\n{output_dir} holds a run, which would resume from {checkpoints[-1]}.\n" if checkpoints else ""
+    checkpoints = _checkpoints(Path(output_dir) / "checkpoints")
+    return f"\n{output_dir} holds a run, which would resume from {checkpoints[-1].name}.\n" if checkpoints else ""
 
 
 def _gather(model: nn.Module, optimizer: Any, accelerator: Accelerator) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -383,14 +384,7 @@ def _write(
         save_file(optimizer_tensors, temporary / OPTIMIZER)
         _write_json(temporary / STATE, content)
         write_description(temporary)
-        files = {}
-        for file in sorted(temporary.iterdir()):
-            flush(file)
-            files[file.name] = {"num_bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        manifest = {"format_version": FORMAT_VERSION, "files": files, "versions": _versions()}
-        _write_json(temporary / MANIFEST, manifest)
-        flush(temporary / MANIFEST)
-        flush(temporary)
+        write_manifest(temporary, versions=_versions())
         if path.exists():
             path.rename(replaced)
         temporary.rename(path)
@@ -431,40 +425,9 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _fault(path: Path, *, verify: bool) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version = int(manifest["format_version"])
-        names = dict.fromkeys([*FILES, *manifest["files"]])  # older checkpoints have no config and no tokenizer
-        expected = {name: (manifest["files"][name]["num_bytes"], manifest["files"][name]["sha256"]) for name in names}
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} was written by a newer hfllm (format {version}; this one knows {FORMAT_VERSION}). Update hfllm."
-        )
-    for name, (num_bytes, sha256) in expected.items():
-        if not (path / name).exists():
-            return f"{name} is missing"
-        if (size := (path / name).stat().st_size) != num_bytes:
-            return f"{name} has {size:,} bytes instead of {num_bytes:,}"
-        if verify and sha256_of(path / name) != sha256:
-            return f"{name} has changed since it was written (its sha256 differs)"
-    return None
-
-
 def _set_aside(path: Path, fault: str) -> None:
-    aside = path.with_suffix(".broken")
-    for number in itertools.count(2):
-        if not aside.exists():
-            break
-        aside = path.with_suffix(f".broken-{number}")
     try:
-        path.rename(aside)
-        logger.warning("The checkpoint %s is broken and now called %s: %s.", path, aside.name, fault)
+        logger.warning("The checkpoint %s is broken and now called %s: %s.", path, set_aside(path).name, fault)
     except OSError as error:
         logger.warning("The checkpoint %s is broken: %s. (It could not be renamed: %s.)", path, fault, error)
 

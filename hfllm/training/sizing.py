@@ -298,8 +298,9 @@ def sizes_of_run(output_dir: str | Path, task: Task, *, dials: Mapping[str, Any]
     ]
     if differences:
         raise ValueError(
-            f"{output_dir} holds a run of another size ({'; '.join(differences)}). Choose another output_dir, or "
-            "start again with overwrite_output_dir."
+            f"{output_dir} holds a run of another size ({'; '.join(differences)}). To train that run for longer, start "
+            f"it with its own options and a max_steps above {arguments['max_steps']:,}. For a run of this size, choose "
+            "another output_dir, or start again with overwrite_output_dir."
         )
     return _with_given({name: Choice(arguments[name], f"as the run in {output_dir} has it") for name in SIZED}, task)
 

@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+import json
 import re
 from typing import Literal
 
@@ -119,6 +120,20 @@ def test_a_recipe_can_hand_on_a_groups_options_and_name_what_it_reads():
     recipe = Recipe(dataset="my.txt")
     assert values_of(recipe, Pace) == {"learning_rate": None, "num_epochs": 3.0}
     assert inputs_of(recipe) == {"dataset": "my.txt"}
+
+
+def test_with_an_adapter_its_base_is_read_too(tmp_path):
+    @arguments
+    class WithModel(options.Model):
+        pass
+
+    for name, base in (("second", "first"), ("first", "base")):
+        (tmp_path / name).mkdir()
+        config = {"base_model_name_or_path": str(tmp_path / base)}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    second, first, base = (str(tmp_path / name) for name in ("second", "first", "base"))
+    assert inputs_of(WithModel(model=second)) == {"model": second, "the base of model": [first, base]}
+    assert inputs_of(WithModel(model=base)) == {"model": base}
 
 
 # The recipes' own options:

@@ -75,6 +75,9 @@ def test_a_finished_run_is_recognized_and_what_is_missing_is_made(base, finished
     assert {"report.html", "README.md", "arguments.yaml", "config.json"} <= {path.name for path in out.iterdir()}
     assert is_finished(finished, model, tokenizer)
     assert "nothing to do" in capsys.readouterr().out
+    (out / "report.html").unlink()
+    assert is_finished(finished, model, tokenizer)
+    assert (out / "report.html").exists()
     (out / "model.safetensors").write_bytes(b"half")
     assert not is_finished(finished, model, tokenizer)
 

@@ -65,9 +65,36 @@ def test_a_run_that_resumes_keeps_the_sizes_it_began_with(run_pretrain, unsized,
     assert sized(options) == began
     assert "Resuming from step 1" in (told := capsys.readouterr().out)
     assert "as the run in" in told
-    with pytest.raises(ValueError, match=r"holds a run of another size \(max_train_minutes: 0.2 there, 0.3 here\)"):
+    other = r"holds a run of another size \(max_train_minutes: 0.2 there, 0.3 here\)"
+    with pytest.raises(ValueError, match=f"{other}. To train that run for longer, .* a max_steps above 7"):
         run_pretrain(**{**options, "max_train_minutes": 0.3})
     assert run_pretrain(**options, max_steps=8)["train_steps"] == 8  # asked for by name, a run may be longer
+
+
+def test_a_run_with_a_deadline_that_stopped_early_goes_on_with_a_larger_patience(
+    run_pretrain, unsized, monkeypatch, capsys
+):
+    recipe = run_pretrain.recipe
+    monkeypatch.setattr(recipe, "measure_speed", lambda *_: Speed(seconds_per_step=1.0, seconds_per_evaluation=1.0))
+    # Each evaluation is worse than the one before.
+    monkeypatch.setattr(recipe.TrainingState, "count_evaluation", count_as_worse)
+    options = {**unsized, "depth": 1, "max_train_minutes": 0.2, "eval_steps": 2, "early_stopping_patience": 1}
+    assert run_pretrain(**options)["train_steps"] == 2
+    capsys.readouterr()
+    run_pretrain(**options)
+    assert "ended at step 2: nothing to do" in (told := capsys.readouterr().out)
+    assert "a larger --early_stopping_patience" in told
+    assert run_pretrain(**{**options, "early_stopping_patience": 2})["train_steps"] == 4
+    del options["early_stopping_patience"]
+    num_steps = run_pretrain(**options)["train_steps"]
+    assert num_steps > 4
+    run_pretrain(**options)
+    assert f"ended at step {num_steps}: nothing to do" in capsys.readouterr().out
+
+
+def count_as_worse(state) -> bool:
+    state.num_evaluations_since_best += 1
+    return False
 
 
 def test_a_budget_of_time_is_measured_with_the_runs_own_steps(run_pretrain, unsized, capsys):

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hfllm
 from hfllm.cli.arguments import parse_arguments
+from hfllm.runs.lock import run_lock
 from hfllm.tokenization import load_tokenizer
 from tests.conftest import make_tiny_config
 from tests.distributed.launching import command
@@ -104,6 +105,26 @@ def test_the_numbers_are_those_of_a_sum_by_hand_and_stand_beside_those_of_traini
     assert again["test_tokens"] == num_tokens and again["test_stride"] == 4
     assert again["test_bits_per_byte"] != found["test_bits_per_byte"], "its own numbers are written again"
     assert again["test_loss"] == 7.0
+
+
+def test_a_folder_that_cannot_take_the_numbers_is_refused_before_they_are_measured(
+    evaluate, recipe, save_model, text, tmp_path, monkeypatch
+):
+    folder = save_model(build())
+    monkeypatch.setattr(recipe, "score", None)
+    (folder / "metrics.json").write_text("{half")
+    with pytest.raises(ValueError, match="not a JSON object"):
+        evaluate("--model", folder, "--dataset", text)
+    with pytest.raises(ValueError, match=r"is a file\. Give the path of a folder"):
+        evaluate("--model", folder, "--dataset", text, "--output_dir", text)
+
+
+def test_numbers_of_a_folder_in_which_a_run_works_are_printed_only(evaluate, save_model, text):
+    folder = save_model(build())
+    with run_lock(folder):
+        printed = evaluate("--model", folder, "--dataset", text)
+    assert "are only printed: Another run is using" in printed and "test_bits_per_byte" in printed
+    assert not (folder / "metrics.json").exists()
 
 
 def test_a_file_whose_name_has_a_comma_is_one_file(evaluate, save_model, text, tmp_path):

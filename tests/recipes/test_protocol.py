@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from hfllm.cli.arguments import parse_arguments
+from hfllm.cli.opening import open_causal_lm
 from hfllm.runs.lock import run_lock
 from tests.recipes.conftest import load_recipe
-from tests.recipes.every_recipe import EVERY, TRAINING, Command, make_commands
+from tests.recipes.every_recipe import EVERY, TRAINING, Command, make_commands, weights_of
 
 
 pytestmark = pytest.mark.slow
@@ -107,6 +108,25 @@ def test_a_result_that_is_damaged_is_made_again_with_the_same_weights(start, com
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+@pytest.mark.fault(3, 4, 25)
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_result_and_the_newest_checkpoint_may_be_damaged_together(start, copy, name, capsys):
+    """By default one more checkpoint is kept."""
+    folder = copy(name)
+    expected = weights_of(folder)
+    (folder / "model.safetensors").unlink()
+    newest = max((folder / "checkpoints").glob("*-*"), key=lambda path: int(path.name.split("-")[1]))
+    content = bytearray((newest / "optimizer.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "optimizer.safetensors").write_bytes(content)
+    capsys.readouterr()
+    start(name, folder)
+    assert "Resuming from" in capsys.readouterr().out
+    assert (folder / "checkpoints" / f"broken-{newest.name}").is_dir()
+    found = weights_of(folder)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
 @pytest.mark.fault(8, 33)
 @pytest.mark.parametrize("name", EVERY)
 def test_a_folder_in_use_is_refused(start, tmp_path, name):
@@ -174,6 +194,17 @@ def test_the_folder_of_the_model_is_not_overwritten(start, copy, name):
         with pytest.raises(ValueError, match=r"output_dir|output_dir .* is the model's own folder"):
             start(name, folder, model=place, overwrite_output_dir=True)
     assert contents(folder) == before
+
+
+@pytest.mark.fault(32)
+def test_the_base_of_a_checkpoint_of_lora_is_not_overwritten(start, commands, finished, tmp_path):
+    checkpoint = sorted((finished("instruction lora") / "checkpoints").glob("checkpoint-*"))[0]
+    base = Path(str(commands["instruction lora"].options["model"]))
+    before = contents(base)
+    for name in ("instruction full", "export"):
+        with pytest.raises(ValueError, match="is the base of model itself, which would be overwritten"):
+            start(name, base, model=checkpoint, overwrite_output_dir=True)
+    assert contents(base) == before
 
 
 CHANGES = {
@@ -261,8 +292,47 @@ def test_any_checkpoint_of_a_run_is_a_model(start, finished, tmp_path, name):
     assert math.isfinite(json.loads((tmp_path / "again" / "metrics.json").read_text())["eval_loss"])
 
 
-def test_a_checkpoint_of_a_classifier_is_a_classifier(start, tmp_path):
-    start("classification", tmp_path / "out", method="full", num_train_epochs=1, learning_rate=0.001)
-    [checkpoint] = (tmp_path / "out" / "checkpoints").glob("checkpoint-*")
-    start("classification", tmp_path / "again", model=checkpoint, max_steps=1)
+@pytest.mark.parametrize("name", ["instruction lora", "preference"])
+def test_a_run_on_a_checkpoint_of_lora_has_checkpoints_that_open_too(start, finished, tmp_path, name):
+    """The second run's adapter is on the first one's, which is on the base: merged, they are the second run's model."""
+    first = sorted((finished(name) / "checkpoints").glob("checkpoint-*"))[0]
+    start("instruction lora", tmp_path / "again", model=first, max_steps=3, load_best_model_at_end=False)
+    [second] = (tmp_path / "again" / "checkpoints").glob("checkpoint-*")
+    merged, saved = open_causal_lm(str(second)).state_dict(), weights_of(tmp_path / "again")
+    for key, weight in saved.items():
+        torch.testing.assert_close(merged[key], weight)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_checkpoint_of_a_classifier_is_a_classifier(start, commands, tmp_path, method):
+    """It is measured as the run's model was, and a run for the same labels goes on from its head."""
+    run = tmp_path / "run"
+    start("classification", run, method=method, num_train_epochs=1, learning_rate=0.001)
+    [checkpoint] = (run / "checkpoints").glob("checkpoint-*")
     assert AutoTokenizer.from_pretrained(checkpoint)("we go").input_ids
+    dataset = str(commands["classification"].options["dataset"])
+    recipe = load_recipe("evaluate_model")
+    for model, folder in ((run, "whole"), (checkpoint, "checkpoint")):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        argv = ["--model", str(model), "--dataset", dataset, "--output_dir", str(tmp_path / folder)]
+        recipe.main(parse_arguments(recipe.EvaluateArguments, argv))
+    scores = [json.loads((tmp_path / folder / "metrics.json").read_text()) for folder in ("whole", "checkpoint")]
+    assert scores[0]["test_loss"] == pytest.approx(scores[1]["test_loss"], rel=1e-5)
+    assert scores[0]["test_confusion"] == scores[1]["test_confusion"]
+
+    start("classification", tmp_path / "again", model=checkpoint, max_steps=1, learning_rate=0, head_learning_rate=0)
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    first = json.loads((run / "metrics.json").read_text())
+    assert again["test_loss"] == pytest.approx(first["test_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["instruction lora", "classification"])
+def test_a_classifier_for_other_labels_starts_from_any_checkpoint_with_a_new_head(
+    start, commands, finished, tmp_path, name
+):
+    checkpoint = sorted((finished(name) / "checkpoints").glob("checkpoint-*"))[0]
+    text = Path(str(commands["classification"].options["dataset"])).read_text()
+    (tmp_path / "labels.jsonl").write_text(text.replace('"early"', '"soon"').replace('"late"', '"tonight"', 20))
+    start("classification", tmp_path / "out", model=checkpoint, dataset=tmp_path / "labels.jsonl", max_steps=2)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert sorted(config["label2id"]) == ["late", "soon", "tonight"]

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -23,9 +24,16 @@ def test_what_training_wrote_stays_and_what_was_added_may_be_written_again(tmp_p
 @pytest.mark.parametrize("text", ["{half", "[1, 2]"])
 def test_numbers_are_not_added_to_what_is_not_an_object(tmp_path, text):
     (tmp_path / "metrics.json").write_text(text)
-    with pytest.raises(ValueError, match=r"metrics\.json is not a JSON object, so nothing was added to it"):
+    with pytest.raises(ValueError, match=r"metrics\.json is not a JSON object, so nothing can be added to it"):
         add_metrics(tmp_path, {"test_loss": 2.0})
     assert (tmp_path / "metrics.json").read_text() == text
+
+
+def test_a_number_that_is_not_finite_is_not_added(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"seed": 3}')
+    with pytest.raises(FloatingPointError, match="test_loss is not a finite number"):
+        add_metrics(tmp_path, {"test_loss": math.nan})
+    assert (tmp_path / "metrics.json").read_text() == '{"seed": 3}'
 
 
 def test_models_stand_side_by_side_and_a_matrix_is_left_out():

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from hfllm.runs.files import find_non_finite, replacing, sha256_of, write_json, write_text
+from hfllm.runs.files import find_non_finite, open_output_dir, replacing, sha256_of, write_json, write_text
 
 
 def test_a_file_is_replaced_as_a_whole_and_nothing_is_left_beside_it(tmp_path):
@@ -40,6 +40,20 @@ def test_json_holds_no_number_that_other_programs_cannot_read(tmp_path, value):
     with pytest.raises(FloatingPointError, match=r"metrics.json was not written: test.losses\[1\] is not a finite"):
         write_json(tmp_path / "metrics.json", {"step": 1, "test": {"losses": [0.5, value]}})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault(7)
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    assert open_output_dir(tmp_path / "a" / "b").is_dir()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_text("theirs")
+    with pytest.raises(ValueError, match=r"output_dir .*file is a file\. Give the path of a folder"):
+        open_output_dir(tmp_path / "file")
+    with pytest.raises(OSError, match=r"file/out cannot be used: .* Choose another output_dir"):
+        open_output_dir(tmp_path / "file" / "out")
+    with pytest.raises(ValueError, match="output_dir is empty"):
+        open_output_dir(" ")
+    assert (tmp_path / "file").read_text() == "theirs"
 
 
 def test_the_place_of_a_number_that_is_not_finite():

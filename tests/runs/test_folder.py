@@ -71,6 +71,19 @@ def test_a_refusal_names_a_checkpoint_to_start_another_run_from(tmp_path):
         run(tmp_path, identity={"learning_rate": 0.2})
 
 
+def test_a_run_that_was_killed_while_it_filled_its_cache_within_its_folder_begins(tmp_path):
+    make(tmp_path / "out", "cache/rows-1/data.arrow")
+    with pytest.raises(ValueError, match="holds files that no run made"):
+        run(tmp_path / "out")
+    with pytest.raises(ValueError, match="holds files that no run made"):
+        run(tmp_path / "out", cache_dir=tmp_path / "out")
+    run(tmp_path / "out", cache_dir=tmp_path / "out" / "cache")
+    assert (tmp_path / "out" / "cache" / "rows-1" / "data.arrow").exists()
+    make(tmp_path / "other", "cache/data.arrow", "cached.txt")
+    with pytest.raises(ValueError, match=r"a run could overwrite them: cached\.txt"):
+        run(tmp_path / "other", cache_dir=tmp_path / "other" / "cache")
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_is_replaced_by_any_other(tmp_path):
     with claim_folder(tmp_path, recipe="pretrain") as folder:
         folder.begin(IDENTITY, files=["log.jsonl"])
@@ -211,6 +224,27 @@ def test_a_run_is_finished_when_its_result_is_there_as_it_was_written(tmp_path):
     assert not is_finished()
 
 
+@pytest.mark.fault(3, 23)
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "config.json", "model.safetensors"])
+def test_a_model_that_does_not_open_any_more_is_not_finished(tmp_path, name):
+    """The tokenizer is written before the weights are."""
+    with claim_folder(tmp_path, recipe="pretrain") as folder:
+        folder.begin(IDENTITY)
+        for files in (
+            ("tokenizer.json", "arguments.yaml"),
+            ("model.safetensors", "config.json", "generation_config.json", "metrics.json"),
+        ):
+            with folder.writing() as partial:
+                make(partial, *files)
+        folder.finish(step=6)
+    (tmp_path / "arguments.yaml").unlink()
+    with claim_folder(tmp_path, recipe="pretrain") as folder:
+        assert folder.is_finished(step=6)
+    (tmp_path / name).unlink()
+    with claim_folder(tmp_path, recipe="pretrain") as folder:
+        assert folder.find_fault(step=6) == f"{name} is missing"
+
+
 def test_what_may_fail_after_the_result_is_noted_apart(tmp_path):
     run(tmp_path)
     with claim_folder(tmp_path, recipe="pretrain") as folder:
@@ -218,6 +252,9 @@ def test_what_may_fail_after_the_result_is_noted_apart(tmp_path):
         folder.note_done(page=True, push="https://hub/commit/1")
     with claim_folder(tmp_path, recipe="pretrain") as folder:
         assert folder.is_done("page") and folder.is_done("push") and folder.is_finished(step=6)
+        assert not folder.is_done("page", file="report.html")
+        (tmp_path / "report.html").write_text("page")
+        assert folder.is_done("page", file="report.html")
         folder.finish(step=12, files=["config.json"])
         assert not folder.is_done("push")  # of the earlier model
 

@@ -20,10 +20,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import hfllm
+from hfllm.runs import manifest
 from hfllm.runs.identity import check_same_run
 from hfllm.tokenization import train_bpe
 from hfllm.training import checkpoint as checkpoint_module
-from hfllm.training.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from hfllm.training.checkpoint import (
+    describe_start,
+    find_checkpoint,
+    find_state,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from hfllm.training.optimization import build_adamw
 
 
@@ -189,11 +197,11 @@ def test_a_damaged_config_or_tokenizer_breaks_a_checkpoint_and_an_older_one_with
     model, optimizer = build(tiny_config)
     parts = {"model": model, "optimizer": optimizer, "accelerator": accelerator}
     old = save_checkpoint(tmp_path, state={"step": 1}, **parts)
-    manifest = json.loads((old / "manifest.json").read_text())
-    for name in set(manifest["files"]) - set(checkpoint_module.FILES):
+    listed = json.loads((old / "manifest.json").read_text())
+    for name in set(listed["files"]) - set(checkpoint_module.FILES):
         (old / name).unlink()
-        del manifest["files"][name]
-    (old / "manifest.json").write_text(json.dumps(manifest))
+        del listed["files"][name]
+    (old / "manifest.json").write_text(json.dumps(listed))
     new = save_checkpoint(tmp_path, state={"step": 2}, **parts)
     flip_a_byte(new / "config.json")
     assert latest_checkpoint(tmp_path) == old
@@ -299,7 +307,7 @@ def test_a_checkpoint_is_found_by_its_step_if_it_is_sound(tmp_path, accelerator,
     (paths[0] / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert find_checkpoint(tmp_path, step=1) is None
     assert "model.safetensors has changed since it was written" in caplog.text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001.broken", "step-00000002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken-step-00000001", "step-00000002"]
 
 
 def test_a_step_saved_again_replaces_the_first(tmp_path, accelerator):
@@ -397,11 +405,11 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_it_is_taken(tmp_path,
     latest = latest_checkpoint(tmp_path)
     assert assert_whole(latest, accelerator) == 2
     assert re.search(f"{file} {fault}", caplog.text)
-    assert "step-00000003.broken" in caplog.text
+    assert "broken-step-00000003" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "broken-step-00000003",
         "step-00000001",
         "step-00000002",
-        "step-00000003.broken",
     ]
 
 
@@ -440,19 +448,44 @@ def test_no_checkpoint_is_none_and_no_sound_one_is_an_error(tmp_path, accelerato
     assert "No sound checkpoint is left" in caplog.text
 
 
+def start_small(output_dir, accelerator) -> int:
+    """The step from which a run in this folder resumes."""
+    model, optimizer = small()
+    parts = {"model": model, "optimizer": optimizer, "accelerator": accelerator, "identity": {}}
+    return find_state(output_dir, **parts)["step"]
+
+
+@pytest.mark.fault(1)
+def test_a_run_that_was_killed_in_its_first_save_begins_again(tmp_path, accelerator):
+    save_small(tmp_path / "checkpoints", 3, accelerator).rename(tmp_path / "checkpoints" / "step-00000003.tmp")
+    assert start_small(tmp_path, accelerator) == 0
+    assert describe_start(tmp_path) == ""
+
+
+@pytest.mark.fault(3)
+@pytest.mark.parametrize("name", ["broken-step-00000009", "broken-step-00000009-2", "step-00000009.broken"])
+def test_a_run_with_broken_checkpoints_alone_does_not_begin_again_by_itself(tmp_path, accelerator, name):
+    save_small(tmp_path / "checkpoints", 9, accelerator).rename(tmp_path / "checkpoints" / name)
+    with pytest.raises(ValueError, match="only broken ones"):
+        start_small(tmp_path, accelerator)
+    save_small(tmp_path / "checkpoints", 2, accelerator)
+    assert start_small(tmp_path, accelerator) == 2
+    assert describe_start(tmp_path).endswith("resume from step-00000002.\n")
+
+
 def test_a_step_that_breaks_twice_is_set_aside_twice(tmp_path, accelerator):
     for _ in range(2):
         (save_small(tmp_path, 1, accelerator) / "state.json").unlink()
         latest_checkpoint(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001.broken", "step-00000001.broken-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken-step-00000001", "broken-step-00000001-2"]
 
 
 def test_a_checkpoint_of_a_newer_format_is_left_where_it_is(tmp_path, accelerator):
-    manifest = save_small(tmp_path, 1, accelerator) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    listed = save_small(tmp_path, 1, accelerator) / "manifest.json"
+    listed.write_text(listed.read_text().replace('"format_version": 1', '"format_version": 2'))
     with pytest.raises(ValueError, match=r"written by a newer hfllm .format 2"):
         latest_checkpoint(tmp_path)
-    assert manifest.exists()
+    assert listed.exists()
 
 
 def test_loading_a_broken_one_by_name_is_refused(tmp_path, accelerator):
@@ -480,9 +513,9 @@ def test_a_disk_that_fills_up_meanwhile_loses_the_new_checkpoint_only(tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     save_small(tmp_path, 1, accelerator, keep=1)
-    for name in ("flush", "_write_json"):
+    for module, name in ((manifest, "flush"), (checkpoint_module, "_write_json")):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint_module, name, fill_up)
+            patch.setattr(module, name, fill_up)
             with pytest.raises(
                 OSError, match=r"could not be written: .*No space left.* older checkpoints are untouched"
             ):
