@@ -505,7 +505,7 @@ def test_long_texts_are_read_whole_in_windows_and_split_and_measured_by_text(bas
         "".join(f"{['dog', 'cat'][n % 2]}\t{text}{['dog', 'cat'][n % 2] * 9}\n" for n, text in enumerate(texts))
     )
     options = {**OPTIONS, "model": base, "dataset": path, "output_dir": tmp_path / "out", "block_size": 24}
-    text = classify(**options, long_texts="window", stride=16, num_train_epochs=1)
+    text = classify(**{**options, "num_train_epochs": 1}, long_texts="window", stride=16)
     assert re.search(r"texts are longer than block_size 24, and are read in windows that begin 16 tokens apart", text)
     metrics = read_metrics(options)
     assert metrics["train_texts"] == 42 and metrics["train_rows"] > 100 and metrics["test_texts"] == 12
