@@ -259,7 +259,7 @@ def read_adapter_config(adapter: str | PathLike) -> PeftConfig:
 
 
 def head_of_adapter(adapter: str | PathLike) -> dict[str, Any]:
-    """A classifier's `id2label`, `label2id` and `problem_type`: its adapter's, or of the config.json beside or above it.
+    """A classifier's `id2label`, `label2id` and `problem_type`, by its adapter or the config.json beside or above it.
 
     Raises:
         ValueError: none of them has an id2label.

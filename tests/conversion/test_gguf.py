@@ -465,7 +465,7 @@ def test_values_that_a_type_cannot_hold_are_refused(tokenizer, tmp_path):
     model = llama()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = 1e6
-    with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight holds 1e\+06.*Use dtype='bf16'"):
+    with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight has the weight 1e\+06.*Use dtype='bf16'"):
         export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="f16")
     for dtype in ("bf16", "q8_0"):
         verify_gguf(export_gguf(model, tokenizer, tmp_path / f"{dtype}.gguf", dtype=dtype), model, tokenizer)

@@ -228,7 +228,7 @@ def test_several_runs_are_compared_on_one_page(make_folder, tmp_path):
     assert not any(row[0] == "seed" for row in page.rows if row)  # the same in both
     best = re.findall(r'class="number best">([^<]+)<', html)
     assert best == ["1.2500", "50.0%"]
-    with pytest.raises(ValueError, match="nothing to compare"):
+    with pytest.raises(ValueError, match="cannot be compared; give two"):
         write_comparison([one], tmp_path / "compare.html")
 
 
