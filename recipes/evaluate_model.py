@@ -218,7 +218,7 @@ def check_options_of(kind: Kind, args: EvaluateArguments) -> None:
         (args.validation_fraction != 0, "--validation_fraction"),
     ]
     if wrong := [option for is_given, option in given if is_given]:
-        raise ValueError(f"{', '.join(wrong)}: for causal models. {args.model[0]} labels texts and predicts no tokens.")
+        raise ValueError(f"{', '.join(wrong)}: for causal models. {args.model[0]} is a classifier.")
     if args.stride is not None and args.long_texts != "window":
         raise ValueError(f"--stride {args.stride} is for windows: give --long_texts window as well.")
     if args.dataset == "stdlib":

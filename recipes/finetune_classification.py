@@ -301,8 +301,8 @@ def main(args: ClassificationArguments) -> None:
         this_run.begin(trainer, EVALUATION[args.problem_type].format_map)
         seconds = this_run.train(trainer)
 
-        # 5. The model with LoRA merged into it is saved, and tested as it was saved. Of a text in windows, their mean
-        #    counts.
+        # 5. The model with LoRA merged into it is saved, and tested as saved. The logits of a text's windows are
+        #    averaged.
         with this_run.writing() as folder:
             model = this_run.save_model(trainer, tokenizer, folder)
             logits = {}

@@ -52,7 +52,7 @@ def cached_dataset(
     root = Path(cache_dir).expanduser() if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "hfllm"
     address = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     folder = root / f"{kind}-{address[:40]}"
-    account = _account_if_sound(folder, verify_now)
+    account = _account_if_sound(folder, verify_now, report=True)
     if account is None:
         account = _build(folder, write, verify_now)
     else:
@@ -84,8 +84,11 @@ def batch_verifier(dataset: datasets.Dataset) -> Callable[[int], None]:
     return verify
 
 
-def _account_if_sound(folder: Path, verify_batches: bool) -> dict[str, Any] | None:
-    """The account of a cached folder, or None if the folder is absent, damaged, or of an earlier version."""
+def _account_if_sound(folder: Path, verify_batches: bool, *, report: bool = False) -> dict[str, Any] | None:
+    """The account of a cached folder, or None if the folder is absent, damaged, or of an earlier version.
+
+    `report` warns of a folder that is there and will be made again.
+    """
     try:
         sidecar = json.loads((folder / ACCOUNT_FILE).read_text(encoding="utf-8"))
         is_earlier = "batches" not in sidecar and {"file_bytes", "account"} <= sidecar.keys()
@@ -99,8 +102,9 @@ def _account_if_sound(folder: Path, verify_batches: bool) -> dict[str, Any] | No
         is_earlier = False
     except (ValueError, KeyError, TypeError, AttributeError):  # a sidecar that is not the JSON we wrote
         is_earlier = False
-    what = "was made by an earlier version" if is_earlier else "is not whole, or has changed since it was written"
-    logger.warning("%s %s: it is made again.", folder, what)
+    if report:
+        what = "was made by an earlier version" if is_earlier else "is not whole, or has changed since it was written"
+        logger.warning("%s %s: it is made again.", folder, what)
     return None
 
 

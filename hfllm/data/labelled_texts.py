@@ -214,7 +214,7 @@ def output_names(data: LabelledTexts, *, label_column: str) -> list[str]:
 
 
 def label_names(labels: Iterable[str | Sequence[str]]) -> list[str]:
-    """The distinct labels in the order of their ids: numbers by their value, words by the alphabet.
+    """The distinct labels in the order of their ids: numbers by value, texts alphabetically.
 
     The same label for every text, or about as many labels as texts, is an error: there would be nothing to learn.
     """
@@ -275,8 +275,8 @@ def split_by_text(
     """The data in parts of these fractions, each with its share of every label; equal texts are in the same part.
 
     Of several labels at once the rarest counts; of numbers, each part has its share of every tenth of them, by size.
-    Equal means equal but for case and white space. The sizes are those of the book, `int(fraction * rows)` and the rest
-    for the last part that has a fraction, unless a text that occurs several times stands at a cut.
+    Texts that differ only in case and whitespace are equal. The sizes are as in the book, `int(fraction * rows)` and
+    the rest for the last part that has a fraction, unless equal texts are on both sides of a cut.
     """
     if min(fractions) < 0 or not math.isclose(sum(fractions), 1.0):
         raise ValueError(f"fractions={tuple(fractions)}: they are at least 0, and sum to 1.")
@@ -318,7 +318,7 @@ def _strata(labels: Sequence[Any], problem_type: ProblemType) -> list[Any]:
 
 
 def check_labels_known(names: Sequence[str], **parts: LabelledTexts) -> None:
-    """A part (`validation=...`, `test=...`) with labels that the training texts lack is an error."""
+    """Raise a ValueError if a part (`validation=...`, `test=...`) has labels that the training texts lack."""
     known = set(names)
     for part, data in parts.items():
         if data.problem_type == REGRESSION:
@@ -335,7 +335,7 @@ def check_labels_known(names: Sequence[str], **parts: LabelledTexts) -> None:
 def describe_labelled_texts(
     train: LabelledTexts, validation: LabelledTexts, test: LabelledTexts, names: Sequence[str]
 ) -> str:
-    """What is there, before anything is trained: how many, of which labels, and what is odd about them."""
+    """A description of the data before training: numbers of texts and labels, repeats, conflicts and leaks."""
     parts, is_number = (train, validation, test), train.problem_type == REGRESSION
     by_text: dict[str, set[Any]] = {}
     for part in parts:
@@ -391,7 +391,7 @@ def _describe_labels(train: LabelledTexts, names: Sequence[str]) -> str:
 def _read_labelled(
     path: Path, options: ReadOptions, *, text_column: str, label_column: str, label_separator: str | None
 ) -> Iterator[Record]:
-    """A file's records; those of lines `label<TAB>text` without a header, if the first line is one."""
+    """A file's records, also of a file of lines `label<TAB>text` without a header, recognised by its first line."""
     suffix = format_of(path)
     if suffix not in ("", ".tsv", *TEXT):
         return read_file(path, options)
@@ -506,7 +506,7 @@ def _separated(cell: str, separator: str | None) -> list[str]:
 
 
 def _word(value: Any) -> str | None:
-    """A label as a word; None if the value is none."""
+    """A label as a string; None if the value cannot be a label."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str | int):

@@ -34,7 +34,9 @@ def find_kind(configs: Mapping[str, PretrainedConfig]) -> Kind:
                 )
         if len(set(learned.values())) > 1:
             listing = ", ".join(f"{name} has {problem_type}" for name, problem_type in learned.items())
-            raise ValueError(f"Only models of one problem_type can be compared, and {listing}. Measure each apart.")
+            raise ValueError(
+                f"Only models of one problem_type can be compared, and {listing}. Measure each separately."
+            )
     return kind
 
 

@@ -188,7 +188,7 @@ def _metadata(run: Run, *, repo_id: str | None, base_model: str | None) -> Model
 
 
 def _usage(run: Run, name: str, base: str | None) -> str:
-    """Commands that run as they stand, in a process without hfllm."""
+    """Commands that run as written, in a process without hfllm."""
     trust = ", trust_remote_code=True" if run.config.get("model_type", "hfllm_gpt") == "hfllm_gpt" else ""
     prompt = run.arguments.get("sample_prompt") or ("import " if run.arguments.get("dataset") == "stdlib" else "The ")
     quoted = json.dumps(name)
@@ -405,7 +405,7 @@ def _limits(run: Run) -> str:
         }
         one = "It knows the labels and the kind of text it was trained on, and gives every text one of them, however "
         says = gives.get(problem_type_of(run) or "", f"{one}little it fits.")
-        return f"{says}{window} The numbers above hold for texts like those of its data set."
+        return f"{says}{window} The numbers above are valid for texts like those of its dataset."
     if is_chat(run):
         return (
             f"It answers questions of the kind it was fine-tuned on. It answers other questions too, but wrongly."
