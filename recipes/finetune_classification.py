@@ -70,6 +70,7 @@ from hfllm.fine_tuning.classification import ClassifierTrainer, freeze_all_but, 
 from hfllm.fine_tuning.run import open_run, training_arguments
 from hfllm.model import GPTConfig
 from hfllm.report.confusion import plot_confusion, plot_labels, plot_numbers
+from hfllm.report.escaping import visible
 from hfllm.runs.finite import check_converged, check_fit_of_numbers
 from hfllm.tokenization import load_classifier_tokenizer
 from hfllm.training.devices import check_precision
@@ -276,7 +277,7 @@ def main(args: ClassificationArguments) -> None:
         if this_run.is_finished(model, tokenizer, learned):
             return
         if this_run.is_main:
-            print(describe_labelled_texts(train, validation, test, names))
+            print(visible(describe_labelled_texts(train, validation, test, names)))
             print(describe_lengths(list(rows.values()), block_size, stride))
 
         # 3. What is trained: LoRA's matrices and the head, or the part of the model that the method names
@@ -559,7 +560,7 @@ def draw(
 
 
 def report(args: ClassificationArguments, metrics: dict[str, Any], output_dir: Path, *, example: str) -> None:
-    print(f"\n{describe_scores(metrics, problem_type=args.problem_type)}")
+    print(f"\n{visible(describe_scores(metrics, problem_type=args.problem_type))}")
     speed = ""
     if metrics["train_tokens"]:
         speed = (

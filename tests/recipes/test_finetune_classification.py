@@ -168,6 +168,17 @@ def test_the_folder_has_what_a_run_leaves_and_a_log_of_its_steps(finished):
     assert len(evaluations) == 3
 
 
+def test_a_label_with_control_characters_does_not_reach_the_terminal(base, classify, tmp_path):
+    path = tmp_path / "labelled.jsonl"
+    rows = [
+        {"text": f"{s} {n}", "label": ("\x1b[31mred", "blue")[n % 2]} for n, s in enumerate(make_sentences(60, seed=3))
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    told = classify(model=base, dataset=path, output_dir=tmp_path / "out", max_steps=2, block_size=24)
+    assert "\x1b" not in told
+    assert told.count("\\x1b[31mred") >= 2  # before training, and in the table of scores
+
+
 def test_a_pipeline_answers_with_the_labels_words_as_the_test_did(finished):
     options, _ = finished
     classify = pipeline("text-classification", str(options["output_dir"]))
