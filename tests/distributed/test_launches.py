@@ -47,6 +47,7 @@ def check(folder: Path, num_processes: int, sharding: str, answers: list[dict]) 
     assert before.read_bytes() == after.read_bytes()
 
 
+@pytest.mark.slow
 def test_fsdp2_shards_on_any_machine(tmp_path):
     """The default run's own launch; the others are slow."""
     check(tmp_path, 2, "FSDP2", probe(tmp_path, "fsdp2.yaml", 2))

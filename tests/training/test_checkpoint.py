@@ -646,7 +646,7 @@ def kill_saves(folder: str, num_kills: int) -> None:
 
 @pytest.mark.fault(1)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("num_kills", [8, pytest.param(84, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [4, pytest.param(84, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments_always_leaves_a_whole_checkpoint(tmp_path, num_kills):
     code = f"from {__name__} import kill_saves; kill_saves({str(tmp_path)!r}, {num_kills})"
     result = subprocess.run(
