@@ -223,7 +223,8 @@ def _describe_error(error: Exception) -> str | None:
 
 def _read_yaml(parser: argparse.ArgumentParser, path: str, known_names: list[str]) -> list[str]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        text = Path(path).read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text) or {}, yaml.compose(text)
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror}. Give the path of a YAML file of this recipe's options.")
     except UnicodeDecodeError as error:
@@ -236,6 +237,10 @@ def _read_yaml(parser: argparse.ArgumentParser, path: str, known_names: list[str
         parser.error(f"--config {path} must hold `option: value` lines, but holds a {type(values).__name__}.")
 
     argv = []
+    assert isinstance(node, yaml.MappingNode | None)
+    names = [key.value.replace("-", "_") for key, _ in node.value] if node is not None else []
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:  # YAML would take the last one
+        parser.error(f"--config {path} has {', '.join(map(repr, twice))} more than once. Leave one of them.")
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known_names or name == "config":

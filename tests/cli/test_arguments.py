@@ -65,6 +65,7 @@ def test_a_value_that_begins_with_a_dash_is_a_value(tmp_path):
         ([], "max_steps: {a: 1}", "option 'max_steps' in {config} is a mapping"),
         ([], "- max_steps", "must hold `option: value` lines, but holds a list"),
         ([], "max_steps: [", "is not YAML"),
+        ([], "max_steps: 3\nseed: 1\nmax-steps: 4", "{config} has 'max_steps' more than once. Leave one of them."),
     ],
 )
 def test_errors_name_the_nearest_known_option(tmp_path, capsys, argv, yaml_text, message):
