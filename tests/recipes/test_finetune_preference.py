@@ -176,7 +176,7 @@ def test_each_of_several_validation_datasets_is_measured(options, preferences, t
     turned = {"chosen": "No, that is not allowed.", "rejected": "Yes, go there."}
     (tmp_path / "same.json").write_text(json.dumps(rows[:4]))
     (tmp_path / "turned.json").write_text(json.dumps([{**row, **turned} for row in rows[:4]]))
-    options["per_device_train_batch_size"] = 4
+    options |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "max_steps": 10}  # so few that none is far off
     own = f"{tmp_path / 'same.json'},{tmp_path / 'turned.json'}"
     metrics = run(**options, validation_dataset=own)
     assert metrics["eval_reward_accuracy_same"] == 1 and metrics["eval_reward_accuracy_turned"] == 0
