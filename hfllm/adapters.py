@@ -203,11 +203,11 @@ def save_adapter(
 ) -> None:
     """Write one adapter as PEFT does, directly into the folder, and beside it a file that identifies its base.
 
-    What a classifier's head was trained for stands there too: its labels, whether one or several of them hold, and the
-    base's `classifier_pooling`.
+    For a classifier, that file also has the labels, the `problem_type`, and the base's `classifier_pooling`.
+
     `base_model_name_or_path` is what other programs open the base by: `base_model_id` if given, else the name that the
     base was opened by. A base from the Hub's cache is written by its id. A folder's path is valid on this machine only,
-    and a warning says so.
+    which is logged.
     """
     config = model.peft_config[adapter_name]
     base = model.get_base_model()

@@ -38,8 +38,8 @@ def export_gguf(
     and renamed, so it is whole or absent; an older one is replaced. Only one tensor at a time is in memory.
 
     Raises:
-        ValueError: for a model, tokenizer or path that cannot be a GGUF file; names all obstacles. OSError: if the file
-        could not be written; nothing of it is left.
+        ValueError: for a model, tokenizer or path that cannot be a GGUF file; names all obstacles.
+        OSError: if the file could not be written; nothing of it is left.
     """
     gguf = import_gguf()
     if dtype not in DTYPES:

@@ -107,8 +107,8 @@ def verify_onnx(path: str | Path, model: PreTrainedModel, *, tolerance: float = 
     largest logit, if that is above 1.
 
     Raises:
-        ValueError: if the logits differ by more: the file belongs to another model, or is broken. RuntimeError: if a
-        package is missing.
+        ValueError: if the logits differ by more: the file belongs to another model, or is broken.
+        RuntimeError: if a package is missing.
     """
     session = open_onnx(path)
     model = _in_float32(model)

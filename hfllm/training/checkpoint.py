@@ -74,8 +74,8 @@ def save_checkpoint(
     `tokenizer`, so that `from_pretrained` opens the checkpoint.
 
     Raises:
-        OSError: the disk is full, or another error of the system; the older checkpoints stay. FloatingPointError: a
-        weight, an average or a number is not finite; nothing is written.
+        OSError: the disk is full, or another error of the system; the older checkpoints stay.
+        FloatingPointError: a weight, an average or a number is not finite; nothing is written.
     """
     if "step" not in state:
         raise ValueError(f"A checkpoint is named after its step; the state has only the keys {sorted(state)}.")
