@@ -3,10 +3,10 @@
     python recipes/finetune_preference.py --model out/chat --dataset preferences.jsonl --output_dir out/preferred
     python recipes/chat.py --model out/preferred
 
-A row has the columns prompt, chosen and rejected: texts, or lists of messages. TRL does the training (`pip install -e
-'.[preference]'`): the policy's LoRA is trained so that, relative to the model it started from, the chosen reply becomes
-likelier than the rejected one. The reference needs no second copy of the model: it is the same model with the adapter
-switched off.
+A row has the columns prompt, chosen and rejected: texts, or lists of messages. TRL does the training
+(`pip install -e '.[preference]'`): the policy's LoRA is trained so that, relative to the model it started from, the
+chosen reply becomes likelier than the rejected one. The reference needs no second copy of the model: it is the same
+model with the adapter switched off.
 """
 
 import importlib.util

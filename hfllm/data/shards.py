@@ -41,9 +41,7 @@ from .sources import (
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1  # part of a stream's identity: increase it when the same files would give other shards
-HELD_OUT_VERSION = (
-    2  # part of the cache's address: increase it when other documents would be held out of the same files
-)
+HELD_OUT_VERSION = 2  # part of the cache's address: increase it when the same files would have others held out
 NUM_PIECES = 256  # into which a text is cut, if its files can be cut, ...
 LEAST_PIECE_BYTES, MOST_PIECE_BYTES = 1 << 16, 32 << 20  # ... unless the pieces would be smaller or larger than this
 FEW_SHARDS = 16  # a dataset on the Hub with fewer shards is cut further, if its format allows it

@@ -321,28 +321,15 @@ class ChatForm:
 
     def choice(self, number: int, text: str, tokens: list[ReplyToken], finish_reason: str | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {
-            "index": number,
-            "message": message,
-            "logprobs": self._describe(number, tokens),
-            "finish_reason": finish_reason,
-        }
+        return _choice(number, {"message": message}, self._describe(number, tokens), finish_reason)
 
     def opening(self, number: int) -> dict[str, Any] | None:
-        return self._chunk(number, {"role": "assistant", "content": ""}, [], None)
+        delta = {"role": "assistant", "content": ""}
+        return _choice(number, {"delta": delta}, self._describe(number, []), None)
 
     def piece(self, number: int, text: str | None, tokens: list[ReplyToken], finish: str | None) -> dict[str, Any]:
-        return self._chunk(number, {} if text is None else {"content": text}, tokens, finish)
-
-    def _chunk(
-        self, number: int, delta: dict[str, str], tokens: list[ReplyToken], finish: str | None
-    ) -> dict[str, Any]:
-        return {
-            "index": number,
-            "delta": delta,
-            "logprobs": self._describe(number, tokens),
-            "finish_reason": finish,
-        }
+        delta = {} if text is None else {"content": text}
+        return _choice(number, {"delta": delta}, self._describe(number, tokens), finish)
 
     def _describe(self, number: int, tokens: list[ReplyToken]) -> dict[str, Any] | None:
         """OpenAI's form of the probabilities of some tokens; None if they are not requested."""
@@ -376,12 +363,7 @@ class TextForm:
         return self.piece(number, self.echoed[number], [], None) if self.echoed[number] else None
 
     def piece(self, number: int, text: str | None, tokens: list[ReplyToken], finish: str | None) -> dict[str, Any]:
-        return {
-            "index": number,
-            "text": text or "",
-            "logprobs": self._describe(number, tokens),
-            "finish_reason": finish,
-        }
+        return _choice(number, {"text": text or ""}, self._describe(number, tokens), finish)
 
     def _describe(self, number: int, tokens: list[ReplyToken]) -> dict[str, Any] | None:
         """The older form of the probabilities of some tokens; None where they are not asked for."""
@@ -398,6 +380,11 @@ class TextForm:
             ],
             "text_offset": [token.start for token in tokens],
         }
+
+
+def _choice(number: int, content: dict[str, Any], logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+    """A reply, or a piece of one, in the order that OpenAI's server has."""
+    return {"index": number, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def _plain_name(token: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Scores of several labels and of numbers against other libraries', and long texts that are read in windows."""
+"""Scores of classifiers and regressions against other libraries', and long texts that are read in windows."""
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import hfllm
 from hfllm.evaluation.classification import (
     describe_scores,
     encode_windows,
+    logistic_regression,
     logistic_regressions,
     pool_windows,
     predict_texts,
@@ -18,14 +19,81 @@ from hfllm.evaluation.classification import (
     score_beside_baselines,
     score_label_sets,
     score_numbers,
+    score_predictions,
 )
 from hfllm.evaluation.kinds import find_kind, problem_type_of
-from hfllm.report.confusion import plot_labels, plot_numbers
+from hfllm.report.confusion import plot_confusion, plot_labels, plot_numbers
 from hfllm.tokenization import load_classifier_tokenizer
 from tests.conftest import make_tiny_config
 
 
 NAMES = ["a", "b", "c", "never"]
+
+
+@pytest.fixture(scope="module")
+def scored():
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 200)
+    logits = generator.normal(size=(200, 4)).astype(np.float32) + 1.5 * np.eye(4)[labels]
+    logits[:, 3] = -20  # a label that is neither there nor said
+    return logits, labels, score_predictions(logits, labels, NAMES)
+
+
+def test_scores_are_scikit_learns(scored):
+    logits, labels, scores = scored
+    said = logits.argmax(1)
+    assert scores["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, said))
+    assert scores["f1_macro"] == pytest.approx(sklearn.metrics.f1_score(labels, said, average="macro"))
+    assert scores["loss"] == pytest.approx(
+        sklearn.metrics.log_loss(labels, torch.tensor(logits).double().softmax(1), labels=range(4))
+    )
+    assert scores["confusion"] == sklearn.metrics.confusion_matrix(labels, said, labels=range(4)).tolist()
+    expected = sklearn.metrics.precision_recall_fscore_support(labels, said, labels=range(4), zero_division=0)
+    for index, name in enumerate(NAMES):
+        row = scores["per_label"][name]
+        assert [row["precision"], row["recall"], row["f1"], row["texts"]] == pytest.approx([e[index] for e in expected])
+
+
+def test_the_calibration_error_is_the_distance_of_confidence_and_accuracy():
+    """Ten texts at a confidence of 0.9 of which 6 are right, ten at 0.6 of which 6 are right: (0.3 + 0.0) / 2."""
+    sure, unsure = np.log([0.9, 0.1]), np.log([0.601, 0.399])
+    logits = np.array([sure] * 10 + [unsure] * 10)
+    labels = np.array(([0] * 6 + [1] * 4) * 2)
+    scores = score_predictions(logits, labels, ["x", "y"])
+    assert scores["ece"] == pytest.approx((0.3 + 0.001) / 2)
+    assert [row["texts"] for row in scores["reliability"]] == [10, 10]
+    assert scores["majority_accuracy"] == 0.6
+
+
+def test_the_picture_of_a_confusion_is_drawn(scored, tmp_path):
+    path = plot_confusion(scored[2], NAMES, tmp_path / "confusion.png", title="a run")
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def test_the_logistic_regression_learns_words_and_knows_labels_by_their_ids():
+    train = ["win a prize now", "see you at home", "free prize", "call me later"] * 5
+    logits, strength = logistic_regression(
+        (train, [2, 0, 2, 0] * 5), (train[:4], [2, 0, 2, 0]), ["prize", "home"], num_labels=3
+    )
+    assert logits.shape == (2, 3) and logits.argmax(1).tolist() == [2, 0]
+    assert np.exp(logits).sum(1) == pytest.approx([1, 1]) and strength in (1, 10, 100)
+
+
+def test_the_numbers_are_beside_cheap_baselines_and_a_worse_model_is_reported():
+    texts = {
+        "train": (["red fish", "red bird", "blue fish", "blue bird", "red cat"], [1, 1, 0, 0, 1]),
+        "eval": (["red", "blue"], [1, 0]),
+        "test": (["blue dog", "red dog", "blue cow", "blue owl"], [0, 1, 0, 0]),
+    }
+    right, wrong = np.array([[4.0, 0], [0, 4], [4, 0], [4, 0]]), np.array([[0.0, 4], [0, 4], [0, 4], [4, 0]])
+    for logits, accuracy in ((right, 1.0), (wrong, 0.5)):
+        metrics = score_beside_baselines({"eval": right[:2], "test": logits}, texts, ["blue", "red"])
+        assert metrics["test_accuracy"] == accuracy and metrics["test_texts"] == 4
+        assert metrics["test_majority_accuracy"] == 0.25  # red is commonest in training
+        assert metrics["test_logistic_regression_accuracy"] == 1.0 and metrics["eval_accuracy"] == 0.0
+        described = describe_scores(metrics)
+        assert "Test, 4 texts" in described and "always the commonest label     25.00%" in described
+        assert ("is right on 2 texts more than this model" in described) == (accuracy < 1)
 
 
 @pytest.fixture(scope="module")
