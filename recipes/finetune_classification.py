@@ -30,6 +30,7 @@ On the GPUs of one machine:
 The same command again resumes an interrupted run. `--help` explains every option.
 """
 
+import copy
 import dataclasses
 import os
 from pathlib import Path
@@ -38,7 +39,7 @@ from typing import Any, Literal
 from hfllm.adapters import add_lora, count_parameters, describe_trained
 from hfllm.cli import options as groups
 from hfllm.cli.arguments import check_recipe, run
-from hfllm.cli.opening import check_fit, open_classifier, open_config
+from hfllm.cli.opening import check_fit, has_head_for, open_classifier, open_config
 from hfllm.cli.options import arguments, check_numbers, differs, option
 from hfllm.data.labelled_texts import (
     MULTI_LABEL,
@@ -261,12 +262,14 @@ def main(args: ClassificationArguments) -> None:
         check_labels_known(names, validation=validation, test=test)
         targets = {name: label_targets(part, names) for name, part in parts.items()}
 
-        # 2. The model, with a new head that has one output for each label, or one for the number. The head reads the
-        #    last token of a text, the only one that has seen all of it, or a mean over all tokens; the attention mask
-        #    says which are text.
+        # 2. The model, with a head that has one output for each label, or one for the number; a new one, unless the
+        #    model is a classifier for these labels already. The head reads the last token of a text, the only one that
+        #    has seen all of it, or a mean over all tokens; the attention mask says which are text.
         tokenizer = load_classifier_tokenizer(args.model)
-        model = open_model(args, tokenizer, names)
-        target_scale = start_at_mean(model, targets["train"]) if args.problem_type == REGRESSION else 1.0
+        model, is_new_head = open_model(args, tokenizer, names)
+        target_scale = 1.0
+        if args.problem_type == REGRESSION:
+            target_scale = start_at_mean(model, targets["train"], is_new_head=is_new_head)
         block_size = args.block_size or model.config.max_position_embeddings
         tokenizer.model_max_length = block_size
         stride = args.choose_stride(block_size)
@@ -410,13 +413,16 @@ def load_parts(args: ClassificationArguments) -> tuple[LabelledTexts, LabelledTe
     return parts
 
 
-def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> PreTrainedModel:
+def open_model(
+    args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]
+) -> tuple[PreTrainedModel, bool]:
     """The model with a head for these labels, in float32 for training, whatever precision it was saved in.
 
-    The head is new, unless the model is a classifier for the same labels already.
+    The head is new, which is returned as well, unless the model is a classifier for the same labels already.
     """
-    config = open_config(args.model)
-    check_fit(config, num_ids=len(tokenizer), block_size=args.block_size)
+    source = open_config(args.model)
+    check_fit(source, num_ids=len(tokenizer), block_size=args.block_size)
+    config = copy.deepcopy(source)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
     config.problem_type = args.problem_type
@@ -424,7 +430,7 @@ def open_model(args: ClassificationArguments, tokenizer: PreTrainedTokenizerBase
         config.classifier_pooling = args.pooling
     model = open_classifier(args.model, config=config, dtype=torch.float32)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model
+    return model, not has_head_for(source, config)
 
 
 def encode(

@@ -104,14 +104,12 @@ def open_classifier(name: str, *, config: PreTrainedConfig, **options: Any) -> P
         ValueError: there is no such model, or its weights cannot be read.
     """
     source = open_config(name, trust_remote_code=options.get("trust_remote_code", False))
-    is_classifier = any(kind.endswith("ForSequenceClassification") for kind in source.architectures or [])
-    has_head = is_classifier and source.id2label == config.id2label
-    has_head = has_head and source.problem_type in (None, config.problem_type)
+    is_classifier, keeps_head = _is_classifier(source), has_head_for(source, config)
     base = base_of_adapter(name)
     try:
-        if has_head and base:
+        if keeps_head and base:
             return _merged(open_classifier(base, config=config, **options), name)
-        if has_head or not (is_classifier or base):
+        if keeps_head or not (is_classifier or base):
             config = copy.deepcopy(config)
             config.architectures = source.architectures  # what was saved, and so whether a head is missing from it
             return AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
@@ -123,6 +121,16 @@ def open_classifier(name: str, *, config: PreTrainedConfig, **options: Any) -> P
     model.base_model.load_state_dict(trained.base_model.state_dict())
     model.name_or_path = name
     return model
+
+
+def has_head_for(source: PreTrainedConfig, config: PreTrainedConfig) -> bool:
+    """Whether the model of `source` is a classifier with the labels and the problem_type of `config`."""
+    is_same = source.id2label == config.id2label and source.problem_type in (None, config.problem_type)
+    return _is_classifier(source) and is_same
+
+
+def _is_classifier(config: PreTrainedConfig) -> bool:
+    return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
 
 
 def _merged(base: PreTrainedModel, adapter: str) -> PreTrainedModel:

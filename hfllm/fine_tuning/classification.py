@@ -39,18 +39,20 @@ def freeze_all_but(model: PreTrainedModel, method: str) -> None:
 
 
 @torch.no_grad()
-def start_at_mean(model: PreTrainedModel, numbers: np.ndarray) -> float:
+def start_at_mean(model: PreTrainedModel, numbers: np.ndarray, *, is_new_head: bool = True) -> float:
     """Let a new head say about the mean of these numbers, in their own unit; returns the scale of what it has to learn.
 
-    The scale is the numbers' root-mean-square distance from what the head says at first: its bias, or zero for the
-    heads of transformers, which have none. Its weights, drawn for numbers about as large as one, are multiplied by it.
+    The scale is the numbers' root-mean-square distance from their mean, or from zero for the heads of transformers,
+    which have no bias. A new head's weights, drawn for numbers about as large as one, are multiplied by it. A head that
+    was trained for such numbers stays as it is.
     """
     head = next(module for name, module in model.named_modules() if name in HEADS)
     start = 0.0 if head.bias is None else float(numbers.mean())
     scale = float(np.sqrt(np.square(numbers - start).mean()))
-    head.weight.mul_(scale)
-    if head.bias is not None:
-        head.bias.fill_(start)
+    if is_new_head:
+        head.weight.mul_(scale)
+        if head.bias is not None:
+            head.bias.fill_(start)
     return scale
 
 

@@ -507,6 +507,14 @@ def test_a_number_is_learned_in_its_own_unit_by_every_door(base, animals, classi
     with pytest.raises(ValueError, match="its head has a bias; open the base with problem_type='regression'"):
         load_adapter(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), out / "adapter")
 
+    # Trained further for the same numbers, it starts with the head that it has.
+    rates = {"learning_rate": 0, "head_learning_rate": 0, "max_steps": 1}
+    classify(**{**options, **rates, "model": out, "output_dir": tmp_path / "further"}, problem_type="regression")
+    further = AutoModelForSequenceClassification.from_pretrained(tmp_path / "further")
+    assert further(**tokenizer("a dog sees a dog", return_tensors="pt")).logits.item() == pytest.approx(
+        number, rel=1e-5
+    )
+
 
 def test_long_texts_are_read_whole_in_windows_and_split_and_measured_by_text(base, classify, recipe, tmp_path):
     """The word that decides stands behind the context, where a text that is cut loses it."""
