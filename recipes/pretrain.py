@@ -749,7 +749,9 @@ def build_optimizer(args: PretrainArguments, model: PreTrainedModel, accelerator
         return build_adamw(model, **rates, **adam)
     rates["adam_learning_rate"] = args.adam_learning_rate
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
-    return build_muon(model, **rates, **adam, momentum=args.muon_momentum, dtype=dtype)
+    # Under DDP every process has all matrices and gradients: they share the work. `WORLD` is None for a single process.
+    shared = {"process_group": torch.distributed.group.WORLD}
+    return build_muon(model, **rates, **adam, **shared, momentum=args.muon_momentum, dtype=dtype)
 
 
 def prepare(

@@ -8,13 +8,16 @@ the same optimizer, so that one object is scheduled, saved and resumed.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.adamw import adamw
+
+from .sharing import Grid, SharedStack, grid_of, local_part, overlap
 
 
 # An odd polynomial ax + bx^3 + cx^5 that moves singular values in (0, 1] towards 1, steepest at 0 (Jordan et al. 2024).
@@ -41,8 +44,14 @@ class Muon(torch.optim.Optimizer):
     iteration tolerates bfloat16's rounding. It takes three tenths of a step's time for 6 layers of 384 and 2,048
     tokens, in float32 on one core, nearly all of it in matrix products.
 
-    A parameter may be sharded (FSDP2's DTensor): its momentum is then gathered, every process orthogonalises the whole,
-    and keeps its part of the result.
+    Several processes share the work: each makes some of the matrices orthogonal, whole, and all get the results
+    (`SharedStack`). Parameters that are sharded by rows (FSDP2, HSDP) say themselves among whom; for all others
+    `process_group` names the processes that have the same parameters and gradients, as DDP's do. Unless it is given,
+    each process makes all of these orthogonal alone, and none waits for another. The state does not depend on who does
+    what: a momentum is whole or sharded as its parameter is.
+
+    Within a group, all processes have to take a step together, but which gradients are present changes nothing of what
+    they send: if a matrix has a gradient here and none in the process that makes it orthogonal, it becomes NaN here.
     """
 
     def __init__(
@@ -55,10 +64,12 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
     ):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(groups, {**defaults, "orthogonal": False})
         self.dtype = dtype
+        self.process_group = process_group
         for group in self.param_groups:
             for parameter in group["params"] if group["orthogonal"] else []:
                 if parameter.ndim != 2:
@@ -73,34 +84,56 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if group["orthogonal"]:
-                self._step_orthogonal(group, parameters)
-            elif parameters:
-                self._step_adamw(group, parameters)
+        overlap(self._tasks())
         return loss
 
-    def _step_orthogonal(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        for stack in _stacks(parameters):
-            updates = [self._update_momentum(parameter, group["momentum"]) for parameter in stack]
-            for parameter, update in zip(stack, orthogonalize(updates, self.dtype)):
+    def _tasks(self) -> Iterator[Iterator[None]]:
+        """One task for each stack; groups of AdamW take their step while the stacks before them are on their way."""
+        for group in self.param_groups:
+            if group["orthogonal"]:
+                for grid, stack in _stacks(group["params"], self.process_group):
+                    yield self._step_orthogonal(group, stack, grid)
+            else:
+                self._step_adamw(group)
+
+    def _step_orthogonal(self, group: dict[str, Any], stack: list[nn.Parameter], grid: Grid | None) -> Iterator[None]:
+        """Muon's step for matrices of one shape; yields while numbers are on their way between processes."""
+        for parameter in stack:
+            self._update_momentum(parameter, group["momentum"])
+        if grid is None:
+            momenta = [_gather(self._nesterov(parameter, group["momentum"]), parameter) for parameter in stack]
+            results = orthogonalize(momenta, self.dtype)
+            updates = [_part(result, parameter) for parameter, result in zip(stack, results)]
+        else:
+            shared = SharedStack(stack, grid, dtype=self.dtype or default_dtype(stack[0].device))
+            parts = [self._nesterov(parameter, group["momentum"]) for parameter in shared.of_replica]
+            momenta = yield from shared.collect(parts)
+            results = orthogonalize(momenta, self.dtype) if momenta else []
+            updates = yield from shared.distribute(results)
+        for parameter, update in zip(stack, updates, strict=True):
+            if parameter.grad is not None:
                 rows, columns = parameter.shape
-                own, update = _local(parameter), _share(update, parameter)
+                own = local_part(parameter)
                 own.mul_(1 - group["lr"] * group["weight_decay"])
                 own.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
-    def _update_momentum(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
-        """Nesterov's momentum, whole: the mean of the gradients with the newest one counted once more."""
-        assert parameter.grad is not None
-        gradient, buffer = _local(parameter.grad), _local(self.state[parameter]["momentum_buffer"])
-        buffer.lerp_(gradient, 1 - momentum)
-        return _gather(torch.lerp(gradient, buffer, momentum), parameter)
+    def _update_momentum(self, parameter: nn.Parameter, momentum: float) -> None:
+        if parameter.grad is not None:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            local_part(state["momentum_buffer"]).lerp_(local_part(parameter.grad), 1 - momentum)
 
-    def _step_adamw(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    def _nesterov(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
+        """This process's part of Nesterov's momentum: the mean of the gradients with the newest counted once more."""
+        if parameter.grad is None:
+            return torch.full_like(local_part(parameter), math.nan)
+        return torch.lerp(local_part(parameter.grad), local_part(self.state[parameter]["momentum_buffer"]), momentum)
+
+    def _step_adamw(self, group: dict[str, Any]) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not parameters:
+            return
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] |= {
@@ -110,10 +143,10 @@ class Muon(torch.optim.Optimizer):
                 }
         states = [self.state[parameter] for parameter in parameters]
         adamw(
-            [_local(parameter) for parameter in parameters],
-            [_local(parameter.grad) for parameter in parameters],
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
+            [local_part(parameter) for parameter in parameters],
+            [local_part(parameter.grad) for parameter in parameters],
+            [local_part(state["exp_avg"]) for state in states],
+            [local_part(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -139,8 +172,7 @@ def orthogonalize(matrices: list[torch.Tensor], dtype: torch.dtype | None = None
         matrix.shape[0] > matrix.shape[1] for matrix in matrices
     ]  # the Gram matrix below is then the smaller one
     device = matrices[0].device
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = dtype or default_dtype(device)
     x = torch.empty(len(matrices), min(rows, columns), max(rows, columns), dtype=dtype, device=device)
     for place, matrix, tall in zip(x, matrices, is_tall):
         place.copy_(matrix.mT if tall else matrix)
@@ -148,6 +180,10 @@ def orthogonalize(matrices: list[torch.Tensor], dtype: torch.dtype | None = None
     # With r columns per row this takes 4 * (2r + 1) products of square matrices; by the Gram matrix, 13 + 2r.
     x = _iterate_gram(x) if dtype == torch.float32 and x.shape[-1] > 1.5 * x.shape[-2] else _iterate(x)
     return [matrix.mT if tall else matrix for matrix, tall in zip(x, is_tall)]
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def _iterate(x: torch.Tensor) -> torch.Tensor:
@@ -173,37 +209,39 @@ def _iterate_gram(x: torch.Tensor) -> torch.Tensor:
     return product @ x
 
 
-def _stacks(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters by shape, a shape and its transpose together, in stacks of a bounded size."""
+def _stacks(
+    parameters: list[nn.Parameter], process_group: ProcessGroup | None
+) -> Iterator[tuple[Grid | None, list[nn.Parameter]]]:
+    """The parameters by shape, a shape and its transpose together, in stacks of a bounded size, each with its grid.
+
+    Every process of a grid has the same stacks, whichever gradients it has: the others wait for its part of each.
+    """
     by_shape: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
-        by_shape[(*sorted(parameter.shape), parameter.device)].append(parameter)
-    stacks = []
-    for alike in by_shape.values():
-        most = max(1, STACK_NUMBERS // max(1, alike[0].numel()))
-        stacks += [alike[first : first + most] for first in range(0, len(alike), most)]
-    return stacks
+        grid = grid_of(parameter, process_group)
+        if parameter.grad is not None or (grid is not None and grid.num_processes > 1):
+            by_shape[(grid, *sorted(parameter.shape), parameter.device)].append(parameter)
+    for (grid, *_), alike in by_shape.items():
+        num_processes = 1 if grid is None else grid.num_processes
+        # A multiple of the processes, so that all of them have as many matrices, in all stacks but the last.
+        most = num_processes * max(1, STACK_NUMBERS // (num_processes * max(1, alike[0].numel())))
+        for first in range(0, len(alike), most):
+            yield grid, alike[first : first + most]
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _gather(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of which `local` is this process's part, sharded like `parameter`."""
-    if not isinstance(parameter, DTensor):
-        return local
+def _gather(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of which `part` is this process's, sharded like `parameter`."""
+    assert isinstance(parameter, DTensor)
     mesh, placements = parameter.device_mesh, parameter.placements
     sharded = DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
     return sharded.full_tensor()
 
 
-def _share(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def _part(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """This process's part of `whole`, sharded like `parameter`; without communication."""
-    if not isinstance(parameter, DTensor):
-        return whole
+    assert isinstance(parameter, DTensor)
     mesh = parameter.device_mesh
     replicated = DTensor.from_local(whole.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return replicated.redistribute(placements=parameter.placements).to_local()
