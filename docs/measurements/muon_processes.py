@@ -35,7 +35,8 @@ VARIANTS = {
     "FSDP2, 4 processes": (1, 4),
     "HSDP, 2 x 2 processes": (2, 2),
 }
-ON_64_GPUS = {"DDP": (64, 1), "FSDP2": (1, 64), "HSDP, 8 x 8": (8, 8)}
+ON_64_GPUS = {"not shared": (1, 1), "DDP": (64, 1), "FSDP2": (1, 64), "HSDP, 8 x 8": (8, 8)}
+OPERATIONS_PER_SECOND, BYTES_PER_SECOND = 400e12, 50e9  # of each GPU: an assumption, not a measurement
 MODELS = {
     "124M": {"num_blocks": 12, "hidden_size": 768, "intermediate_size": 2048},
     "7B": {"num_blocks": 32, "hidden_size": 4096, "intermediate_size": 11008},
@@ -75,20 +76,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(work, args=(folder, options.rounds), nprocs=4)
         measured = json.loads(Path(folder, "measured.json").read_text(encoding="utf-8"))
-    on_paper = {
-        f"{model}, {name}": {
-            "bytes_sent": bytes_sent(shapes_of(**sizes), *grid, bytes_per_number=2),
-            "flops": multiplications(shapes_of(**sizes), math.prod(grid)),
-        }
-        for model, sizes in MODELS.items()
-        for name, grid in ON_64_GPUS.items()
-    }
+    on_paper = {}
+    for model, sizes in MODELS.items():
+        for name, grid in ON_64_GPUS.items():
+            flops = multiplications(shapes_of(**sizes), math.prod(grid))
+            num_bytes = bytes_sent(shapes_of(**sizes), *grid, bytes_per_number=2)
+            on_paper[f"{model}, {name}"] = {
+                "flops": flops,
+                "seconds_computing": flops / OPERATIONS_PER_SECOND,
+                "bytes_sent": num_bytes,
+                "seconds_sending": num_bytes / BYTES_PER_SECOND,
+            }
     results = {"rounds": options.rounds, "measured": measured, "on_64_gpus_in_bfloat16": on_paper}
     for name, numbers in measured.items():
         seconds = "{seconds:.3f} s, {cpu_seconds:.3f} s of the CPU".format(**numbers)
         print(f"{name}: {seconds}, {numbers['bytes_sent'] / 1e6:.1f} MB sent by each process")
     for name, numbers in on_paper.items():
-        print(f"{name} on 64 GPUs: {numbers['bytes_sent'] / 1e9:.3f} GB, {numbers['flops']:.2e} operations")
+        seconds = "{seconds_computing:.4f} s computing, {seconds_sending:.4f} s sending".format(**numbers)
+        print(f"on paper, 64 GPUs, {name}: {seconds}, {numbers['bytes_sent'] / 1e9:.3f} GB sent by each")
     if options.output_file is not None:
         options.output_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

@@ -330,8 +330,18 @@ def muon_processes_table(results: dict[str, Any]) -> str:
         for name, each in measured.items()
     ]
     here = table(["6 blocks of 384, float32", "a step", "... on the CPU", "sent by a process"], rows)
-    rows = [[name, f"{each['bytes_sent'] / 1e9:.3f} GB", f"{each['flops']:.1e}"] for name, each in on_paper.items()]
-    return f"{here}\n\n{table(['on paper, 64 GPUs, bfloat16', 'sent by a GPU', 'operations of a GPU'], rows)}"
+    rows = [
+        [
+            name,
+            f"{each['flops'] / 1e12:.2f}",
+            f"{1e3 * each['seconds_computing']:.1f} ms",
+            f"{each['bytes_sent'] / 1e9:.3f} GB",
+            f"{1e3 * each['seconds_sending']:.1f} ms",
+        ]
+        for name, each in on_paper.items()
+    ]
+    head = ["on paper: 64 GPUs, bfloat16", "TFLOP of a GPU", "at 400 TFLOP/s", "sent by a GPU", "at 50 GB/s"]
+    return f"{here}\n\n{table(head, rows)}"
 
 
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {

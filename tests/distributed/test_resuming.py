@@ -23,7 +23,6 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
     [
         ("adamw", "ddp.yaml", 2, "DDP", []),
         ("adamw", "fsdp2.yaml", 2, "FSDP2", []),
-        ("muon", "ddp.yaml", 2, "DDP", []),
         ("muon", "fsdp2.yaml", 3, "FSDP2", []),
         ("muon", "hsdp.yaml", 4, "HSDP 2 x 2", ["--parallelism_config_dp_shard_size", 2]),
         pytest.param("adamw", "deepspeed_zero2.yaml", 3, "ZeRO-2", [], marks=needs_deepspeed),
