@@ -3,9 +3,9 @@
     python docs/measurements/muon_processes.py --output_file muon.json
 
 Run it from the repository's root; `measure.py muon_processes` does, and keeps the numbers. The matrices are those of 6
-blocks of 384, in float32 over gloo. A process beyond those of a variant waits. Seconds are those of the slowest process
-of a variant, the least of all rounds: by the clock, and of the CPU, which do not depend on how many cores are free.
-Bytes are counted, and compared with the formula that also gives those of larger models and more processes.
+blocks of 384, in float32 over gloo. Processes that a variant does not use wait. Seconds are those of the variant's
+slowest process, the minimum over all rounds: wall time, and CPU time, which does not depend on how many cores are free.
+Bytes are counted and compared with the formula that also gives those of larger models on 64 GPUs.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def bytes_sent(shapes: list[tuple[int, int]], replicas: int, shards: int, *, byt
 
 
 def multiplications(shapes: list[tuple[int, int]], num_processes: int) -> int:
-    """The floating-point operations of the process that has most to do, by Newton and Schulz's iteration."""
+    """Floating-point operations of the process with the largest share, by Newton and Schulz's iteration."""
     total = 0
     for (short, long), number in Counter(tuple(sorted(shape)) for shape in shapes).items():
         total += math.ceil(number / num_processes) * NUM_ITERATIONS * (4 * short**2 * long + 2 * short**3)
@@ -89,7 +89,7 @@ def main() -> None:
             }
     results = {"rounds": options.rounds, "measured": measured, "on_64_gpus_in_bfloat16": on_paper}
     for name, numbers in measured.items():
-        seconds = "{seconds:.3f} s, {cpu_seconds:.3f} s of the CPU".format(**numbers)
+        seconds = "{seconds:.3f} s, {cpu_seconds:.3f} s of CPU time".format(**numbers)
         print(f"{name}: {seconds}, {numbers['bytes_sent'] / 1e6:.1f} MB sent by each process")
     for name, numbers in on_paper.items():
         seconds = "{seconds_computing:.4f} s computing, {seconds_sending:.4f} s sending".format(**numbers)

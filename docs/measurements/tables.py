@@ -329,7 +329,7 @@ def muon_processes_table(results: dict[str, Any]) -> str:
         [name, f"{each['seconds']:.2f} s", f"{each['cpu_seconds']:.2f} s", f"{each['bytes_sent'] / 1e6:.1f} MB"]
         for name, each in measured.items()
     ]
-    here = table(["6 blocks of 384, float32", "a step", "... on the CPU", "sent by a process"], rows)
+    here = table(["6 blocks of 384, float32", "wall time", "CPU time", "sent by a process"], rows)
     rows = [
         [
             name,

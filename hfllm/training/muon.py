@@ -45,13 +45,13 @@ class Muon(torch.optim.Optimizer):
     tokens, in float32 on one core, nearly all of it in matrix products.
 
     Several processes share the work: each makes some of the matrices orthogonal, whole, and all get the results
-    (`SharedStack`). Parameters that are sharded by rows (FSDP2, HSDP) say themselves among whom; for all others
-    `process_group` names the processes that have the same parameters and gradients, as DDP's do. Unless it is given,
-    each process makes all of these orthogonal alone, and none waits for another. The state does not depend on who does
-    what: a momentum is whole or sharded as its parameter is.
+    (`SharedStack`). For parameters sharded by rows (FSDP2, HSDP), these are the processes of the parameter's own mesh.
+    For all others they are those of `process_group`, which must have the same parameters and gradients, as under DDP;
+    without it, each process does the whole work and waits for no other. The state does not depend on who does what: a
+    momentum is whole or sharded as its parameter is.
 
-    Within a group, all processes have to take a step together, but which gradients are present changes nothing of what
-    they send: if a matrix has a gradient here and none in the process that makes it orthogonal, it becomes NaN here.
+    The processes of a group must take each step together. A gradient that is missing in some of them never makes the
+    others wait: a matrix becomes NaN where it has a gradient and its owner, who makes it orthogonal, has none.
     """
 
     def __init__(
@@ -183,6 +183,7 @@ def orthogonalize(matrices: list[torch.Tensor], dtype: torch.dtype | None = None
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
+    """The type in which matrices are made orthogonal on a device."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
@@ -214,7 +215,7 @@ def _stacks(
 ) -> Iterator[tuple[Grid | None, list[nn.Parameter]]]:
     """The parameters by shape, a shape and its transpose together, in stacks of a bounded size, each with its grid.
 
-    Every process of a grid has the same stacks, whichever gradients it has: the others wait for its part of each.
+    All processes of a grid have the same stacks, whichever gradients they have, for each waits for the others' parts.
     """
     by_shape: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:

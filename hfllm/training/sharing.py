@@ -1,11 +1,11 @@
-"""Matrices shared among processes: each owns some of them, computes with them whole, and returns the results to all.
+"""Matrices shared among processes: each process owns some, computes on them whole, and returns the results to all.
 
 The processes form a grid of R replicas with S processes each. A replica holds every matrix once, and each of its
 processes has a part of the rows, as PyTorch's `Shard(0)` cuts them. DDP is a grid of W x 1, FSDP2 one of 1 x W, HSDP
 one of R x S. Of a stack of K matrices each process owns ceil(K / (R * S)), the last ones fewer or none.
 
-Between processes a part is flat, and all parts of a stack take slots of one size. What is left of a slot is sent, but
-never read. Waiting is a `yield`: `overlap` lets other stacks compute meanwhile. On GPUs nothing here waits on the host.
+Between processes a part is flat, and all parts of a stack travel in slots of one size; what pads a slot is never read.
+Waiting is a `yield`, during which `overlap` lets other stacks compute. On GPUs nothing here waits on the host.
 """
 
 import math
@@ -69,7 +69,7 @@ class SharedStack:
         by_sender = incoming.view(self.num_shards, self.share, self.slot)
         whole = []
         for index, matrix in enumerate(self.owned):
-            # Every part but the last has all its rows, so the parts in a row are the matrix, and then what pads.
+            # Parts are full up to the end of the matrix, so joined they are the matrix, followed by padding.
             padded = by_sender[:, index, : self._part_size(matrix)].flatten()
             whole.append(padded[: matrix.numel()].view(matrix.shape))
         return whole
@@ -116,9 +116,9 @@ class SharedStack:
 
 
 def overlap(tasks: Iterable[Iterator[None]]) -> None:
-    """Run tasks that yield while they wait for others: before one continues, the next begins.
+    """Run tasks that yield while they wait for other processes; before one continues, the next begins.
 
-    A task that came later continues first: then it computes while the results of the one before it are on their way.
+    The newest continues first, so that it computes while the results of the one before it are on their way.
     """
     coming, running = iter(tasks), []
     while (task := next(coming, None)) is not None or running:
