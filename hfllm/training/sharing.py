@@ -120,7 +120,8 @@ def overlap(tasks: Iterable[Iterator[None]]) -> None:
 
     The newest continues first, so that it computes while the results of the one before it are on their way.
     """
-    coming, running = iter(tasks), []
+    running: list[Iterator[None]] = []
+    coming = iter(tasks)
     while (task := next(coming, None)) is not None or running:
         newest_first = [*([] if task is None else [task]), *running]
         running = [each for each in newest_first if next(each, False) is None]

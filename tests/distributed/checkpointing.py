@@ -50,9 +50,9 @@ def build(accelerator: Accelerator, name: str, seed: int = 0) -> tuple[torch.nn.
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range, accelerator: Accelerator) -> None:
-    """Each process takes its share of six rows a step."""
+    """Each process takes its share of twelve rows a step."""
     for step in steps:
-        rows = torch.randint(64, (6, 16), generator=torch.Generator().manual_seed(step))
+        rows = torch.randint(64, (12, 16), generator=torch.Generator().manual_seed(step))
         own = rows[accelerator.process_index :: accelerator.num_processes]
         accelerator.backward(model(input_ids=own, labels=own, use_cache=False).loss)
         optimizer.step()

@@ -220,7 +220,7 @@ def test_both_recipes_have_all_processes_of_the_launch_share_the_work(monkeypatc
     model, alone = build()
     assert alone.process_group is None
     group = object()
-    monkeypatch.setattr(torch.distributed.group, "WORLD", group)
+    monkeypatch.setattr(torch.distributed, "group", SimpleNamespace(WORLD=group))
     values = {"optimizer": "muon", "learning_rate": 0.1, "adam_learning_rate": 0.1, "weight_decay": 0.0, "bf16": False}
     values |= {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8, "muon_momentum": 0.9}
     args, accelerator = SimpleNamespace(**values), SimpleNamespace(mixed_precision="no")
