@@ -63,7 +63,7 @@ $(VENV)/.installed-deepspeed: $(VENV)/.installed
 	DS_BUILD_OPS=0 $$pip install --constraint constraints.txt --no-build-isolation deepspeed && touch $@ || \
 	{ rm -rf $(VENV)/deepspeed; echo "pip could not install DeepSpeed (above), so its tests will be skipped."; }
 
-demo: install  ## Train a tokenizer and a small model on Python's own library, then a classifier and a chat (ten minutes on two cores)
+demo: install  ## Train a tokenizer and a small model on Python's own library, then a classifier and a chat (10 to 30 minutes on two cores)
 	$(BIN)/python recipes/train_tokenizer.py --config recipes/configs/tokenizer_demo.yaml --output_dir out/tokenizer
 	$(LAUNCH) recipes/pretrain.py --config recipes/configs/pretrain_demo.yaml --tokenizer out/tokenizer --output_dir out/demo
 	$(BIN)/python recipes/generate.py --model out/demo --prompt "def read(self, " --temperature 0.7 --num_samples 2
