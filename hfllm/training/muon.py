@@ -52,7 +52,12 @@ class Muon(torch.optim.Optimizer):
 
     The processes of a group must take each step together. A gradient that is missing in some of them never makes the
     others wait: a matrix becomes NaN where it has a gradient and its owner, who makes it orthogonal, has none.
+
+    Like torch's fused optimizers it takes `found_inf` and `grad_scale` from a GradScaler (float16): a step whose
+    `found_inf`, a tensor on the device, is not 0 changes nothing, and Python does not wait to know it.
     """
+
+    _step_supports_amp_scaling = True  # the name that torch's GradScaler asks for
 
     def __init__(
         self,
@@ -84,56 +89,79 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        overlap(self._tasks())
+        found_inf, grad_scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        if found_inf is not None and found_inf.device.type == "cpu":
+            if found_inf:
+                return loss
+            found_inf = None
+        overlap(self._tasks(found_inf, grad_scale))
         return loss
 
-    def _tasks(self) -> Iterator[Iterator[None]]:
+    def _tasks(self, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None) -> Iterator[Iterator[None]]:
         """One task for each stack; groups of AdamW take their step while the stacks before them are on their way."""
         for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters if grad_scale is not None else []:
+                local_part(parameter.grad).div_(grad_scale)
             if group["orthogonal"]:
                 for grid, stack in _stacks(group["params"], self.process_group):
-                    yield self._step_orthogonal(group, stack, grid)
-            else:
-                self._step_adamw(group)
+                    yield self._step_orthogonal(group, stack, grid, found_inf)
+            elif parameters:
+                self._step_adamw(group, parameters, found_inf)
 
-    def _step_orthogonal(self, group: dict[str, Any], stack: list[nn.Parameter], grid: Grid | None) -> Iterator[None]:
+    def _step_orthogonal(
+        self, group: dict[str, Any], stack: list[nn.Parameter], grid: Grid | None, found_inf: torch.Tensor | None
+    ) -> Iterator[None]:
         """Muon's step for matrices of one shape; yields while numbers are on their way between processes."""
+        momentum = group["momentum"]
         for parameter in stack:
-            self._update_momentum(parameter, group["momentum"])
+            self._update_momentum(parameter, momentum, found_inf)
         if grid is None:
-            momenta = [_gather(self._nesterov(parameter, group["momentum"]), parameter) for parameter in stack]
+            momenta = [_gather(self._nesterov(parameter, momentum, found_inf), parameter) for parameter in stack]
             results = orthogonalize(momenta, self.dtype)
             updates = [_part(result, parameter) for parameter, result in zip(stack, results)]
         else:
             shared = SharedStack(stack, grid, dtype=self.dtype or default_dtype(stack[0].device))
-            parts = [self._nesterov(parameter, group["momentum"]) for parameter in shared.of_replica]
+            parts = [self._nesterov(parameter, momentum, found_inf) for parameter in shared.of_replica]
             momenta = yield from shared.collect(parts)
             results = orthogonalize(momenta, self.dtype) if momenta else []
             updates = yield from shared.distribute(results)
         for parameter, update in zip(stack, updates, strict=True):
-            if parameter.grad is not None:
-                rows, columns = parameter.shape
-                own = local_part(parameter)
-                own.mul_(1 - group["lr"] * group["weight_decay"])
-                own.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+            if parameter.grad is None:
+                continue
+            rows, columns = parameter.shape
+            own, decay = local_part(parameter), 1 - group["lr"] * group["weight_decay"]
+            if found_inf is not None:
+                decay, update = torch.where(found_inf > 0, 1.0, decay), update.masked_fill(found_inf > 0, 0)
+            own.mul_(decay)
+            own.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
-    def _update_momentum(self, parameter: nn.Parameter, momentum: float) -> None:
+    def _update_momentum(self, parameter: nn.Parameter, momentum: float, found_inf: torch.Tensor | None) -> None:
         if parameter.grad is not None:
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            local_part(state["momentum_buffer"]).lerp_(local_part(parameter.grad), 1 - momentum)
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            gradient, buffer = self._gradient_and_buffer(parameter, found_inf)
+            buffer.lerp_(gradient, 1 - momentum)
 
-    def _nesterov(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
+    def _nesterov(self, parameter: nn.Parameter, momentum: float, found_inf: torch.Tensor | None) -> torch.Tensor:
         """This process's part of Nesterov's momentum: the mean of the gradients with the newest counted once more."""
         if parameter.grad is None:
             return torch.full_like(local_part(parameter), math.nan)
-        return torch.lerp(local_part(parameter.grad), local_part(self.state[parameter]["momentum_buffer"]), momentum)
+        return torch.lerp(*self._gradient_and_buffer(parameter, found_inf), momentum)
 
-    def _step_adamw(self, group: dict[str, Any]) -> None:
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not parameters:
-            return
+    def _gradient_and_buffer(
+        self, parameter: nn.Parameter, found_inf: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's parts of the gradient and of the mean of those before."""
+        assert parameter.grad is not None
+        gradient, buffer = local_part(parameter.grad), local_part(self.state[parameter]["momentum_buffer"])
+        if found_inf is not None:
+            gradient = torch.where(found_inf > 0, buffer, gradient)  # the buffer then stays as it is
+        return gradient, buffer
+
+    def _step_adamw(
+        self, group: dict[str, Any], parameters: list[nn.Parameter], found_inf: torch.Tensor | None
+    ) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] |= {
@@ -142,6 +170,8 @@ class Muon(torch.optim.Optimizer):
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
         states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states):
+            state["step"] = state["step"].to(parameter.device)  # torch leaves it on the CPU when it loads a state
         adamw(
             [local_part(parameter) for parameter in parameters],
             [local_part(parameter.grad) for parameter in parameters],
@@ -150,6 +180,7 @@ class Muon(torch.optim.Optimizer):
             [],
             [state["step"] for state in states],
             fused=True,
+            found_inf=found_inf,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
