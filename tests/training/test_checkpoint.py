@@ -513,7 +513,7 @@ def test_a_disk_that_fills_up_meanwhile_loses_the_new_checkpoint_only(tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     save_small(tmp_path, 1, accelerator, keep=1)
-    for module, name in ((manifest, "flush"), (checkpoint_module, "_write_json")):
+    for module, name in ((manifest, "flush"), (checkpoint_module, "_write_text")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fill_up)
             with pytest.raises(
