@@ -127,7 +127,10 @@ def find_fault(folder: str | Path, kinds: Iterable[str], *, step: int) -> str | 
 
 def _read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"{path.name} is not a safetensors file")
+        return json.loads(file.read(length))
 
 
 class PieceReader:

@@ -253,7 +253,7 @@ def _is_sound(path: Path, *, verify: bool, accelerator: Accelerator | None) -> b
 
     def look() -> tuple[str | None, int]:
         number = num_shards(listed_files(path))
-        return _find_fault(path, verify=verify and not (number and reads_pieces(accelerator))), number
+        return find_checkpoint_fault(path, verify=verify and not (number and reads_pieces(accelerator))), number
 
     fault, number = on_main_process(accelerator, look)
     if fault is None and verify and number and accelerator is not None and reads_pieces(accelerator):
@@ -271,7 +271,8 @@ def _required_files(path: Path) -> tuple[str, ...]:
     return (*(name for kind in KINDS for name in shard_names(kind, number)), STATE) if number else FILES
 
 
-def _find_fault(path: Path, *, verify: bool) -> str | None:
+def find_checkpoint_fault(path: Path, *, verify: bool = True) -> str | None:
+    """The first problem of a checkpoint's files, or None; `verify=False` skips the sha256."""
     required = _required_files(path)
     fault = find_fault(path, required=required, verify=False)
     if fault is None and required != FILES:
@@ -291,7 +292,7 @@ def check_visible(path: Path, accelerator: Accelerator) -> None:
         raise ValueError(
             f"{path} is in pieces, which each process reads itself, and process {blind[0]} does not see it. Put it on "
             "a disk that all machines share; or put the pieces together on one machine and start another run from "
-            "them: python recipes/export.py --to hfllm."
+            "them: python recipes/export.py --to whole."
         )
 
 
@@ -320,7 +321,7 @@ def load_checkpoint(
     optimizer_state: dict[str, Any] = {}
 
     def read() -> tuple[dict[str, Any], dict[str, Index] | None]:
-        if fault := _find_fault(path, verify=False):
+        if fault := find_checkpoint_fault(path, verify=False):
             raise ValueError(f"The checkpoint {path} is broken: {fault}. Resume from another one.")
         content = json.loads((path / STATE).read_text(encoding="utf-8"))
         if identity is not None:

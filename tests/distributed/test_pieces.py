@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hfllm.runs.sharded import consolidate, iterate_tensors
 from hfllm.training.checkpoint import FILES, find_state, latest_checkpoint
 from tests.distributed import pieces
-from tests.distributed.launching import ROOT, command, run
+from tests.distributed.launching import ROOT, columns, command, recipe, run
+from tests.hub.double import Hub
 
 
 pytestmark = pytest.mark.slow
@@ -118,3 +119,30 @@ def test_one_process_resumes_what_four_saved(folder):
     assert own.keys() == averages.keys() and all(torch.equal(own[name], averages[name]) for name in own)
     losses = pieces.train(model, optimizer, range(2, 4), accelerator)
     assert losses == pytest.approx(outcomes(folder, "straight")[0]["losses"][2:], rel=1e-6)
+
+
+@pytest.mark.fault(22)
+def test_the_recipe_keeps_the_best_pushes_what_it_saves_and_ends_with_one_file(small, tmp_path):
+    """Two processes under FSDP2; the loss rises again, so that the best model is not the last one."""
+    own = {"learning_rate": 0.1, "max_steps": 8, "eval_steps": 2, "save_steps": 2, "save_total_limit": 2}
+    own |= {"load_best_model_at_end": True, "push_to_hub": True, "hub_model_id": "me/my-gpt"}
+    options = {**small, **own, "output_dir": tmp_path / "out"}
+    with Hub() as hub:
+        online = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": hub.token("me")}
+        finished = run([*command("fsdp2.yaml", 2), *recipe(options)], **online, HF_HOME=str(tmp_path / "home"))
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        assert "terminate called" not in finished.stderr
+        first = next(commit for commit in hub.repositories["me/my-gpt"].commits.values() if "Step" in commit.message)
+        pushed = load(first.files["model.safetensors"])
+    log = columns(options["output_dir"])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    best = metrics["best_step"]
+    checkpoints = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert checkpoints == sorted({f"step-{best:08d}", "step-00000008"} | ({"step-00000006"} if best == 8 else set()))
+    final = load_file(tmp_path / "out" / "model.safetensors")
+    weights = dict(iterate_tensors(tmp_path / "out" / "checkpoints" / f"step-{best:08d}", "model"))
+    assert final.keys() == weights.keys() == pushed.keys()
+    assert all(torch.equal(final[name], weights[name]) for name in final)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(opened.model.norm.weight, weights["model.norm.weight"])
+    assert metrics["eval_loss"] == min(log["eval_loss"][1:])
