@@ -117,12 +117,11 @@ class CheckpointSaver:
                 make_folder(path, num_bytes + len(content))
 
         on_main_process(self.accelerator, prepare)
-
-        others = {STATE: content.encode(), **(self.description or {})}
+        files: dict[str, bytes] = {STATE: content.encode(), **(self.description or {})}
 
         def finish(written: dict[str, Any]) -> None:
             with errors_explained(path):
-                for name, file in others.items():
+                for name, file in files.items():
                     (path.with_suffix(".tmp") / name).parent.mkdir(parents=True, exist_ok=True)
                     (path.with_suffix(".tmp") / name).write_bytes(file)
                 put_in_place(path, written)

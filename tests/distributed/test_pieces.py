@@ -96,6 +96,8 @@ def test_it_resumes_on_another_mesh_to_the_same_bits_and_losses(folder, name, co
     expected = outcomes(folder, "straight")[0]["losses"][2:]
     for outcome in outcomes(folder, name):
         assert (outcome["sharding"], outcome["resumed"]) == (sharding, 2)
+    assert outcomes(folder, name)[0]["without_a_common_folder"] == list(FILES[:2])
+    for outcome in outcomes(folder, name):
         assert outcome["losses"] == (expected if name == "four" else pytest.approx(expected, rel=1e-6))
     model = AutoModelForCausalLM.from_pretrained(folder / name / "out")
     weights = dict(iterate_tensors(folder / "checkpoints" / "step-00000002", "model"))
