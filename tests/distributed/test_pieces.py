@@ -84,7 +84,6 @@ def test_a_process_killed_while_it_writes_costs_that_checkpoint_only(folder):
         ("two", "fsdp2.yaml", 2, (), "FSDP2"),
         ("four", "fsdp2.yaml", 4, (), "FSDP2"),
         ("groups", "hsdp.yaml", 4, HSDP, "HSDP 2 x 2"),
-        ("ddp", "ddp.yaml", 2, (), "DDP"),
     ],
 )
 def test_it_resumes_on_another_mesh_to_the_same_bits_and_losses(folder, name, config, num_processes, options, sharding):
