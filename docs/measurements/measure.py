@@ -218,6 +218,13 @@ def measure_muon_processes(options: argparse.Namespace) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
+def measure_saves(options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "saves.json")
+        run([sys.executable, "docs/measurements/saves.py", "--output", str(path)])
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
 def benchmark(measure: str, *more: str, launch: list[str] | None = None, **variables: str) -> dict[str, Any]:
     """What recipes/benchmark.py writes into benchmark.json."""
     with tempfile.TemporaryDirectory() as folder:
@@ -250,6 +257,7 @@ MEASUREMENTS = {
     "docstrings": measure_docstrings,
     "instruction_throughput": measure_instruction_throughput,
     "muon_processes": measure_muon_processes,
+    "saves": measure_saves,
     "scaling": measure_scaling,
     "sms": measure_sms,
     "time_to_quality": measure_time_to_quality,
