@@ -35,7 +35,7 @@ VARIANTS = {
     "FSDP2, 4 processes": (1, 4),
     "HSDP, 2 x 2 processes": (2, 2),
 }
-ON_64_GPUS = {"not shared": (1, 1), "DDP": (64, 1), "FSDP2": (1, 64), "HSDP, 8 x 8": (8, 8)}
+ON_64_GPUS = {"DDP, not shared": (1, 1), "DDP": (64, 1), "FSDP2": (1, 64), "HSDP, 8 x 8": (8, 8)}
 OPERATIONS_PER_SECOND, BYTES_PER_SECOND = 400e12, 50e9  # of each GPU: an assumption, not a measurement
 MODELS = {
     "124M": {"num_blocks": 12, "hidden_size": 768, "intermediate_size": 2048},
