@@ -151,18 +151,20 @@ def test_a_run_fits_here_if_the_memory_is_free(monkeypatch):
     activations = {False: Activations(10**6, 1000)}
     given = {"optimizer": "muon", "accelerator": Accelerator(cpu=True)}
     need = require(model, activations[False], plan=Plan("", 1), optimizer="muon", dtype=torch.float32)
-    monkeypatch.setattr(requirements, "_free_memory", lambda: need.total)
+    needed = int(1.5 * need.total)
+    monkeypatch.setattr(requirements, "_free_memory", lambda: needed)
     assert missing_memory(model, activations, one_pass, **given) is None
-    monkeypatch.setattr(requirements, "_free_memory", lambda: need.total - 1)
-    assert missing_memory(model, activations, one_pass, **given) == (need.total, need.total - 1)
+    monkeypatch.setattr(requirements, "_free_memory", lambda: needed - 1)
+    assert missing_memory(model, activations, one_pass, **given) == (needed, needed - 1)
 
 
 @pytest.mark.slow
-def test_the_sum_is_about_the_memory_that_a_process_takes():
+def test_a_process_on_a_cpu_takes_no_more_than_a_dry_run_asks_for():
     """Resident memory of AdamW steps in a process of its own, beyond its imports."""
     sizes = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = hfllm.GPTConfig.from_preset("modern", max_position_embeddings=512, **sizes)
     activations = count_activations(config, Pass(8, 512, torch.float32, False))
     own = {"plan": Plan("", 1), "optimizer": "adamw", "dtype": torch.float32}
     need = require(build_empty(config), activations, **own)
-    assert training_memory(config, num_rows=8, block_size=512) == pytest.approx(need.total, rel=0.25)
+    measured = training_memory(config, num_rows=8, block_size=512)
+    assert 0.75 * need.total < measured < requirements.HOST_FACTOR * need.total
