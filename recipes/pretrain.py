@@ -75,12 +75,21 @@ from hfllm.training.deadline import Deadline
 from hfllm.training.devices import choose_attention, clip_gradient, leaving_at_once, start_accelerator
 from hfllm.training.optimization import build_adamw, build_muon, learning_rate_at, scale_learning_rates, skip_unless
 from hfllm.training.rehearsal import Rehearsal, describe_rehearsal, rehearse
+from hfllm.training.requirements import (
+    USUAL_MFU,
+    Pass,
+    build_empty,
+    count_on_cards,
+    describe_rate,
+    describe_requirements,
+    missing_memory,
+)
 from hfllm.training.sampling import draw_sample
 from hfllm.training.saving import CheckpointSaver
 from hfllm.training.sizing import DIALS, Speed, check_dials, choose_sizes, slowest
 from hfllm.training.spikes import SkippedUpdates, SpikeDetector, stop_if_hopeless
 from hfllm.training.summary import describe_result, describe_run, final_metrics
-from hfllm.training.throughput import ThroughputMeter, compile_model, flops_per_token, loss_options
+from hfllm.training.throughput import ThroughputMeter, compile_model, flops_per_token, loss_options, peak_flops
 
 import numpy as np
 import torch
@@ -93,6 +102,7 @@ from transformers.utils.logging import disable_progress_bar
 DEFAULT_SHAPE = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6}
 DEFAULTS = {"num_train_epochs": 1.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 DEFAULTS |= {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "eval_steps": 100, "save_steps": 200}
+DTYPES = {"no": torch.float32, "fp8": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @arguments
@@ -111,6 +121,7 @@ class PretrainArguments(
     groups.Sizing,
     groups.Attention,
     groups.Compile,
+    groups.GradientCheckpointing,
     groups.Training,
     groups.Muon,
     groups.AdamW,
@@ -157,6 +168,7 @@ class PretrainArguments(
         help="Fields of GPTConfig, e.g. attention_bias=false norm_eps=1e-5",
         compared=Compared.BY_CONTENT,
     )
+    gradient_checkpointing = differs(compared=Compared.NOT)
 
     # Optimization. A resumed run may have another end, and other steps between evaluations and checkpoints.
     num_train_epochs = differs(None, default_is=DEFAULTS["num_train_epochs"], compared=Compared.NOT)
@@ -229,7 +241,24 @@ class PretrainArguments(
     dry_run: bool = option(
         False,
         section="output",
-        help="Check everything, measure a few steps, report memory and time; write nothing.",
+        help="Check everything, report memory and time, measure a few steps if the model fits here; write nothing.",
+        compared=Compared.NOT,
+    )
+    peak_tflops: float | None = option(
+        None,
+        section="output",
+        help="For --dry_run, the peak of a device by its data sheet, in 1e12 operations per second.",
+        default_is="this machine's, measured",
+        above=0,
+        compared=Compared.NOT,
+    )
+    mfu: float | None = option(
+        None,
+        section="output",
+        help="For --dry_run, the share of the peak at which devices train.",
+        default_is=USUAL_MFU,
+        above=0,
+        at_most=1,
         compared=Compared.NOT,
     )
 
@@ -264,6 +293,8 @@ class PretrainArguments(
             raise ValueError(
                 "--eval_train_rows reads rows again, and --streaming reads them once. Leave one of them out."
             )
+        if not self.dry_run and (self.peak_tflops is not None or self.mfu is not None):
+            raise ValueError("--peak_tflops and --mfu say how long a --dry_run expects a run to take: give it as well.")
         if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo or self.hub_strategy == "end"):
             raise ValueError(
                 "--hub_model_id, --hub_private_repo and --hub_strategy are for --push_to_hub: give it as well."
@@ -304,6 +335,7 @@ def main(args: PretrainArguments) -> None:
         max_grad_norm=args.max_grad_norm,
         skips_updates=args.skip_spikes is not None,
         needs_whole_matrices=args.optimizer == "muon",
+        gradient_checkpointing=args.gradient_checkpointing,
         log_with=args.report_to,
         project_dir=args.output_dir,
     )
@@ -316,7 +348,8 @@ def main(args: PretrainArguments) -> None:
         accelerator=accelerator,
         only_look=args.dry_run,
     )
-    with leaving_at_once(accelerator), claim as folder, StopRequest(accelerator) as stop_request:
+    stopping = StopRequest(accelerator, at_once=args.dry_run)
+    with leaving_at_once(accelerator), claim as folder, stopping as stop_request:
         is_finished = pretrain(args, accelerator, folder, stop_request)
     # DDP has to release the process group before it is destroyed. Otherwise gloo waits for Python's lock while Python
     # waits for gloo, and sometimes a process never ends.
@@ -403,16 +436,20 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolde
     args.height_at(0, max_steps)  # raises if the schedule does not fit into this many steps
     report_unused_options(args, accelerator)
 
+    batch = {"rows_per_step": rows_per_step, "block_size": args.block_size}
+    described = {"accelerator": accelerator, "max_steps": max_steps, "num_rows": num_rows, **batch}
+    if args.dry_run:
+        empty = build_empty(config)
+        accelerator.print(describe_run(empty, **described))
+        rehearse_run(args, empty, text, accelerator, max_steps=max_steps, rows_per_step=rows_per_step)
+        text.close()
+        return True
+
     # 5. The model, with random weights or from --model, and its optimizer
     torch.manual_seed(args.seed)
     model = build_model(args, config, accelerator)
-    batch = {"rows_per_step": rows_per_step, "block_size": args.block_size}
-    accelerator.print(describe_run(model, accelerator=accelerator, max_steps=max_steps, num_rows=num_rows, **batch))
+    accelerator.print(describe_run(model, **described))
     setup = prepare(args, model, text, accelerator, max_steps=max_steps, hub=hub)
-    if args.dry_run:
-        rehearse_run(args, setup)
-        text.close()
-        return True
 
     # 6. The newest checkpoint of this run, or the beginning. Another run in the folder is refused; with
     # --overwrite_output_dir it is deleted only here, after everything that this run reads was checked.
@@ -751,6 +788,8 @@ def build_model(args: PretrainArguments, config: PreTrainedConfig, accelerator: 
     else:
         model = GPTForCausalLM(config)
     model.set_attn_implementation(args.attn_implementation or choose_attention(model, accelerator.device))
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()
     if args.torch_compile:
         compile_model(model)
     return model
@@ -850,19 +889,59 @@ def try_steps(args: PretrainArguments, setup: Setup, **options: int) -> Rehearsa
     )
 
 
-def rehearse_run(args: PretrainArguments, setup: Setup) -> None:
-    """Print the needs of the run: memory by part, time, learning rates; and a row as text."""
-    accelerator, text, max_steps = setup.accelerator, setup.text, setup.max_steps
-    [first, *_], _ = read_step(args, setup, 0)
-    needed = describe_rehearsal(
-        try_steps(args, setup),
-        max_steps=max_steps,
-        tokens_per_step=setup.rows_per_step * args.block_size,
-        flops_per_token=setup.sizes["flops_per_token"],
-        learning_rate_at=lambda step: args.learning_rate * args.height_at(step, max_steps),
-        warmup_steps=args.warmup_steps,
+def rehearse_run(
+    args: PretrainArguments,
+    empty: PreTrainedModel,
+    text: TrainingText,
+    accelerator: Accelerator,
+    *,
+    max_steps: int,
+    rows_per_step: int,
+) -> None:
+    """Print the needs of the run, computed and, if the model fits here, measured; and a row as text.
+
+    `empty` is the model without its weights.
+    """
+    [first], _ = text.read_step(
+        0,
+        batch_size=args.per_device_train_batch_size,
+        accumulation=1,
+        seed=args.seed,
+        accelerator=accelerator,
     )
-    accelerator.print(f"\n{needed}\n\nThe first row of the first step, of {args.block_size} tokens:")
+    dtype = DTYPES[accelerator.mixed_precision]
+    one_pass = Pass(args.per_device_train_batch_size, args.block_size, dtype, args.gradient_checkpointing)
+    activations = count_on_cards(empty.config, one_pass)
+    accelerator.print(f"\n{describe_requirements(empty, activations, one_pass)}\n", flush=True)
+    missing = missing_memory(empty, activations, one_pass, optimizer=args.optimizer, accelerator=accelerator)
+    if missing or args.peak_tflops or args.mfu:
+        is_given = args.peak_tflops is not None
+        peak = args.peak_tflops * 1e12 if is_given else peak_flops(accelerator.device, dtype)
+        mfu = args.mfu or USUAL_MFU
+        source = f"{mfu:.0%} (--mfu) of {peak / 1e12:,.4g} TFLOP/s "
+        source += "(--peak_tflops)" if is_given else "(measured here; for another device give --peak_tflops)"
+        num_tokens, flops = (
+            max_steps * rows_per_step * args.block_size,
+            flops_per_token(empty, block_size=args.block_size),
+        )
+        accelerator.print(describe_rate(num_tokens, flops, flops_per_second=mfu * peak, source=source))
+    if missing:
+        needed, free = (f"{num_bytes / 2**30:,.1f} GiB" for num_bytes in missing)
+        accelerator.print(f"No step is tried here: that takes {needed}, and {free} are free.")
+    else:
+        accelerator.print("Trying four steps here; Ctrl-C ends it.", flush=True)
+        torch.manual_seed(args.seed)
+        setup = prepare(args, build_model(args, empty.config), text, accelerator, max_steps=max_steps)
+        needed = describe_rehearsal(
+            try_steps(args, setup),
+            max_steps=max_steps,
+            tokens_per_step=rows_per_step * args.block_size,
+            flops_per_token=setup.sizes["flops_per_token"],
+            learning_rate_at=lambda step: args.learning_rate * args.height_at(step, max_steps),
+            warmup_steps=args.warmup_steps,
+        )
+        accelerator.print(f"\n{needed}")
+    accelerator.print(f"\nThe first row of the first step, of {args.block_size} tokens:")
     accelerator.print(describe_row(first, 0, text.tokenizer.decode))
     accelerator.print(f"{describe_start(args.output_dir)}\nThis was a dry run: nothing was written.")
 

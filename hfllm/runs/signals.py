@@ -23,18 +23,20 @@ SECONDS_OF_ONE_REQUEST = 1.0
 class StopRequest:
     """Remembers a first SIGTERM or SIGINT (Ctrl-C), for the loop to save and stop; a second one stops at once.
 
-    If the launcher dies, its workers get a SIGTERM too, instead of training on without it (Linux).
+    A run that saves nothing ends `at_once`, at the first one. If the launcher dies, its workers get a SIGTERM too,
+    instead of training on without it (Linux).
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, *, at_once: bool = False):
         self.accelerator = accelerator
+        self.numbers = () if at_once else (signal.SIGTERM, signal.SIGINT)
         self.signal_number: int | None = None
         self.time = 0.0
 
     def __enter__(self) -> "StopRequest":
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # `accelerate launch` is the parent, and not a login shell
             signal_at_parents_death(signal.SIGTERM)
-        self.previous = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.previous = {number: signal.signal(number, self._remember) for number in self.numbers}
         return self
 
     def __exit__(self, *exception) -> None:

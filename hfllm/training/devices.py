@@ -34,6 +34,7 @@ def start_accelerator(
     max_grad_norm: float = 0.0,
     skips_updates: bool = False,
     needs_whole_matrices: bool = False,
+    gradient_checkpointing: bool = False,
     **arguments: Any,
 ) -> Accelerator:
     """An `Accelerator` with as many processes as were launched, sharded as the accelerate file says.
@@ -83,6 +84,11 @@ def start_accelerator(
             f"The accelerate file (or ACCELERATE_GRADIENT_ACCUMULATION_STEPS) says gradient_accumulation_steps="
             f"{accelerator.gradient_accumulation_steps}, the recipe {gradient_accumulation_steps}. Take it out of the "
             "accelerate file: it is the recipe's option."
+        )
+    if accelerator.is_fsdp2 and gradient_checkpointing and accelerator.state.fsdp_plugin.activation_checkpointing:
+        raise ValueError(
+            "gradient_checkpointing and fsdp_activation_checkpointing of the accelerate file do the same: activations "
+            "would be computed three times. Set fsdp_activation_checkpointing: false."
         )
     if accelerator.is_fsdp2 and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
         # accelerate would also add up the processes' gradients in half precision, and round the loss to its 3 digits.

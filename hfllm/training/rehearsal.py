@@ -12,6 +12,34 @@ from torch.distributed.tensor import DTensor
 from .throughput import peak_memory_bytes, synchronize
 
 
+class SavedForBackward:
+    """The most bytes that a forward pass keeps for its backward pass, without the parameters.
+
+    Hooks on autograd's saved tensors count each storage once, so it is the same on every device.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.own = {local(tensor).untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self.saved: dict[int, torch.UntypedStorage] = {}
+        self.largest = 0
+
+    def counting(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """A context for forward passes; their backward passes end the count of each."""
+        return torch.autograd.graph.saved_tensors_hooks(self._keep, self._take)
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = local(tensor).untyped_storage()
+        if storage._cdata not in self.own:
+            self.saved[storage._cdata] = storage
+        return tensor
+
+    def _take(self, tensor: torch.Tensor) -> torch.Tensor:
+        # Sizes are read only now: FSDP frees the gathered weights of a block after its forward pass.
+        self.largest = max(self.largest, sum(storage.nbytes() for storage in self.saved.values()))
+        self.saved.clear()  # backward has begun: tensors saved from now on belong to the next forward pass
+        return tensor
+
+
 @dataclass(frozen=True)
 class Rehearsal:
     """Bytes of one process by purpose, its measured peak, and the seconds of an optimizer step."""
@@ -40,29 +68,11 @@ def rehearse(
 ) -> Rehearsal:
     """Take a first step that counts memory and `num_steps` more that are timed; `step(index)` trains as the run will.
 
-    What is kept for the backward pass is counted by hooks on autograd's saved tensors, once per storage and without the
-    parameters, so it is the same on every device; of several micro-batches the largest counts. The peak is the device's
+    What is kept for the backward pass is that of the largest micro-batch (`SavedForBackward`). The peak is the device's
     own count, or the process's memory on a CPU. Weights and optimizer change: a rehearsal is not part of a run.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper, which takes no hooks
     device = next(model.parameters()).device
-    own = {local(tensor).untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}
-    largest = 0
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = local(tensor).untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage
-        return tensor
-
-    def take(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal largest
-        # Sizes are read only now: FSDP frees the gathered weights of a block after its forward pass.
-        largest = max(largest, sum(storage.nbytes() for storage in saved.values()))
-        saved.clear()  # backward has begun: tensors saved from now on belong to the next forward pass
-        return tensor
-
     gradients = 0
 
     def count_gradients(*_: object) -> None:
@@ -70,7 +80,8 @@ def rehearse(
         gradients = sum(num_bytes(parameter.grad) for parameter in model.parameters() if parameter.grad is not None)
 
     handle = optimizer.register_step_pre_hook(count_gradients)
-    with torch.autograd.graph.saved_tensors_hooks(keep, take):
+    saved = SavedForBackward(model)
+    with saved.counting():
         step(0)
     handle.remove()
 
@@ -90,7 +101,7 @@ def rehearse(
             for value in state.values()
             if isinstance(value, torch.Tensor)
         ),
-        saved_for_backward=largest,
+        saved_for_backward=saved.largest,
         peak=peak_memory_bytes(device),
         seconds_per_step=statistics.median(seconds),
     )

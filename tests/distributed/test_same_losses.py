@@ -88,6 +88,13 @@ def test_a_step_is_the_same_however_it_is_cut(
     compare(tmp_path, one_process(variant), is_wide=variant == "wide")
 
 
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_activations_that_are_computed_again_change_no_loss(small, one_process, tmp_path, config):
+    options = {**small, "per_device_train_batch_size": 4, "gradient_checkpointing": True, "output_dir": tmp_path}
+    pretrain(config, 2, options)
+    compare(tmp_path, one_process("packed"))
+
+
 def test_two_launchers_are_two_machines(small, one_process, tmp_path, free_port):
     """As multi_node.yaml is used, with 127.0.0.1 for the first machine and one process on each."""
     options = {**small, "per_device_train_batch_size": 4, "output_dir": tmp_path}

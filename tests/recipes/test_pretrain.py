@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 import hfllm
 from hfllm.data import load_corpus, rows_of_step, split_documents
 from hfllm.runs.log import read_log
+from hfllm.training import requirements
 
 
 def losses_of(output_dir) -> list[float]:
@@ -667,6 +668,100 @@ def test_a_dry_run_does_not_change_an_existing_run(run_pretrain, small, tmp_path
     run_pretrain(**{**small, "output_dir": tmp_path / "run", "dry_run": True, "overwrite_output_dir": True})
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
     assert "would resume from step-" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_what_does_not_fit_is_computed_and_not_tried(run_pretrain, small, tmp_path, monkeypatch, capsys):
+    def build(*args):
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr(run_pretrain.recipe, "build_model", build)
+    monkeypatch.setattr(requirements, "_free_memory", lambda: 2**30)
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    rates = {"dry_run": True, "peak_tflops": 989, "mfu": 0.5, "gradient_checkpointing": True}
+    run_pretrain(**{**small, **sizes, **rates, "output_dir": tmp_path / "large"})
+    told = capsys.readouterr().out
+    assert "6,452,342,784 parameters" in told
+    # weights, gradients and AdamW's state on one GPU: 4, 4 and 8 bytes each
+    assert re.search(r"one device, AdamW +24\.04 +24\.04 +48\.07 ", told)
+    assert "At 50% (--mfu) of 989 TFLOP/s (--peak_tflops), one device takes" in told
+    assert "No step is tried here" in told and "1.0 GiB are free" in told
+    assert "tokens 0 to" in told and not (tmp_path / "large").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dry_run": True, "mfu": 0}, "--mfu 0.0: give more than 0 and at most 1"),
+        ({"dry_run": True, "mfu": 2}, "--mfu 2.0: give more than 0 and at most 1"),
+        ({"dry_run": True, "peak_tflops": -1}, "--peak_tflops -1.0: give more than 0"),
+        ({"peak_tflops": 989}, "--peak_tflops and --mfu say how long"),
+        ({"mfu": 0.4}, "--peak_tflops and --mfu say how long"),
+    ],
+    ids=str,
+)
+def test_a_rate_that_cannot_be_or_that_nothing_uses_is_refused(run_pretrain, small, given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run_pretrain(**small, **given)
+
+
+@pytest.mark.parametrize("preset", ["modern", "book"])  # the book's has dropout
+def test_with_gradient_checkpointing_the_losses_are_the_same_and_less_is_kept(run_pretrain, small, tmp_path, preset):
+    options = {**small, "preset": preset, "max_steps": 4, "eval_steps": 4, "save_steps": 4}
+    losses, kept = {}, {False: 0, True: 0}
+    for value in kept:
+
+        def count(tensor: torch.Tensor, value: bool = value) -> torch.Tensor:
+            kept[value] += tensor.nbytes
+            return tensor
+
+        given = {**options, "gradient_checkpointing": value, "output_dir": tmp_path / str(value)}
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            run_pretrain(**given)
+        losses[value] = losses_of(given["output_dir"])
+    assert losses[True] == losses[False]
+    assert kept[True] < 0.5 * kept[False]
+
+
+def test_a_run_resumes_with_gradient_checkpointing_to_the_same_weights(run_pretrain, small, tmp_path):
+    """As after running out of memory."""
+    options = {**small, "lr_scheduler_type": "constant"}
+    run_pretrain(**{**options, "output_dir": tmp_path / "whole"})
+    cut = {**options, "output_dir": tmp_path / "cut"}
+    run_pretrain(**{**cut, "max_steps": 6})
+    run_pretrain(**cut, gradient_checkpointing=True)
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_computed_again_to_the_same_losses(run_pretrain, small, tmp_path):
+    losses = []
+    for number, value in enumerate([False, True]):
+        given = {**small, "torch_compile": True, "max_steps": 3, "output_dir": tmp_path / str(number)}
+        run_pretrain(**given, gradient_checkpointing=value)
+        losses.append(losses_of(given["output_dir"]))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_seven_billion_parameters_takes_less_than_two_gigabytes(small, tmp_path):
+    kept = {name: value for name, value in small.items() if name not in ("num_hidden_layers", "num_attention_heads")}
+    options = {**kept, "depth": 32, "hidden_size": 4096, "dry_run": True, "output_dir": tmp_path / "large"}
+    argv = ["pretrain.py", *(f"--{name}={value}" for name, value in options.items())]
+    code = f"""
+import resource, runpy, sys
+from hfllm.training import requirements
+requirements._free_memory = lambda: 2**34
+sys.argv = {argv!r}
+runpy.run_path("recipes/pretrain.py", run_name="__main__")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    root = Path(__file__).parents[2]
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=240, check=True
+    )
+    assert "No step is tried here" in finished.stdout
+    assert int(finished.stdout.split()[-1]) * 1024 < 2 * 10**9
 
 
 def test_a_streamed_run_that_is_cut_resumes_to_the_same_weights(run_pretrain, small, tmp_path):

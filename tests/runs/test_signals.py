@@ -21,6 +21,14 @@ def test_a_first_signal_is_remembered_and_handlers_come_back(capfd):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_where_nothing_is_saved_ctrl_c_ends_the_program():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), StopRequest(Accelerator(cpu=True), at_once=True):
+        assert signal.getsignal(signal.SIGTERM) is before
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+
 @pytest.mark.fault(10)
 def test_a_signal_that_comes_while_something_is_printed_is_remembered(monkeypatch):
     """Python's buffered files refuse a second writer in the middle of a first one."""
