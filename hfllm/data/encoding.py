@@ -56,7 +56,7 @@ class Encoding:
     num_found: int
     num_bytes: int
     seconds: float
-    num_workers: int
+    num_cores: int
 
     def __str__(self) -> str:
         found = f", {self.num_found:,} of them before" if self.num_found else ""
@@ -64,14 +64,14 @@ class Encoding:
         if not self.num_bytes:
             return f"{text}."
         speed = self.num_bytes / self.seconds / 1e6
-        cores = "1 core" if self.num_workers == 1 else f"{self.num_workers:,} cores"
-        each = "" if self.num_workers == 1 else f" ({speed / self.num_workers:,.2f} each)"
+        cores = "1 core" if self.num_cores == 1 else f"{self.num_cores:,} cores"
+        each = "" if self.num_cores == 1 else f" ({speed / self.num_cores:,.2f} each)"
         return f"{text}: {self.num_bytes:,} bytes in {self.seconds:,.1f} s on {cores}, {speed:,.2f} MB/s{each}."
 
 
 def join_encodings(encodings: list[Encoding], *, seconds: float) -> Encoding:
     """What several processes encoded at the same time."""
-    names = ("num_shards", "num_found", "num_bytes", "num_workers")
+    names = ("num_shards", "num_found", "num_bytes", "num_cores")
     return Encoding(**{name: sum(getattr(each, name) for each in encodings) for name in names}, seconds=seconds)
 
 
@@ -106,14 +106,17 @@ def encode_shards(
         RuntimeError: a process was killed, e.g. for lack of memory.
     """
     missing = [shard for shard in shards if find_made(shard.folder) is None]
-    num_workers = max(1, min(num_workers or num_cores(), len(missing)))
+    cores = num_workers or num_cores()
+    num_workers = max(1, min(cores, len(missing)))
     start, num_bytes = time.perf_counter(), 0
     with tqdm(desc="Text to tokens", unit="B", unit_scale=True, disable=not progress) as bar:
         for encoded in _encode_all(missing, encode, vocab_size, num_workers):
             num_bytes += encoded
             bar.update(encoded)
     seconds = time.perf_counter() - start
-    return Encoding(len(shards), len(shards) - len(missing), num_bytes, seconds, num_workers)
+    # A single process encodes by threads of the tokenizers library, as many as there are cores.
+    used = cores if num_workers == 1 else num_workers
+    return Encoding(len(shards), len(shards) - len(missing), num_bytes, seconds, used)
 
 
 def _encode_all(shards: list[TextShard], encode: Encoder, vocab_size: int, num_workers: int) -> Iterator[int]:
