@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase
 
 from .corpus import (
@@ -232,8 +232,8 @@ def prepare_folder(
         made_from |= row_options | options.held_out
         cut = row_options | {"token_bytes": _token_bytes(tokenizer)}
         preparation = Preparation(output_dir, split.sides, made_from=made_from, options=cut, part_command=part_command)
-        is_begun = preparation.begin()
-    if not is_begun:
+        is_begun = preparation.begin() if accelerator.is_main_process else None
+    if not broadcast_object_list([is_begun])[0]:
         return True
     number, num_parts = part or (0, 1)
     start = time.perf_counter()
