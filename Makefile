@@ -8,7 +8,7 @@ BF16 := $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo --mixed_p
 LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml $(BF16)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-interop install-llama.cpp install-deepspeed demo pictures test test-slow lint format clean
+.PHONY: help install install-interop install-llama.cpp install-deepspeed demo pictures test test-slow test-gpu lint format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -63,7 +63,7 @@ $(VENV)/.installed-deepspeed: $(VENV)/.installed
 	DS_BUILD_OPS=0 $$pip install --constraint constraints.txt --no-build-isolation deepspeed && touch $@ || \
 	{ rm -rf $(VENV)/deepspeed; echo "pip could not install DeepSpeed (above), so its tests will be skipped."; }
 
-demo: install  ## Train a tokenizer and a small model on Python's own library, then a classifier and a chat (ten minutes on two cores)
+demo: install  ## Train a tokenizer and a small model on Python's own library, then a classifier and a chat (10 to 30 minutes on two cores)
 	$(BIN)/python recipes/train_tokenizer.py --config recipes/configs/tokenizer_demo.yaml --output_dir out/tokenizer
 	$(LAUNCH) recipes/pretrain.py --config recipes/configs/pretrain_demo.yaml --tokenizer out/tokenizer --output_dir out/demo
 	$(BIN)/python recipes/generate.py --model out/demo --prompt "def read(self, " --temperature 0.7 --num_samples 2
@@ -94,7 +94,10 @@ test: install  ## Lint, and run the default tests: no GPU, no network, a few min
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: install-interop  ## Run the tests that take minutes, those with other libraries included
-	$(BIN)/python -m pytest -m "slow and not gpu and not hub"
+	$(BIN)/python -m pytest -m "slow and not gpu and not hub" --numprocesses 2 --dist loadfile
+
+test-gpu: install  ## Run the tests that need a GPU (three minutes on one)
+	$(BIN)/python -m pytest -m gpu tests/gpu --numprocesses 4
 
 lint: install  ## Check lint, formatting and types
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@
     python recipes/benchmark.py --measure scaling --output_dir out/scaling
     python recipes/benchmark.py --measure time_to_quality --dataset literature.txt
     accelerate launch --mixed_precision bf16 recipes/benchmark.py --hidden_size 768 --num_hidden_layers 12 \\
-        --num_attention_heads 12 --block_size 1024 --vocab_size 50257
+        --num_attention_heads 12 --block_size 1024 --vocab_size 50304 --torch_compile --document_tokens 400
     python recipes/benchmark.py --tokenizer out/tokenizer --dataset stdlib
 
 The models take turns, so that changes of the machine's speed affect all of them; the ratios are medians over those
@@ -13,6 +13,9 @@ turns. On a CPU, pretrain.py keeps freed memory (hfllm/training/devices.py) and 
 as its users run it, unless `--keep_freed_memory all` (or none) is given. Memory is the peak of training steps, measured
 in a separate process for each model. Decoding is greedy, one row, with the key/value cache, and also measured with
 grouped key and value heads. With a tokenizer, the data path is measured too: encoding on one core, and reading a batch.
+
+`--document_tokens` also trains our model on rows of packed documents, which do not see each other. `--nanochat` names
+a checkout of nanochat, whose own step (its model of this shape with full attention, its optimizer) is measured beside.
 
 `--measure scaling` measures the time per token by size of the model and by context. `--measure time_to_quality` runs
 the commands of pretrain_time_to_quality.yaml on a text, and recipes/baseline.py beside them, imports included.
@@ -38,10 +41,17 @@ from hfllm.model import GPTConfig, GPTForCausalLM
 from hfllm.report.benchmark import benchmark_table, plot_benchmark, plot_scaling
 from hfllm.runs.files import open_output_dir, write_json, write_text
 from hfllm.tokenization import document_encoder, load_tokenizer, tokenizer_fingerprint
-from hfllm.training.devices import keep_freed_memory
+from hfllm.training.devices import choose_attention, keep_freed_memory
 from hfllm.training.footprint import training_memory
-from hfllm.training.optimization import build_adamw
-from hfllm.training.throughput import flops_per_token, loss_options, peak_flops
+from hfllm.training.optimization import build_adamw, build_muon
+from hfllm.training.throughput import (
+    compile_model,
+    data_sheet_flops,
+    flops_per_token,
+    loss_options,
+    peak_flops,
+    synchronize,
+)
 
 import numpy as np
 import torch
@@ -74,6 +84,14 @@ class BenchmarkArguments(
     num_steps: int = option(10, help="Measured steps, and continuations, of each model.", at_least=1)
     num_prompt_tokens: int = option(32, help="Tokens of the prompt that is continued.", at_least=1)
     num_new_tokens: int = option(128, help="Tokens of each continuation.", at_least=1)
+    num_prompts: int = option(1, help="Rows that are continued at a time.", at_least=1)
+    cache_implementation: str | None = option(
+        None, help="The cache of decoding by transformers' name; static is compiled on a GPU.", default_is="dynamic"
+    )
+    document_tokens: int = option(
+        0, help="Also train on rows of packed documents of this many tokens on average; 0: do not.", at_least=0
+    )
+    nanochat: str | None = option(None, help="A checkout of nanochat to measure beside, on a GPU.")
     keep_freed_memory: Literal["ours", "all", "none"] = option(
         "ours", help="Models for which a CPU keeps freed memory for the next step."
     )
@@ -88,8 +106,13 @@ class BenchmarkArguments(
     def check(self) -> None:
         """Reject what cannot be measured or would be ignored."""
         check_numbers(self)
-        if self.torch_compile and self.measure not in ("all", "training"):
-            raise ValueError(f"--torch_compile is for --measure training, not for {self.measure}. Leave it out.")
+        for name in ("torch_compile", "document_tokens", "nanochat"):
+            if getattr(self, name) and self.measure not in ("all", "training"):
+                raise ValueError(f"--{name} is for --measure training, not for {self.measure}. Leave it out.")
+        if self.nanochat is not None and not (Path(self.nanochat) / "nanochat" / "gpt.py").exists():
+            raise ValueError(
+                f"--nanochat {self.nanochat}: there is no nanochat/gpt.py in it. Give a checkout's folder."
+            )
         if self.measure != "time_to_quality":
             return
         defaults = dataclasses.asdict(BenchmarkArguments())
@@ -113,7 +136,8 @@ def main(args: BenchmarkArguments) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     peak = peak_flops(device, dtype)
-    machine = f"{device}, {torch.get_num_threads()} threads; it multiplies at {peak / 1e9:,.0f} GFLOP/s in {dtype}"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    machine = f"{name}; it multiplies at {peak / 1e9:,.0f} GFLOP/s in {dtype}"
     print(machine)
     results: dict[str, Any] = {"machine": machine, "peak_flops": peak, "arguments": dataclasses.asdict(args)}
     if args.measure in ("all", "training"):
@@ -168,30 +192,63 @@ def build_models(args: BenchmarkArguments) -> dict[str, PreTrainedModel]:
     }
 
 
+QUEUED_STEPS = 5  # that an accelerator takes before its clock is read; in training, Python waits when it logs
+
+
 def training_step(
-    model: PreTrainedModel, *, num_rows: int, block_size: int, dtype: torch.dtype, torch_compile: bool = False
+    model: PreTrainedModel,
+    *,
+    num_rows: int,
+    block_size: int,
+    dtype: torch.dtype,
+    torch_compile: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    document_tokens: int = 0,
 ) -> Callable[[], float]:
-    """A function that takes an AdamW step, each time on the same random rows, and returns its seconds."""
-    optimizer = build_adamw(model, learning_rate=1e-4, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
-    if torch_compile:
-        model.compile()
+    """A function that takes a step, of AdamW by default, each time on the same random rows, and returns its seconds.
+
+    Ours is compiled as pretrain.py compiles it; the others as a whole. With `document_tokens`, documents of one to
+    twice as many tokens are packed into the rows, and attention is the one that pretrain.py chooses.
+    """
+    rates = {"weight_decay": 0.1, "betas": (0.9, 0.95), "epsilon": 1e-8}
+    optimizer = optimizer or build_adamw(model, learning_rate=1e-4, **rates)
     device = model.device
+    if document_tokens:
+        model.set_attn_implementation(choose_attention(model, device))
+    if torch_compile:
+        compile_model(model) if isinstance(model, GPTForCausalLM) else model.compile()
     rows = torch.randint(model.config.vocab_size, (num_rows, block_size + 1), device=device)
     inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     batch = {"input_ids": inputs, "labels": inputs, "shift_labels": targets, **loss_options(model)}
+    if document_tokens:
+        lengths = torch.randint(1, 2 * document_tokens, (num_rows * block_size,))  # more than are needed
+        positions = torch.cat([torch.arange(length) for length in lengths[: 1 + inputs.numel() // document_tokens * 2]])
+        batch["position_ids"] = positions[: inputs.numel()].view_as(inputs).to(device)
 
-    def step() -> float:
-        start = time.perf_counter()
+    def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(**batch, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        loss.item()  # waits for an accelerator
-        return time.perf_counter() - start
 
-    return step
+    return timed(step, device)
+
+
+def timed(step: Callable[[], None], device: torch.device) -> Callable[[], float]:
+    """A function that takes steps and returns the seconds of one; an accelerator has several queued, as in training."""
+    num_steps = 1 if device.type == "cpu" else QUEUED_STEPS
+
+    def take() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            step()
+        synchronize(device)
+        return (time.perf_counter() - start) / num_steps
+
+    return take
 
 
 def keeps_freed_memory(args: BenchmarkArguments, name: str) -> bool:
@@ -204,10 +261,18 @@ def measure_training(
     """Forward, backward and AdamW of each model, in turns."""
     models = {name: model.to(device).train() for name, model in build_models(args).items()}
     batch = {"num_rows": args.per_device_train_batch_size, "block_size": args.block_size}
-    steps = {
-        name: training_step(model, **batch, dtype=dtype, torch_compile=args.torch_compile)
-        for name, model in models.items()
-    }
+    options = {**batch, "dtype": dtype, "torch_compile": args.torch_compile}
+    steps = {name: training_step(model, **options) for name, model in models.items()}
+    ours = models["hfllm, modern"].config
+    if args.document_tokens:
+        models["hfllm, packed"] = GPTForCausalLM(ours).to(device).train()
+        steps["hfllm, packed"] = training_step(models["hfllm, packed"], **options, document_tokens=args.document_tokens)
+    if args.nanochat is not None:
+        models["hfllm, Muon"] = model = GPTForCausalLM(ours).to(device).train()
+        rates = {"learning_rate": 0.02, "adam_learning_rate": 0.001, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+        muon = build_muon(model, **rates, epsilon=1e-8, momentum=0.85)
+        steps["hfllm, Muon"] = training_step(model, **options, optimizer=muon)
+        models["nanochat"], steps["nanochat"] = nanochat_step(args, device)
     for step in steps.values():
         step()  # compiles
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -225,7 +290,8 @@ def measure_training(
     for name, model in models.items():
         median = statistics.median(seconds[name])
         ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds[first], seconds[name], strict=True))
-        mfu = flops_per_token(model, block_size=args.block_size) * tokens_per_step / median / peak
+        flops = model.estimate_flops() if name == "nanochat" else flops_per_token(model, block_size=args.block_size)
+        mfu = flops * tokens_per_step / median / peak
         results[name] = {
             "tokens_per_second": tokens_per_step / median,
             "seconds_per_step": median,
@@ -233,8 +299,37 @@ def measure_training(
             "mfu": mfu,
             f"speed_against_{first}": ratio,
         }
+        if (sheet := data_sheet_flops(device, dtype)) is not None:
+            results[name]["mfu_by_data_sheet"] = mfu * peak / sheet
         print(f"{name:34s} {tokens_per_step / median:10,.0f} {mfu:12.0%} {ratio:28.2f}")
     return results
+
+
+def nanochat_step(args: BenchmarkArguments, device: torch.device) -> tuple[torch.nn.Module, Callable[[], float]]:
+    """nanochat's model of this shape, and a function that takes its own compiled step and returns its seconds."""
+    sys.path.insert(0, str(args.nanochat))
+    from nanochat.gpt import GPT
+    from nanochat.gpt import GPTConfig as NanochatConfig
+
+    heads = {"n_head": args.num_attention_heads, "n_kv_head": args.num_attention_heads}
+    shape = {"n_layer": args.num_hidden_layers, "n_embd": args.hidden_size, **heads}
+    with torch.device("meta"):
+        model = GPT(
+            NanochatConfig(sequence_len=args.block_size, vocab_size=args.vocab_size, window_pattern="L", **shape)
+        )
+    model.to_empty(device=device)
+    model.init_weights()
+    optimizer = model.setup_optimizer()
+    compiled = torch.compile(model, dynamic=False)
+    rows = torch.randint(args.vocab_size, (args.per_device_train_batch_size, args.block_size + 1), device=device)
+    inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def step() -> None:
+        compiled(inputs, targets).backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    return model, timed(step, device)
 
 
 def measure_memory(args: BenchmarkArguments, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
@@ -263,7 +358,7 @@ def measure_decoding(args: BenchmarkArguments, device: torch.device, dtype: torc
     for model in models.values():
         model.to(device, dtype).eval()
         model.generation_config.eos_token_id = None  # all of them write to the end
-    prompt = torch.randint(args.vocab_size, (1, args.num_prompt_tokens), device=device)
+    prompt = torch.randint(args.vocab_size, (args.num_prompts, args.num_prompt_tokens), device=device)
 
     def continue_prompt(model: PreTrainedModel) -> tuple[float, int]:
         start = time.perf_counter()
@@ -274,6 +369,7 @@ def measure_decoding(args: BenchmarkArguments, device: torch.device, dtype: torc
             do_sample=False,
             pad_token_id=0,
             return_dict_in_generate=True,
+            cache_implementation=args.cache_implementation,
         )
         output.sequences[0, -1].item()  # waits for an accelerator
         seconds = time.perf_counter() - start
@@ -296,13 +392,14 @@ def measure_decoding(args: BenchmarkArguments, device: torch.device, dtype: torc
             for other in (first, second)
         ]
         results[name] = {
-            "tokens_per_second": args.num_new_tokens / median,
+            "tokens_per_second": args.num_prompts * args.num_new_tokens / median,
             "cache_bytes": cache_bytes[name],
             f"speed_against_{first}": against[0],
             f"speed_against_{second}": against[1],
         }
         cache = f"{cache_bytes[name] / 2**20:.2f} MiB"
-        print(f"{name:34s} {args.num_new_tokens / median:10,.0f} {cache:>12s} {against[0]:22.2f} {against[1]:5.2f}")
+        rate = f"{args.num_prompts * args.num_new_tokens / median:10,.0f}"
+        print(f"{name:34s} {rate} {cache:>12s} {against[0]:22.2f} {against[1]:5.2f}")
     return results
 
 

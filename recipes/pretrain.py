@@ -79,14 +79,14 @@ from hfllm.training.checkpoint import (
     save_model,
 )
 from hfllm.training.deadline import Deadline
-from hfllm.training.devices import clip_gradient, leaving_at_once, start_accelerator
-from hfllm.training.optimization import build_adamw, build_muon, learning_rate_at, scale_learning_rates
+from hfllm.training.devices import choose_attention, clip_gradient, leaving_at_once, start_accelerator
+from hfllm.training.optimization import build_adamw, build_muon, learning_rate_at, scale_learning_rates, skip_unless
 from hfllm.training.rehearsal import Rehearsal, describe_rehearsal, rehearse
 from hfllm.training.sampling import draw_sample
 from hfllm.training.sizing import DIALS, Speed, check_dials, choose_sizes, slowest
-from hfllm.training.spikes import SpikeDetector, stop_if_hopeless
+from hfllm.training.spikes import SkippedUpdates, SpikeDetector, stop_if_hopeless
 from hfllm.training.summary import describe_result, describe_run, final_metrics
-from hfllm.training.throughput import ThroughputMeter, compile_blocks, flops_per_token, loss_options
+from hfllm.training.throughput import ThroughputMeter, compile_model, flops_per_token, loss_options
 
 import numpy as np
 import torch
@@ -124,6 +124,7 @@ class PretrainArguments(
     groups.Model,
     groups.Shape,
     groups.Sizing,
+    groups.Attention,
     groups.Compile,
     groups.Training,
     groups.Muon,
@@ -459,7 +460,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolde
 
     # 5. The model, with random weights or from --model, and its optimizer
     torch.manual_seed(args.seed)
-    model = build_model(args, config)
+    model = build_model(args, config, accelerator)
     batch = {"rows_per_step": rows_per_step, "block_size": args.block_size}
     accelerator.print(describe_run(model, accelerator=accelerator, max_steps=max_steps, num_rows=num_rows, **batch))
     setup = prepare(args, model, text, accelerator, max_steps=max_steps, hub=hub)
@@ -531,7 +532,8 @@ def train(
     tokens_per_step = setup.rows_per_step * args.block_size
     detector = SpikeDetector(args.skip_spikes, history=state.spike_history) if args.skip_spikes else None
     interval_nats = torch.zeros((), device=accelerator.device)  # since the last line of the log
-    interval_targets = num_skipped_in_a_row = 0
+    interval_targets = 0
+    skipped = SkippedUpdates(accelerator.device)
     meter = ThroughputMeter(accelerator.device)
     with RunLog(args.output_dir, accelerator=accelerator, step=state.step, max_steps=max_steps) as log:
         deadline.start()
@@ -550,8 +552,7 @@ def train(
             state.step = step + 1
             state.train_tokens += tokens_per_step
             state.seconds += time.perf_counter() - step_start
-            state.skipped_updates += not taken.is_update
-            num_skipped_in_a_row = 0 if taken.is_update else num_skipped_in_a_row + 1
+            skipped.count(taken.is_update)
             interval_nats += taken.nats
             interval_targets += num_targets
             log.advance()
@@ -560,22 +561,28 @@ def train(
             deadline.count_step()
             is_last = state.step == deadline.max_steps
             is_stopping = stop_request.agreed()
-            if state.step % args.logging_steps == 0 or is_last:
+            is_log_step = state.step % args.logging_steps == 0 or is_last
+            if is_log_step:
                 record = {
                     "step": state.step,
                     "loss": accelerator.reduce(interval_nats).item() / interval_targets,
                     "learning_rate": args.learning_rate * height,
-                    "grad_norm": taken.grad_norm,
+                    "grad_norm": taken.grad_norm.item(),
                     "tokens_per_second": meter.read(),
                     "train_tokens": state.train_tokens,
                 }
                 log.write(record)
                 interval_nats.zero_()
                 interval_targets = 0
-            stop_if_hopeless(num_skipped_in_a_row, step=step + 1, learning_rate=args.learning_rate, detector=detector)
+            is_save_step = state.step % args.save_steps == 0 or is_last or is_stopping
+            is_eval_step = state.step % args.eval_steps == 0 or is_last
+            # In other steps Python must not wait for an accelerator.
+            if is_log_step or is_save_step or is_eval_step or accelerator.device.type == "cpu":
+                num_skipped, num_in_a_row = skipped.read()
+                state.skipped_updates += num_skipped
+                stop_if_hopeless(num_in_a_row, step=step + 1, learning_rate=args.learning_rate, detector=detector)
             with meter.paused():
-                is_save_step = state.step % args.save_steps == 0 or is_last or is_stopping
-                if state.step % args.eval_steps == 0 or is_last:
+                if is_eval_step:
                     evaluate(args, setup, state, log)
                     deadline.count_evaluation()
                     is_best = state.count_evaluation()
@@ -603,8 +610,8 @@ def read_step(args: PretrainArguments, setup: Setup, step: int) -> tuple[list[di
 
 class StepResult(NamedTuple):
     nats: torch.Tensor  # this process's part of the step's loss, summed over its targets
-    grad_norm: float
-    is_update: bool  # False: the gradient was not finite, or the step a spike
+    grad_norm: torch.Tensor
+    is_update: torch.Tensor  # a boolean; False: the gradient was not finite, or the step a spike
 
 
 def take_step(
@@ -637,12 +644,11 @@ def take_step(
             nats += loss.detach() * (num_targets / num_parts)
             if accelerator.sync_gradients:
                 grad_norm = clip_gradient(accelerator, model, args.max_grad_norm or math.inf)
-                is_update = math.isfinite(grad_norm)
-                if is_update and detector is not None:
+                is_update = torch.isfinite(grad_norm)
+                if detector is not None and is_update:
                     step_loss = accelerator.reduce(nats).item() / num_targets
-                    is_update = not detector.is_spike(step_loss, grad_norm)
-                if not is_update:
-                    optimizer.zero_grad()  # an update without gradients changes nothing
+                    is_update &= not detector.is_spike(step_loss, grad_norm.item())
+                skip_unless(is_update, optimizer)
             optimizer.step()
             optimizer.zero_grad()
     return StepResult(nats, grad_norm, is_update)
@@ -828,14 +834,15 @@ def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) ->
     return config
 
 
-def build_model(args: PretrainArguments, config: PreTrainedConfig) -> PreTrainedModel:
+def build_model(args: PretrainArguments, config: PreTrainedConfig, accelerator: Accelerator) -> PreTrainedModel:
     if args.model is not None:
         # Training needs float32 weights, in whatever precision the checkpoint was saved.
         model = open_causal_lm(args.model, dtype=torch.float32)
     else:
         model = GPTForCausalLM(config)
+    model.set_attn_implementation(args.attn_implementation or choose_attention(model, accelerator.device))
     if args.torch_compile:
-        compile_blocks(model)
+        compile_model(model)
     return model
 
 
@@ -910,7 +917,7 @@ def size_model_and_run(args: PretrainArguments, accelerator: Accelerator, text: 
 def measure_speed(args: PretrainArguments, accelerator: Accelerator, text: TrainingText) -> Speed:
     """The seconds of a step and of an evaluation, measured with a temporary model of these sizes."""
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
-    model = build_model(args, build_config(args, text.tokenizer))
+    model = build_model(args, build_config(args, text.tokenizer), accelerator)
     max_steps = args.warmup_steps + (args.decay_steps or 0) + 10  # more than are taken; the rate does not matter here
     setup = prepare(args, model, text, accelerator, max_steps=max_steps)
     seconds_per_step = try_steps(args, setup, num_steps=5).seconds_per_step

@@ -465,6 +465,17 @@ class Compile:
     torch_compile: bool = option(False, help="Compile the model: slower start, faster steps.", compared=Compared.NOT)
 
 
+class Attention:
+    """model"""
+
+    attn_implementation: str | None = option(
+        None,
+        help="Attention by transformers' name: sdpa, eager, flex_attention, flash_attention_2.",
+        default_is="the fastest for packed documents on the device",
+        compared=Compared.NOT,
+    )
+
+
 class Precision:
     """model
 

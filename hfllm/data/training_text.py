@@ -82,7 +82,7 @@ class TrainingText:
         num_rows = batch_size * accumulation * accelerator.num_processes
         device = accelerator.device
         if isinstance(self.train, RowStream):
-            share = {name: tensor.to(device) for name, tensor in self.train.take(num_rows).items()}
+            share = send(self.train.take(num_rows), device)
             parts = {name: tensor.split(batch_size) for name, tensor in share.items()}
             batches = [{name: part[index] for name, part in parts.items()} for index in range(accumulation)]
             return batches, int(accelerator.reduce((share["shift_labels"] != -100).sum()))
@@ -90,8 +90,7 @@ class TrainingText:
         cut = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
         [step_rows] = rows_of_step(step, **order)
         batches = [self.train.batch(rows) for rows in rows_of_step(step, **order, **cut, accumulation=accumulation)]
-        batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
-        return batches, int(self.train.num_targets[step_rows].sum())
+        return [send(batch, device) for batch in batches], int(self.train.num_targets[step_rows].sum())
 
     def state(self) -> dict[str, Any] | None:
         """Where a stream is, for a checkpoint; prepared rows need no state. To be called by every process."""
@@ -108,6 +107,13 @@ class TrainingText:
         if isinstance(self.train, RowStream):
             assert state is not None
             self.train.load_state_dict(state)
+
+
+def send(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch on a device; a GPU copies it from pinned memory while Python goes on."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def prepare_text(

@@ -36,12 +36,12 @@ def build_causal_mask(
             "the model with attn_implementation='sdpa' or 'flex_attention', or pass one row at a time, without padding "
             "and attention_mask."
         )
-    if is_full:
+    if is_full and may_ask(documents):
         return create_causal_mask(config, inputs_embeds, None, None, position_ids)
     return create_causal_mask(
         config,
         inputs_embeds,
-        attention_mask,
+        None if is_full else attention_mask,
         None,
         and_mask_function=packed_sequence_mask_function(documents.expand(inputs_embeds.shape[0], -1)),
     )
@@ -50,7 +50,7 @@ def build_causal_mask(
 def find_documents(
     attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, cache: Cache | None
 ) -> torch.Tensor | None:
-    """The number (B, T) of the document that each token belongs to; None if no row holds more than one."""
+    """The number (B, T) of the document that each token belongs to; None if no row is seen to hold more than one."""
     if position_ids is None or position_ids.shape[-1] == 1:
         return None
     if attention_mask is not None and len(attention_mask.shape) != 2:
@@ -67,10 +67,10 @@ def find_documents(
         if is_text.shape[-1] != length or attention_mask.shape[-1] != length + seen:
             return None
         restarts = restarts & is_text[:, 1:] & is_text[:, :-1]
-    if not is_tracing(restarts) and not restarts.any():
+    if may_ask(restarts) and not restarts.any():
         return None
     if is_static or seen > 0:
-        if is_tracing(restarts):
+        if not may_ask(restarts):
             return None
         raise ValueError(
             "The position_ids restart, as where a new document starts in a packed row, but with a cache that is "
@@ -78,6 +78,15 @@ def find_documents(
             "document in a row of its own."
         )
     return nn.functional.pad(restarts.cumsum(-1), (1, 0))
+
+
+def may_ask(tensor: torch.Tensor) -> bool:
+    """Whether Python may read the tensor's values: not where they are traced, nor in training on an accelerator.
+
+    Reading makes Python wait until the accelerator has computed them, and the accelerator then waits for Python. So
+    there, position_ids that are given always count as those of packed documents; the result is the same.
+    """
+    return not is_tracing(tensor) and (tensor.device.type == "cpu" or not torch.is_grad_enabled())
 
 
 def count_positions(

@@ -6,6 +6,8 @@ accelerator always takes the plain path.
 This file travels with every checkpoint: it imports third-party packages only.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.utils.import_utils import is_tracing
@@ -234,7 +236,8 @@ def repeat_kv(hidden_states: torch.Tensor, num_groups: int) -> torch.Tensor:
 
 # The loss
 
-LOGIT_ROWS = 512  # at a time; with fewer, adding up the weight's gradient takes longer than the products
+# Rows of logits at a time; with fewer, adding up the weight's gradient takes longer than the products.
+LOGIT_ROWS = {"cpu": 512, "accelerator": 4096}
 
 
 def is_plain_linear(linear: nn.Module) -> bool:
@@ -255,17 +258,21 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     shift_labels: torch.Tensor,
     num_items_in_batch: int | torch.Tensor | None = None,
+    of_rows: Callable | None = None,
 ) -> torch.Tensor:
     """transformers' ForCausalLMLoss from hidden states (B, T, C), without all logits at once.
 
-    It is the mean over labels, or their sum divided by `num_items_in_batch`.
+    It is the mean over labels, or their sum divided by `num_items_in_batch`. `of_rows` computes a piece: by default
+    `cross_entropy_of_rows`.
     """
     targets = shift_labels.flatten().to(hidden_states.device)
     device_type = hidden_states.device.type
     is_autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if is_autocast else weight.dtype
     with torch.autocast(device_type, enabled=False):
-        nats = LinearCrossEntropyFunction.apply(hidden_states.flatten(0, -2), weight, targets, dtype)
+        nats = LinearCrossEntropyFunction.apply(
+            hidden_states.flatten(0, -2), weight, targets, dtype, of_rows or cross_entropy_of_rows
+        )
     if num_items_in_batch is None:
         num_items_in_batch = (targets != -100).sum()
     elif isinstance(num_items_in_batch, torch.Tensor):
@@ -283,24 +290,22 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+        ctx,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        dtype: torch.dtype,
+        of_rows: Callable,
     ) -> torch.Tensor:
         x, w = hidden_states.to(dtype), weight.to(dtype)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         nats = torch.zeros((), dtype=torch.float32, device=x.device)
-        for first in range(0, len(x), LOGIT_ROWS):
-            rows = slice(first, first + LOGIT_ROWS)
-            logits, target = (x[rows] @ w.mT).float(), targets[rows, None]
-            is_target, target = target != -100, target.clamp(min=0)
-            probabilities = logits.softmax(-1)
-            # From the likeliest token, whose probability is exp(its logit - logsumexp).
-            logsumexp = logits.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log_()
-            nats += (is_target * (logsumexp - logits.gather(-1, target))).sum()
-            if not any(ctx.needs_input_grad):
-                continue
-            probabilities.scatter_add_(-1, target, torch.full_like(logsumexp, -1.0))
-            grad_logits = probabilities.mul_(is_target).to(dtype)
+        num_rows = LOGIT_ROWS["cpu" if x.device.type == "cpu" else "accelerator"]
+        for first in range(0, len(x), num_rows):
+            rows = slice(first, first + num_rows)
+            piece, grad_logits = of_rows(x[rows] @ w.mT, targets[rows, None], any(ctx.needs_input_grad))
+            nats += piece
             if grad_x is not None:
                 torch.mm(grad_logits, w, out=grad_x[rows])
             if grad_w is not None:
@@ -315,4 +320,23 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads = [None if saved is None else saved * grad for saved in ctx.saved_tensors]
-        return *grads, None, None
+        return *grads, None, None, None
+
+
+def cross_entropy_of_rows(
+    logits: torch.Tensor, target: torch.Tensor, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The summed cross entropy in nats of logits (N, V) and targets (N, 1), and its gradient in the logits' dtype."""
+    dtype, logits = logits.dtype, logits.float()
+    is_target, target = target != -100, target.clamp(min=0)
+    probabilities = logits.softmax(-1)
+    # From the likeliest token, whose probability is exp(its logit - logsumexp).
+    logsumexp = logits.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log_()
+    nats = (is_target * (logsumexp - logits.gather(-1, target))).sum()
+    if not needs_gradient:
+        return nats, None
+    if torch.compiler.is_compiling():  # where scattering would write all probabilities once more
+        is_own = torch.arange(logits.shape[-1], device=logits.device) == target
+        return nats, (torch.where(is_own, probabilities - 1, probabilities) * is_target).to(dtype)
+    probabilities.scatter_add_(-1, target, torch.full_like(logsumexp, -1.0))
+    return nats, probabilities.mul_(is_target).to(dtype)

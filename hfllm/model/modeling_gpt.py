@@ -39,6 +39,7 @@ from .generation_gpt import CACHE_NAME, SlidingGenerationMixin, accept_past_key_
 from .kernels_gpt import (
     GPTLinear,
     cast_once,
+    cross_entropy_of_rows,
     fast_rms_norm,
     fast_rotation,
     has_fast_norm,
@@ -220,6 +221,7 @@ class GPTAttention(nn.Module):
 
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, norms and rotation give float32
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
@@ -425,6 +427,7 @@ class GPTForCausalLM(GPTPreTrainedModel, SlidingGenerationMixin):
         self.model = GPTModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = GPTLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.cross_entropy_of_rows = cross_entropy_of_rows  # or a compiled one
 
         self.post_init()
 
@@ -486,7 +489,9 @@ class GPTForCausalLM(GPTPreTrainedModel, SlidingGenerationMixin):
                         "skip_logits=True returns the loss alone, which needs labels. Pass labels or shift_labels."
                     )
                 shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
-            loss = linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, num_items_in_batch)
+            loss = linear_cross_entropy(
+                hidden_states, self.lm_head.weight, shift_labels, num_items_in_batch, self.cross_entropy_of_rows
+            )
             return CausalLMOutputWithPast(
                 loss=loss,
                 **{CACHE_NAME: getattr(outputs, CACHE_NAME)},

@@ -29,6 +29,7 @@ LABELS = {
     "skipped_updates": "updates skipped",
     "tokens_per_second": "tokens per second",
     "mfu": "model FLOPs utilization",
+    "mfu_by_data_sheet": "model FLOPs utilization by the data sheet",
     "peak_flops_per_device": "FLOP/s a device reaches",
     "peak_memory_bytes": "highest memory",
     "num_parameters": "parameters",
@@ -74,7 +75,7 @@ def format_value(value: Any, name: str = "") -> str:
         return f"{value:g} GiB"
     if name == "peak_flops_per_device":
         return f"{value:.2e}"
-    if base == "mfu" or base.endswith("accuracy"):
+    if base.startswith("mfu") or base.endswith("accuracy"):
         return f"{value:.1%}"
     if isinstance(value, int):
         return f"{value:,}" if name != "seed" else str(value)

@@ -16,6 +16,8 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from . import zero
 
@@ -106,9 +108,16 @@ def check_precision() -> None:
     """Reject a precision that this machine does not have: accelerate would silently compute in float32 on a CPU.
 
     Raises:
-        ValueError: `accelerate launch` was told fp16 or fp8, and there is no accelerator.
+        ValueError: `accelerate launch` was told fp16 or fp8, and there is no accelerator, or bf16, and the GPU has
+            none: products would be emulated, many times slower.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    is_gpu = torch.cuda.is_available() and not _is_set("ACCELERATE_USE_CPU")
+    if precision == "bf16" and is_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"accelerate was launched with mixed_precision bf16, and {torch.cuda.get_device_name()} has no bfloat16: "
+            "that begins with NVIDIA's Ampere. Launch with --mixed_precision fp16."
+        )
     if precision in ("fp16", "fp8") and not torch.accelerator.is_available():
         raise ValueError(
             f"accelerate was launched with mixed_precision {precision}, which needs an accelerator, and there is none "
@@ -185,8 +194,8 @@ def _num_launched() -> int:
 
 
 def _has_accelerators() -> bool:
-    """Whether there is an accelerator for each process that runs here; an Apple GPU serves one process only."""
-    if not torch.accelerator.is_available():
+    """Whether there is an accelerator for each process that runs here, to be used; an Apple GPU serves one only."""
+    if not torch.accelerator.is_available() or _is_set("ACCELERATE_USE_CPU"):
         return False
     if torch.accelerator.current_accelerator().type == "mps":
         return _num_launched() == 1
@@ -256,9 +265,21 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def clip_gradient(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> float:
-    """Clip the gradient to `max_norm`; returns the norm before, of the whole model, on every process."""
-    return float(accelerator.clip_grad_norm_(model.parameters(), max_norm))  # also sums over shards
+def clip_gradient(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
+    """Clip the gradient to `max_norm`; returns the norm before, of the whole model, on every process's device."""
+    norm = torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), max_norm), device=accelerator.device)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # the sum over shards
+
+
+def choose_attention(model: PreTrainedModel, device: torch.device) -> str:
+    """The attention that trains packed documents fastest on a device: by blocks on an NVIDIA or AMD GPU, else SDPA.
+
+    With a mask of packed documents, SDPA has only its slower kernels, and computes what the mask hides; flex attention
+    (https://arxiv.org/abs/2412.05496) leaves out blocks that are hidden. It has no dropout.
+    """
+    has_dropout = getattr(model.config, "attention_dropout", 0) or getattr(model.config, "attn_pdrop", 0)
+    takes_blocks = getattr(model, "_supports_flex_attn", False) and not has_dropout
+    return "flex_attention" if device.type == "cuda" and takes_blocks else model.config._attn_implementation
 
 
 def keep_freed_memory(keep: bool = True) -> None:

@@ -43,7 +43,12 @@ class Muon(torch.optim.Optimizer):
 
     A parameter may be sharded (FSDP2's DTensor): its momentum is then gathered, every process orthogonalises the whole,
     and keeps its part of the result.
+
+    Like torch's fused optimizers it takes `found_inf` and `grad_scale` from a GradScaler (float16): a step whose
+    `found_inf`, a tensor on the device, is not 0 changes nothing, and Python does not wait to know it.
     """
+
+    _step_supports_amp_scaling = True  # the name that torch's GradScaler asks for
 
     def __init__(
         self,
@@ -73,34 +78,52 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf, grad_scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        if found_inf is not None and found_inf.device.type == "cpu":
+            if found_inf:
+                return loss
+            found_inf = None
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters if grad_scale is not None else []:
+                _local(parameter.grad).div_(grad_scale)
             if group["orthogonal"]:
-                self._step_orthogonal(group, parameters)
+                self._step_orthogonal(group, parameters, found_inf)
             elif parameters:
-                self._step_adamw(group, parameters)
+                self._step_adamw(group, parameters, found_inf)
         return loss
 
-    def _step_orthogonal(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    def _step_orthogonal(
+        self, group: dict[str, Any], parameters: list[nn.Parameter], found_inf: torch.Tensor | None
+    ) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         for stack in _stacks(parameters):
-            updates = [self._update_momentum(parameter, group["momentum"]) for parameter in stack]
+            updates = [self._update_momentum(parameter, group["momentum"], found_inf) for parameter in stack]
             for parameter, update in zip(stack, orthogonalize(updates, self.dtype)):
                 rows, columns = parameter.shape
                 own, update = _local(parameter), _share(update, parameter)
-                own.mul_(1 - group["lr"] * group["weight_decay"])
+                decay = 1 - group["lr"] * group["weight_decay"]
+                if found_inf is not None:
+                    decay, update = torch.where(found_inf > 0, 1.0, decay), update.masked_fill(found_inf > 0, 0)
+                own.mul_(decay)
                 own.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
-    def _update_momentum(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
+    def _update_momentum(
+        self, parameter: nn.Parameter, momentum: float, found_inf: torch.Tensor | None
+    ) -> torch.Tensor:
         """Nesterov's momentum, whole: the mean of the gradients with the newest one counted once more."""
         assert parameter.grad is not None
         gradient, buffer = _local(parameter.grad), _local(self.state[parameter]["momentum_buffer"])
+        if found_inf is not None:
+            gradient = torch.where(found_inf > 0, buffer, gradient)  # the buffer then stays as it is
         buffer.lerp_(gradient, 1 - momentum)
         return _gather(torch.lerp(gradient, buffer, momentum), parameter)
 
-    def _step_adamw(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    def _step_adamw(
+        self, group: dict[str, Any], parameters: list[nn.Parameter], found_inf: torch.Tensor | None
+    ) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] |= {
@@ -109,6 +132,8 @@ class Muon(torch.optim.Optimizer):
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
         states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states):
+            state["step"] = state["step"].to(parameter.device)  # torch leaves it on the CPU when it loads a state
         adamw(
             [_local(parameter) for parameter in parameters],
             [_local(parameter.grad) for parameter in parameters],
@@ -117,6 +142,7 @@ class Muon(torch.optim.Optimizer):
             [],
             [state["step"] for state in states],
             fused=True,
+            found_inf=found_inf,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

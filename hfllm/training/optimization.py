@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .muon import Muon
 
@@ -90,6 +91,21 @@ def build_muon(
             groups.append({**group, "params": rest, "lr": adam_learning_rate})
     optimizer = Muon(groups, lr=learning_rate, momentum=momentum, betas=betas, eps=epsilon, dtype=dtype)
     return _remember_learning_rates(optimizer)
+
+
+def skip_unless(is_update: torch.Tensor, optimizer: Any) -> None:
+    """Have the optimizer's next step change nothing unless `is_update`, a boolean on the device of the parameters.
+
+    Python does not read an accelerator's boolean, since it would wait for it in each step: the optimizer is told by
+    `found_inf`, as torch's GradScaler tells it. torch's fused AdamW takes that for whole parameters only.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
+    is_sharded = any(isinstance(parameter, DTensor) for group in inner.param_groups for parameter in group["params"])
+    takes_flag = isinstance(inner, Muon) or (isinstance(inner, torch.optim.AdamW) and not is_sharded)
+    if is_update.device.type != "cpu" and takes_flag:
+        inner.found_inf = (~is_update).float()
+    elif not is_update:
+        optimizer.zero_grad()  # a step without gradients changes nothing
 
 
 def _remember_learning_rates(optimizer: Any) -> Any:

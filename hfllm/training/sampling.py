@@ -21,9 +21,14 @@ def draw_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     if input_ids.shape[1] >= context:
         input_ids = input_ids[:, -max(1, context - min(num_tokens, context // 2)) :]
     num_tokens = max(1, min(num_tokens, context - input_ids.shape[1]))
-    tokens = model.generate(
-        input_ids.to(model.device), max_new_tokens=num_tokens, do_sample=True, temperature=0.8, top_k=50
-    )
+    # Each token has another length: nothing is compiled for it, and attention by blocks is made for whole rows.
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("sdpa" if attention == "flex_attention" else attention)
+    with torch.compiler.set_stance("force_eager"):
+        tokens = model.generate(
+            input_ids.to(model.device), max_new_tokens=num_tokens, do_sample=True, temperature=0.8, top_k=50
+        )
+    model.set_attn_implementation(attention)
     model.train(was_training)
     # If the sample ends inside a character of several bytes, the incomplete character decodes to U+FFFD.
     return tokenizer.decode(tokens[0], skip_special_tokens=True).rstrip("\ufffd")

@@ -3,6 +3,8 @@
 import statistics
 from collections import deque
 
+import torch
+
 
 MAX_SKIPPED_IN_A_ROW = 10  # skipped updates; more in a row are not an accident
 
@@ -33,6 +35,24 @@ class SpikeDetector:
                     return True
         self.past.append((loss, grad_norm))
         return False
+
+
+class SkippedUpdates:
+    """Counts skipped updates on the device, so that Python does not wait for each step's."""
+
+    def __init__(self, device: torch.device):
+        self.since_read = torch.zeros((), dtype=torch.int64, device=device)
+        self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+
+    def count(self, is_update: torch.Tensor) -> None:
+        self.since_read += ~is_update
+        self.in_a_row = (self.in_a_row + 1) * ~is_update
+
+    def read(self) -> tuple[int, int]:
+        """The number since the last `read`, and of the last ones in a row; waits for the device."""
+        counts = int(self.since_read), int(self.in_a_row)
+        self.since_read.zero_()
+        return counts
 
 
 def stop_if_hopeless(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..evaluation.rows import Evaluation
 from .devices import describe_sharding
-from .throughput import multiplies_fast, peak_flops, peak_memory_bytes, share_of_peak
+from .throughput import data_sheet_flops, multiplies_fast, peak_flops, peak_memory_bytes, share_of_peak
 
 
 def describe_run(
@@ -34,7 +34,7 @@ def describe_run(
         f"Model: {model.num_parameters():,} parameters, of which {num_embedding:,} in the token embedding, {tied}.\n"
         f"Training: {max_steps:,} steps of {rows_per_step * block_size:,} tokens ({rows_per_step} rows of "
         f"{block_size}), {passes}, on {accelerator.num_processes} x {accelerator.device.type}{sharding} in "
-        f"{precision}.{_describe_faster_precision(accelerator)}"
+        f"{precision}, attention by {model.config._attn_implementation}.{_describe_faster_precision(accelerator)}"
     )
 
 
@@ -64,6 +64,7 @@ def final_metrics(
     result = Evaluation(**state["evaluation"])
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     peak = peak_flops(accelerator.device, dtype) if multiplies_fast(accelerator.device, dtype) else None
+    sheet = data_sheet_flops(accelerator.device, dtype)
     flops_per_second = tokens_per_second and tokens_per_second * flops_per_token / accelerator.num_processes
     return {
         "eval_loss": result.loss,
@@ -78,6 +79,7 @@ def final_metrics(
         "skipped_updates": state["skipped_updates"],
         "tokens_per_second": tokens_per_second,
         "mfu": flops_per_second and share_of_peak(flops_per_second, peak),
+        "mfu_by_data_sheet": flops_per_second and share_of_peak(flops_per_second, sheet),
         "peak_flops_per_device": peak,
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
         "num_parameters": num_parameters,

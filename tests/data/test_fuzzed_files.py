@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import lzma
 import random
 from pathlib import Path
@@ -17,6 +18,12 @@ from hfllm.data.conversations import load_conversations, load_preferences
 from hfllm.data.labelled_texts import load_labelled_texts
 from hfllm.data.readers import read_file
 from hfllm.data.records import ReadOptions
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings(caplog):
+    """The texts of damaged files would be in the report, which pytest-xdist cannot send if they are not UTF-8."""
+    caplog.set_level(logging.CRITICAL, logger="hfllm")
 
 
 WORDS = ["one", "two, three", 'say "x"', "é→文", "four\nlines", "a;b", "tab\there", "", "5", "null", "\x0c\u2028", "{}"]

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 import hfllm
-from hfllm.model.kernels_gpt import RMSNormFunction, RotaryFunction
+from hfllm.model.kernels_gpt import RMSNormFunction, RotaryFunction, cross_entropy_of_rows
 from tests.conftest import make_tiny_config
 
 
@@ -288,3 +288,16 @@ def test_a_repeated_sequence_is_learned_to_almost_no_loss(tiny_config):
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.05
+
+
+@pytest.mark.slow  # compiles for ten seconds
+def test_the_compiled_loss_of_a_piece_and_its_gradient_are_torchs_own():
+    logits, target = torch.randn(12, 50, requires_grad=True), torch.randint(50, (12, 1))
+    target[3] = -100
+    expected = nn.functional.cross_entropy(logits, target[:, 0], reduction="sum")
+    expected.backward()
+    for function in (cross_entropy_of_rows, torch.compile(cross_entropy_of_rows)):
+        nats, gradient = function(logits.detach(), target, True)
+        torch.testing.assert_close(nats, expected.detach())
+        torch.testing.assert_close(gradient, logits.grad)
+        assert function(logits.detach(), target, False)[1] is None

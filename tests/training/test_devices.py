@@ -9,8 +9,10 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 
+import hfllm
 from hfllm.training import devices
-from hfllm.training.devices import check_precision, clip_gradient, start_accelerator
+from hfllm.training.devices import check_precision, choose_attention, clip_gradient, start_accelerator
+from tests.conftest import make_tiny_config
 from tests.recipes.conftest import load_recipe
 
 
@@ -173,3 +175,27 @@ def test_half_precision_that_a_cpu_has_not_is_refused(precision, monkeypatch):
         start_accelerator()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     check_precision()
+
+
+def test_a_machine_with_a_gpu_trains_on_its_cpu_where_that_was_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert start_accelerator().device.type == "cpu"
+
+
+def test_bf16_on_a_gpu_that_has_none_is_refused(monkeypatch):
+    """torch would emulate it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(ValueError, match=r"Tesla V100 has no bfloat16.*--mixed_precision fp16"):
+        check_precision()
+
+
+def test_attention_by_blocks_is_chosen_on_a_gpu_only_and_without_dropout():
+    model = hfllm.GPTForCausalLM(make_tiny_config("modern"))
+    assert choose_attention(model, torch.device("cuda")) == "flex_attention"
+    assert choose_attention(model, torch.device("cpu")) == "sdpa"
+    model.config.attention_dropout = 0.1
+    assert choose_attention(model, torch.device("cuda")) == "sdpa"

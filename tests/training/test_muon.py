@@ -250,3 +250,21 @@ def test_a_checkpoint_of_adamw_is_refused_in_words(tmp_path):
     path = save_checkpoint(tmp_path, model=model, optimizer=adamw, state={"step": 0}, accelerator=accelerator)
     with pytest.raises(ValueError, match="the state of AdamW, and the optimizer is Muon"):
         load_checkpoint(path, model=model, optimizer=optimizer, accelerator=accelerator)
+
+
+@pytest.mark.parametrize("growth", [1.0, float("inf")], ids=["finite", "not finite"])
+def test_a_grad_scaler_of_torch_scales_gradients_back_and_skips_what_is_not_finite(growth):
+    """As float16 needs it: the step is that of gradients that were never scaled, or none."""
+    weight = torch.randn(6, 4)
+    parameters = [nn.Parameter(weight.clone()) for _ in range(2)]
+    optimizers = [Muon([{"params": [each], "orthogonal": True}], lr=0.1) for each in parameters]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    gradient = torch.randn(6, 4)
+    parameters[0].grad, parameters[1].grad = gradient.clone(), scaler.scale(gradient) * growth
+    if growth == 1.0:
+        optimizers[0].step()
+    scaler.step(optimizers[1])
+    scaler.update()
+    torch.testing.assert_close(parameters[1], parameters[0])
+    assert torch.equal(parameters[1], weight) == (growth != 1.0)
+    assert scaler.get_scale() == (8.0 if growth == 1.0 else 4.0)

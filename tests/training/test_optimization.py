@@ -10,7 +10,7 @@ from transformers import (
     get_wsd_schedule,
 )
 
-from hfllm.training.optimization import build_adamw, learning_rate_at, parameter_groups
+from hfllm.training.optimization import build_adamw, build_muon, learning_rate_at, parameter_groups, skip_unless
 
 
 def names_of(model, group) -> set[str]:
@@ -166,3 +166,24 @@ def test_cosine_is_that_of_torch():
 def test_options_that_make_no_course_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         learning_rate_at(0, learning_rate=1.0, max_steps=10, **options)
+
+
+@pytest.mark.parametrize("is_muon", [False, True], ids=["adamw", "muon"])
+def test_a_step_that_is_to_be_skipped_changes_neither_weights_nor_state(is_muon):
+    model = TinyModel()
+    rates = {"learning_rate": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.95), "epsilon": 1e-8}
+    optimizer = build_adamw(model, **rates)
+    if is_muon:
+        optimizer = build_muon(model, **rates, adam_learning_rate=0.1, momentum=0.8)
+
+    def values() -> list[torch.Tensor]:
+        state = [value for each in optimizer.state.values() for value in each.values()]
+        return [tensor.detach().clone() for tensor in (*model.parameters(), *state)]
+
+    for is_update in (True, False, True):
+        before = values()
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1.0 if is_update else math.nan)
+        skip_unless(torch.tensor(is_update), optimizer)
+        optimizer.step()
+        assert all(map(torch.equal, before, values())) != is_update

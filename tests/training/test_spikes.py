@@ -2,8 +2,9 @@ import json
 import random
 
 import pytest
+import torch
 
-from hfllm.training.spikes import SpikeDetector
+from hfllm.training.spikes import SkippedUpdates, SpikeDetector
 
 
 def noisy_steps(num_steps: int) -> list[tuple[float, float]]:
@@ -48,3 +49,14 @@ def test_a_history_that_went_through_a_checkpoint_judges_alike():
 def test_a_bar_of_nothing_is_refused():
     with pytest.raises(ValueError, match="standard deviations"):
         SpikeDetector(0)
+
+
+def test_skipped_updates_are_counted_since_the_last_look_and_in_a_row():
+    skipped = SkippedUpdates(torch.device("cpu"))
+    for is_update in (False, True, False, False):
+        skipped.count(torch.tensor(is_update))
+    assert skipped.read() == (3, 2)
+    skipped.count(torch.tensor(False))
+    assert skipped.read() == (1, 3)
+    skipped.count(torch.tensor(True))
+    assert skipped.read() == (0, 0)
