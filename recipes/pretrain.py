@@ -293,7 +293,7 @@ class PretrainArguments(
                     raise ValueError(f"--prepare_only writes rows and ends: it goes not with --{name}. {INSTEAD[name]}")
         elif self.prepare_part is not None:
             raise ValueError(f"--prepare_part {self.prepare_part} is for --prepare_only: give it as well.")
-        _ = self.part
+        _ = self.part  # raises if it is none
         if self.is_sized:
             check_dials(vars(self))
         elif self.streaming and self.max_steps is None:

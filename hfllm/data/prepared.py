@@ -1,6 +1,6 @@
 """Prepared rows as a data set of their own: a folder that is made once, and used, copied and pushed without the text.
 
-    rows.json             what the rows were made of, counts, and checksums of all files; written last
+    rows.json             what the rows were made of, counts, and checksums of all rows; written last
     train/                as Dataset.save_to_disk writes it; also validation/, or one such folder for each text
     dataset_dict.json     for datasets.load_from_disk
     README.md             for the Hub, and for datasets.load_dataset
@@ -258,7 +258,7 @@ def _card(entries: dict[str, Any], made_from: dict[str, Any]) -> str:
         f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n---\n\n# Rows for pretraining\n\n"
         f"Rows of {block_size:,} + 1 token ids, prepared by hfllm; the tokenizer is in `tokenizer/`.\n\n{lines}\n\n"
         f"Each row has `input_ids`, and `position_ids`, which begin again with each document. `rows.json` has the "
-        f"checksums of all files. hfllm trains on this folder by `--dataset`.\n"
+        f"checksums of all rows. hfllm trains on this folder by `--dataset`.\n"
     )
 
 
@@ -408,8 +408,10 @@ def _copy_again(folder: Path) -> str:
 
 
 def _open_side(folder: Path, name: str, entry: dict[str, Any]) -> Rows:
-    dataset = datasets.load_from_disk(str(folder / name), keep_in_memory=False)
-    assert isinstance(dataset, datasets.Dataset)
+    # By the files alone, which were verified, and not by the JSON that is there for `datasets`.
+    dataset = datasets.concatenate_datasets(
+        [datasets.Dataset.from_file(str(folder / name / file)) for file in entry["files"]]
+    )
     files = [(folder / name / file, seal["batches"]) for file, seal in entry["files"].items()]
     verify = verifier(files, f"{folder / name} has changed since it was written", _copy_again(folder))
     return Rows(dataset, entry["account"], verify)
