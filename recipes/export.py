@@ -10,6 +10,10 @@ GPT-2, a Llama 3 or a Qwen3 as an hfllm model, to inspect or to train further:
 
     python recipes/export.py --model openai-community/gpt2 --to hfllm --output_dir out/gpt2
 
+One model's folder of a checkpoint that several processes wrote in pieces (FSDP2, HSDP), also while the run continues:
+
+    python recipes/export.py --model out/run/checkpoints/step-00001000 --to whole --output_dir out/step-1000
+
 The preset `modern` is a qwen3, and `book` a gpt2. Every export is read back from the disk and compared with the
 original before the recipe reports success: logits, greedy tokens, and the ids of text that is hard for tokenizers.
 """
@@ -27,12 +31,15 @@ from hfllm.cli.options import arguments, differs, inputs_of, option
 from hfllm.conversion import comparison
 from hfllm.conversion.folder import save_model, save_tokenizer
 from hfllm.conversion.loading import NATIVE_TYPES, load_causal_lm
-from hfllm.runs.folder import claim_folder
+from hfllm.runs.folder import RunFolder, claim_folder
 from hfllm.runs.identity import hash_model
+from hfllm.runs.sharded import is_sharded, iterate_tensors
 from hfllm.tokenization import tokenizer_fingerprint
+from hfllm.training.checkpoint import consolidate_checkpoint, find_checkpoint_fault
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 
@@ -47,8 +54,9 @@ GGUF_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "q8_0": "
 
 @arguments
 class ExportArguments(groups.Model, groups.Dtype, groups.Tokenizer, groups.Overwrite, groups.Config):
-    to: Literal["gpt2", "llama", "qwen3", "gguf", "onnx", "hfllm"] = option(
-        help="A native class of transformers, a file format, or hfllm's class (from a native one)."
+    to: Literal["gpt2", "llama", "qwen3", "gguf", "onnx", "hfllm", "whole"] = option(
+        help="A native class of transformers, a file format, hfllm's class (from a native one), or a checkpoint in "
+        "pieces made whole."
     )
     model = differs(help="Folder or Hub id of the model: hfllm's, or a native gpt2, llama or qwen3.")
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = differs(
@@ -66,6 +74,15 @@ class ExportArguments(groups.Model, groups.Dtype, groups.Tokenizer, groups.Overw
             raise ValueError(f"--dtype q8_0 is for --to gguf; --to {self.to} takes float32, bfloat16 or float16.")
         if self.to == "onnx" and self.dtype not in (None, "float32"):
             raise ValueError(f"--dtype {self.dtype}: an ONNX file is in float32. Leave --dtype out.")
+        if self.to == "whole" and self.dtype is not None:
+            raise ValueError(f"--dtype {self.dtype}: --to whole leaves the weights as they are. Leave --dtype out.")
+        if self.to == "whole" and not is_sharded(source):
+            raise ValueError(f"{self.model!r} is not in pieces: --to whole is for a checkpoint of a sharded run.")
+        if self.to != "whole" and is_sharded(source):
+            raise ValueError(
+                f"{self.model!r} is in pieces, one for each process of a sharded run. Make it whole first, by --to "
+                f"whole, and then export that folder --to {self.to}."
+            )
 
 
 def main(args: ExportArguments) -> None:
@@ -78,6 +95,9 @@ def main(args: ExportArguments) -> None:
         inputs=inputs_of(args),
     )
     with claim as folder:
+        if args.to == "whole":
+            make_whole(args, folder)
+            return
         # 1. The model and its tokenizer
         model = load_model(args.model)
         tokenizer = load_tokenizer(args.tokenizer or args.model)
@@ -103,12 +123,46 @@ def main(args: ExportArguments) -> None:
             folder.finish(files=folder.moved)
 
     # 3. Where it is, and commands that open it
+    tell(args, folder, num_tokens=max(1, min(32, context - num_prompt_tokens)))
+
+
+def tell(args: ExportArguments, folder: RunFolder, *, num_tokens: int) -> None:
     files = [folder.path / name for name in folder.record["finished"]["files"]]
     path = next((file for file in files if file.suffix in (".gguf", ".onnx")), folder.path)
     print(f"Done: {path}, {sum(file.stat().st_size for file in files) / 2**20:,.1f} MiB. To try it:")
-    num_tokens = max(1, min(32, context - num_prompt_tokens))
     for command in commands_to_open(args.to, path, num_tokens=num_tokens):
         print(f"\n    {command}")
+
+
+def make_whole(args: ExportArguments, folder: RunFolder) -> None:
+    """Put the pieces of a checkpoint together, tensor by tensor: no memory has to hold the model."""
+    source = Path(args.model).expanduser()
+    if fault := find_checkpoint_fault(source):
+        raise ValueError(f"The checkpoint {source} is broken: {fault}. Take another one.")
+    tokenizer = load_tokenizer(args.tokenizer or args.model)
+    identity = {
+        "to": args.to,
+        "model_sha256": hash_model(source),
+        "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+    }
+    folder.check_same(identity)
+    if folder.is_finished():
+        print(f"{args.output_dir} holds this export already: nothing to do.")
+    else:
+        with folder.writing() as partial:
+            consolidate_checkpoint(source, partial)
+            save_tokenizer(tokenizer, partial)
+            num_tensors = 0
+            with safe_open(partial / "model.safetensors", "pt") as written:
+                for name, tensor in iterate_tensors(source, "model"):
+                    if not torch.equal(written.get_tensor(name), tensor):
+                        raise RuntimeError(f"{name}, read back from the disk, differs from its pieces.")
+                    num_tensors += 1
+            print(f"  the {num_tensors:,} tensors read back are the same as their pieces")
+            folder.begin(identity)
+        folder.finish(files=folder.moved)
+    context = AutoConfig.from_pretrained(folder.path).max_position_embeddings
+    tell(args, folder, num_tokens=max(1, min(32, context - len(tokenizer(PROMPT).input_ids))))
 
 
 def load_model(name: str) -> PreTrainedModel:
@@ -264,10 +318,10 @@ def commands_to_open(to: str, path: Path, *, num_tokens: int) -> list[str]:
         feeds = "{'input_ids': ids, 'attention_mask': ids * 0 + 1, 'position_ids': ids - 1}"
         run_it = f"onnxruntime.InferenceSession({str(path)!r}).run(None, {feeds})"
         return [f'python -c "import numpy, onnxruntime; ids = numpy.array([[1, 2, 3]]); print({run_it})"']
-    imports = "import hfllm; " if to == "hfllm" else ""
+    imports = "import hfllm; " if to in ("hfllm", "whole") else ""
     pipeline = f"pipeline('text-generation', {str(path)!r})('{PROMPT}', max_new_tokens={num_tokens})"
     commands = [f'python -c "{imports}from transformers import pipeline; print({pipeline})"']
-    return commands if to == "hfllm" else [*commands, f"vllm serve {shlex.quote(str(path))}"]
+    return commands if to in ("hfllm", "whole") else [*commands, f"vllm serve {shlex.quote(str(path))}"]
 
 
 if __name__ == "__main__":

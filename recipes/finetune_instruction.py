@@ -409,6 +409,7 @@ def muon(args: InstructionArguments, model: torch.nn.Module) -> torch.optim.Opti
         betas=(0.9, 0.95),
         epsilon=1e-8,
         dtype=torch.bfloat16 if args.bf16 else None,
+        process_group=torch.distributed.group.WORLD,  # DDP's processes share the work; None for a single one
     )
 
 

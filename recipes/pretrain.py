@@ -30,6 +30,7 @@ example `accelerate launch --mixed_precision bf16`.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -75,14 +76,13 @@ from hfllm.training.checkpoint import (
     find_checkpoint,
     find_state,
     load_checkpoint,
-    save_checkpoint,
-    save_model,
 )
 from hfllm.training.deadline import Deadline
 from hfllm.training.devices import choose_attention, clip_gradient, leaving_at_once, start_accelerator
 from hfllm.training.optimization import build_adamw, build_muon, learning_rate_at, scale_learning_rates, skip_unless
 from hfllm.training.rehearsal import Rehearsal, describe_rehearsal, rehearse
 from hfllm.training.sampling import draw_sample
+from hfllm.training.saving import CheckpointSaver
 from hfllm.training.sizing import DIALS, Speed, check_dials, choose_sizes, slowest
 from hfllm.training.spikes import SkippedUpdates, SpikeDetector, stop_if_hopeless
 from hfllm.training.summary import describe_result, describe_run, final_metrics
@@ -430,6 +430,7 @@ class Setup(NamedTuple):
     loss_options: dict[str, bool]  # arguments of the model's forward besides the batch
     sizes: dict[str, int]  # num_parameters and flops_per_token, counted before the model is sharded
     hub: TrainingPush | None = None  # with --push_to_hub
+    saver: CheckpointSaver | None = None  # in a run that trains
 
 
 def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolder, stop_request: StopRequest) -> bool:
@@ -501,7 +502,9 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolde
                 tokenizer.save_pretrained(partial)
                 save_environment(partial, num_processes=accelerator.num_processes)
         check_best(args, state, accelerator)
+        setup = setup._replace(saver=build_saver(args, setup))
         tokens_per_second = train(args, setup, state, deadline, stop_request)
+        setup.saver.wait()
         of_all = f"{state.step:,} of {deadline.max_steps:,}"
         if state.has_ended_early(args.early_stopping_patience) and state.step < deadline.max_steps:
             accelerator.print(
@@ -682,20 +685,24 @@ def save(args: PretrainArguments, setup: Setup, state: TrainingState, detector: 
     start = time.perf_counter()
     state.text = setup.text.state()
     state.spike_history = detector.history if detector is not None else None
-    checkpoint = save_checkpoint(
-        Path(args.output_dir) / "checkpoints",
-        model=setup.model,
-        optimizer=setup.optimizer,
-        state=dataclasses.asdict(state),
-        accelerator=setup.accelerator,
-        tokenizer=setup.text.tokenizer,
-        keep=args.save_total_limit,
-        best_step=state.best_step if args.load_best_model_at_end else None,
-    )
     is_pushed = args.hub_strategy == "every_save" and state.step < setup.max_steps  # `present` pushes the end
-    if setup.hub is not None and setup.accelerator.is_main_process and is_pushed:
-        setup.hub.push_checkpoint(checkpoint, setup.accelerator.unwrap_model(setup.model), step=state.step)
+    setup.saver.save(
+        dataclasses.asdict(state),
+        best_step=state.best_step if args.load_best_model_at_end else None,
+        when_written=functools.partial(push_checkpoint, setup, state.step) if setup.hub and is_pushed else None,
+    )
     state.save_seconds += time.perf_counter() - start
+
+
+def build_saver(args: PretrainArguments, setup: Setup) -> CheckpointSaver:
+    """What writes the checkpoints of this run: of a sharded model, in the background."""
+    own = {"model": setup.model, "optimizer": setup.optimizer, "accelerator": setup.accelerator}
+    directory = Path(args.output_dir) / "checkpoints"
+    return CheckpointSaver(directory, **own, tokenizer=setup.text.tokenizer, keep=args.save_total_limit)
+
+
+def push_checkpoint(setup: Setup, step: int, checkpoint: Path) -> None:
+    setup.hub.push_checkpoint(checkpoint, setup.accelerator.unwrap_model(setup.model), step=step)
 
 
 def save_result(
@@ -706,7 +713,7 @@ def save_result(
     saved = load_best(args, setup, state) if args.load_best_model_at_end else state
     check_converged(saved.evaluation["loss"], num_choices=len(text.tokenizer))
     with folder.writing() as partial:
-        save_model(partial, model=setup.model, accelerator=accelerator)
+        setup.saver.save_model(partial, step=saved.step)
         if accelerator.is_main_process:
             speed = {"tokens_per_second": tokens_per_second, **setup.sizes}
             counts = dataclasses.asdict(state) | {"evaluation": saved.evaluation}
@@ -853,7 +860,9 @@ def build_optimizer(args: PretrainArguments, model: PreTrainedModel, accelerator
         return build_adamw(model, **rates, **adam)
     rates["adam_learning_rate"] = args.adam_learning_rate
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
-    return build_muon(model, **rates, **adam, momentum=args.muon_momentum, dtype=dtype)
+    # Under DDP every process has all matrices and gradients: they share the work. `WORLD` is None for a single process.
+    shared = {"process_group": torch.distributed.group.WORLD}
+    return build_muon(model, **rates, **adam, **shared, momentum=args.muon_momentum, dtype=dtype)
 
 
 def prepare(

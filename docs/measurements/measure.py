@@ -9,6 +9,7 @@
     python docs/measurements/measure.py scaling
     python docs/measurements/measure.py book --dataset the-verdict.txt --tokenizer openai-community/gpt2
     python docs/measurements/measure.py instruction_throughput
+    python docs/measurements/measure.py muon_processes
 
 Then `python docs/measurements/tables.py` puts the numbers into README.md and docs/numbers.md. Run it in the project's
 environment, from the repository's root, on a machine that does nothing else. The numbers are those that the recipes
@@ -210,6 +211,20 @@ def measure_instruction_throughput(options: argparse.Namespace) -> dict[str, Any
         return json.loads(path.read_text(encoding="utf-8"))
 
 
+def measure_muon_processes(options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "muon.json")
+        run([sys.executable, "docs/measurements/muon_processes.py", "--output_file", str(path)], OMP_NUM_THREADS="1")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def measure_saves(options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "saves.json")
+        run([sys.executable, "docs/measurements/saves.py", "--output", str(path)])
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
 def benchmark(measure: str, *more: str, launch: list[str] | None = None, **variables: str) -> dict[str, Any]:
     """What recipes/benchmark.py writes into benchmark.json."""
     with tempfile.TemporaryDirectory() as folder:
@@ -241,6 +256,8 @@ MEASUREMENTS = {
     "demo": measure_demo,
     "docstrings": measure_docstrings,
     "instruction_throughput": measure_instruction_throughput,
+    "muon_processes": measure_muon_processes,
+    "saves": measure_saves,
     "scaling": measure_scaling,
     "sms": measure_sms,
     "time_to_quality": measure_time_to_quality,

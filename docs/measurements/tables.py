@@ -323,6 +323,27 @@ def instruction_throughput_table(results: dict[str, Any]) -> str:
     return table(["", "tokens of text per second, one thread"], rows)
 
 
+def muon_processes_table(results: dict[str, Any]) -> str:
+    measured, on_paper = results["measured"], results["on_64_gpus_in_bfloat16"]
+    rows = [
+        [name, f"{each['seconds']:.2f} s", f"{each['cpu_seconds']:.2f} s", f"{each['bytes_sent'] / 1e6:.1f} MB"]
+        for name, each in measured.items()
+    ]
+    here = table(["6 blocks of 384, float32", "wall time", "CPU time", "sent by a process"], rows)
+    rows = [
+        [
+            name,
+            f"{each['flops'] / 1e12:.2f}",
+            f"{1e3 * each['seconds_computing']:.1f} ms",
+            f"{each['bytes_sent'] / 1e9:.3f} GB",
+            f"{1e3 * each['seconds_sending']:.1f} ms",
+        ]
+        for name, each in on_paper.items()
+    ]
+    head = ["on paper: 64 GPUs, bfloat16", "TFLOP of a GPU", "at 400 TFLOP/s", "sent by a GPU", "at 50 GB/s"]
+    return f"{here}\n\n{table(head, rows)}"
+
+
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo_table,
     "time_to_quality": time_to_quality_table,
@@ -333,6 +354,7 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "docstrings": docstrings_table,
     "book": book_table,
     "instruction_throughput": instruction_throughput_table,
+    "muon_processes": muon_processes_table,
 }
 
 

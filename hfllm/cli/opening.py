@@ -46,6 +46,11 @@ def _read_config(name: str, *, trust_remote_code: bool) -> PreTrainedConfig:
             f"model={name} is a folder without a config.json, so there is no model in it yet; it holds {found}. "
             "A run writes its model when it ends: start it again with the same command to resume it."
         )
+    if not (folder / "model.safetensors").exists() and any(folder.glob("model.shard-*")):
+        raise ValueError(
+            f"model={name} is a checkpoint in pieces, one for each process of a sharded run. Make it whole, and give "
+            f"that folder: python recipes/export.py --model {name} --to whole --output_dir out/whole"
+        )
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

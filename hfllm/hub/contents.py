@@ -13,6 +13,7 @@ from ..model import configuration_gpt
 from ..report import read_run, without_places
 from ..report.page import PAGE_FILE, render_run
 from ..report.run import is_hub_id, shorten_paths
+from ..runs.sharded import is_sharded
 from .card import CARD_FILE, PICTURES, make_card
 from .errors import PushError
 
@@ -82,6 +83,11 @@ def check_model_folder(folder: Path) -> str:
             " The run is not over: its model is written at the end." if (folder / "checkpoints").exists() else ""
         )
         raise PushError(f"{folder} is not a model's folder: it has no config.json; it holds {held}.{under_way}")
+    if is_sharded(folder):
+        raise PushError(
+            f"{folder} is a checkpoint in pieces, one for each process of a sharded run. Make it whole, and push that "
+            f"folder: python recipes/export.py --model {folder} --to whole --output_dir out/whole"
+        )
     if not any(folder.glob("model*.safetensors")):
         raise PushError(f"{folder} has a config.json but no model.safetensors, so no weights; it holds {held}.")
     if "model_type" not in _read(folder / "config.json"):

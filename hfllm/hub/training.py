@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from ..runs.sharded import consolidate, is_sharded
 from .errors import PushError
 from .forms import RUN_FILES
 from .push import check_repo_id, open_repository, push_to_hub
@@ -69,7 +70,7 @@ class TrainingPush:
             return None
 
     def _snapshot(self, checkpoint: Path, model: PreTrainedModel) -> Path:
-        """A folder that training no longer changes, with hard links to the checkpoint's weights."""
+        """A folder that training no longer changes, with the checkpoint's weights, linked or put together."""
         snapshot = self.folder / SNAPSHOT
         shutil.rmtree(snapshot, ignore_errors=True)
         snapshot.mkdir()
@@ -77,10 +78,13 @@ class TrainingPush:
             is_tokenizer = path.name.startswith(("tokenizer", "chat_template", "special_tokens"))
             if is_tokenizer or path.name in set(RUN_FILES) - {"metrics.json"}:
                 shutil.copyfile(path, snapshot / path.name)
-        try:
-            os.link(checkpoint / "model.safetensors", snapshot / "model.safetensors")
-        except OSError:  # a file system without hard links
-            shutil.copyfile(checkpoint / "model.safetensors", snapshot / "model.safetensors")
+        if is_sharded(checkpoint):
+            consolidate(checkpoint, "model", snapshot / "model.safetensors")
+        else:
+            try:
+                os.link(checkpoint / "model.safetensors", snapshot / "model.safetensors")
+            except OSError:  # a file system without hard links
+                shutil.copyfile(checkpoint / "model.safetensors", snapshot / "model.safetensors")
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__.removeprefix("FSDP")]
         config.save_pretrained(snapshot)

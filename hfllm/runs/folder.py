@@ -29,6 +29,7 @@ from .completion import FORMAT_VERSION, RECORD, describe_finish, find_fault, rea
 from .files import flush, named_folder, remove_leftovers
 from .identity import as_json, check_same_run, find_differences
 from .lock import run_lock
+from .manifest import listed_files
 from .processes import on_main_process
 
 
@@ -428,17 +429,10 @@ def _own_files(path: Path, record: Mapping[str, Any]) -> set[str]:
     for checkpoint in _checkpoints(path) if record else []:
         place = checkpoint.relative_to(path).as_posix()
         files = _visible_files(checkpoint)
-        listed = _names_in_manifest(checkpoint)
+        listed = listed_files(checkpoint)
         known = (*CHECKPOINT_FILES, *TOKENIZER_FILES)
         names |= {f"{place}/{name}" for name in files if name in listed or _matches([name], known)}
     return names
-
-
-def _names_in_manifest(checkpoint: Path) -> set[str]:
-    try:
-        return set(json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
 
 
 def _newest(path: Path) -> Path | None:

@@ -8,13 +8,16 @@ the same optimizer, so that one object is scheduled, saved and resumed.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.adamw import adamw
+
+from .sharing import Grid, SharedStack, grid_of, local_part, overlap
 
 
 # An odd polynomial ax + bx^3 + cx^5 that moves singular values in (0, 1] towards 1, steepest at 0 (Jordan et al. 2024).
@@ -41,8 +44,14 @@ class Muon(torch.optim.Optimizer):
     iteration tolerates bfloat16's rounding. It takes three tenths of a step's time for 6 layers of 384 and 2,048
     tokens, in float32 on one core, nearly all of it in matrix products.
 
-    A parameter may be sharded (FSDP2's DTensor): its momentum is then gathered, every process orthogonalises the whole,
-    and keeps its part of the result.
+    Several processes share the work: each makes some of the matrices orthogonal, whole, and all get the results
+    (`SharedStack`). For parameters sharded by rows (FSDP2, HSDP), these are the processes of the parameter's own mesh.
+    For all others they are those of `process_group`, which must have the same parameters and gradients, as under DDP;
+    without it, each process does the whole work and waits for no other. The state does not depend on who does what: a
+    momentum is whole or sharded as its parameter is.
+
+    The processes of a group must take each step together. A gradient that is missing in some of them never makes the
+    others wait: a matrix becomes NaN where it has a gradient and its owner, who makes it orthogonal, has none.
 
     Like torch's fused optimizers it takes `found_inf` and `grad_scale` from a GradScaler (float16): a step whose
     `found_inf`, a tensor on the device, is not 0 changes nothing, and Python does not wait to know it.
@@ -60,10 +69,12 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
     ):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(groups, {**defaults, "orthogonal": False})
         self.dtype = dtype
+        self.process_group = process_group
         for group in self.param_groups:
             for parameter in group["params"] if group["orthogonal"] else []:
                 if parameter.ndim != 2:
@@ -83,43 +94,70 @@ class Muon(torch.optim.Optimizer):
             if found_inf:
                 return loss
             found_inf = None
+        overlap(self._tasks(found_inf, grad_scale))
+        return loss
+
+    def _tasks(self, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None) -> Iterator[Iterator[None]]:
+        """One task for each stack; groups of AdamW take their step while the stacks before them are on their way."""
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in parameters if grad_scale is not None else []:
-                _local(parameter.grad).div_(grad_scale)
+                local_part(parameter.grad).div_(grad_scale)
             if group["orthogonal"]:
-                self._step_orthogonal(group, parameters, found_inf)
+                for grid, stack in _stacks(group["params"], self.process_group):
+                    yield self._step_orthogonal(group, stack, grid, found_inf)
             elif parameters:
                 self._step_adamw(group, parameters, found_inf)
-        return loss
 
     def _step_orthogonal(
-        self, group: dict[str, Any], parameters: list[nn.Parameter], found_inf: torch.Tensor | None
-    ) -> None:
-        for parameter in parameters:
+        self, group: dict[str, Any], stack: list[nn.Parameter], grid: Grid | None, found_inf: torch.Tensor | None
+    ) -> Iterator[None]:
+        """Muon's step for matrices of one shape; yields while numbers are on their way between processes."""
+        momentum = group["momentum"]
+        for parameter in stack:
+            self._update_momentum(parameter, momentum, found_inf)
+        if grid is None:
+            momenta = [_gather(self._nesterov(parameter, momentum, found_inf), parameter) for parameter in stack]
+            results = orthogonalize(momenta, self.dtype)
+            updates = [_part(result, parameter) for parameter, result in zip(stack, results)]
+        else:
+            shared = SharedStack(stack, grid, dtype=self.dtype or default_dtype(stack[0].device))
+            parts = [self._nesterov(parameter, momentum, found_inf) for parameter in shared.of_replica]
+            momenta = yield from shared.collect(parts)
+            results = orthogonalize(momenta, self.dtype) if momenta else []
+            updates = yield from shared.distribute(results)
+        for parameter, update in zip(stack, updates, strict=True):
+            if parameter.grad is None:
+                continue
+            rows, columns = parameter.shape
+            own, decay = local_part(parameter), 1 - group["lr"] * group["weight_decay"]
+            if found_inf is not None:
+                decay, update = torch.where(found_inf > 0, 1.0, decay), update.masked_fill(found_inf > 0, 0)
+            own.mul_(decay)
+            own.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+    def _update_momentum(self, parameter: nn.Parameter, momentum: float, found_inf: torch.Tensor | None) -> None:
+        if parameter.grad is not None:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        for stack in _stacks(parameters):
-            updates = [self._update_momentum(parameter, group["momentum"], found_inf) for parameter in stack]
-            for parameter, update in zip(stack, orthogonalize(updates, self.dtype)):
-                rows, columns = parameter.shape
-                own, update = _local(parameter), _share(update, parameter)
-                decay = 1 - group["lr"] * group["weight_decay"]
-                if found_inf is not None:
-                    decay, update = torch.where(found_inf > 0, 1.0, decay), update.masked_fill(found_inf > 0, 0)
-                own.mul_(decay)
-                own.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+            gradient, buffer = self._gradient_and_buffer(parameter, found_inf)
+            buffer.lerp_(gradient, 1 - momentum)
 
-    def _update_momentum(
-        self, parameter: nn.Parameter, momentum: float, found_inf: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Nesterov's momentum, whole: the mean of the gradients with the newest one counted once more."""
+    def _nesterov(self, parameter: nn.Parameter, momentum: float, found_inf: torch.Tensor | None) -> torch.Tensor:
+        """This process's part of Nesterov's momentum: the mean of the gradients with the newest counted once more."""
+        if parameter.grad is None:
+            return torch.full_like(local_part(parameter), math.nan)
+        return torch.lerp(*self._gradient_and_buffer(parameter, found_inf), momentum)
+
+    def _gradient_and_buffer(
+        self, parameter: nn.Parameter, found_inf: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's parts of the gradient and of the mean of those before."""
         assert parameter.grad is not None
-        gradient, buffer = _local(parameter.grad), _local(self.state[parameter]["momentum_buffer"])
+        gradient, buffer = local_part(parameter.grad), local_part(self.state[parameter]["momentum_buffer"])
         if found_inf is not None:
             gradient = torch.where(found_inf > 0, buffer, gradient)  # the buffer then stays as it is
-        buffer.lerp_(gradient, 1 - momentum)
-        return _gather(torch.lerp(gradient, buffer, momentum), parameter)
+        return gradient, buffer
 
     def _step_adamw(
         self, group: dict[str, Any], parameters: list[nn.Parameter], found_inf: torch.Tensor | None
@@ -135,10 +173,10 @@ class Muon(torch.optim.Optimizer):
         for parameter, state in zip(parameters, states):
             state["step"] = state["step"].to(parameter.device)  # torch leaves it on the CPU when it loads a state
         adamw(
-            [_local(parameter) for parameter in parameters],
-            [_local(parameter.grad) for parameter in parameters],
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
+            [local_part(parameter) for parameter in parameters],
+            [local_part(parameter.grad) for parameter in parameters],
+            [local_part(state["exp_avg"]) for state in states],
+            [local_part(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -165,8 +203,7 @@ def orthogonalize(matrices: list[torch.Tensor], dtype: torch.dtype | None = None
         matrix.shape[0] > matrix.shape[1] for matrix in matrices
     ]  # the Gram matrix below is then the smaller one
     device = matrices[0].device
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = dtype or default_dtype(device)
     x = torch.empty(len(matrices), min(rows, columns), max(rows, columns), dtype=dtype, device=device)
     for place, matrix, tall in zip(x, matrices, is_tall):
         place.copy_(matrix.mT if tall else matrix)
@@ -174,6 +211,11 @@ def orthogonalize(matrices: list[torch.Tensor], dtype: torch.dtype | None = None
     # With r columns per row this takes 4 * (2r + 1) products of square matrices; by the Gram matrix, 13 + 2r.
     x = _iterate_gram(x) if dtype == torch.float32 and x.shape[-1] > 1.5 * x.shape[-2] else _iterate(x)
     return [matrix.mT if tall else matrix for matrix, tall in zip(x, is_tall)]
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """The type in which matrices are made orthogonal on a device."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def _iterate(x: torch.Tensor) -> torch.Tensor:
@@ -199,37 +241,39 @@ def _iterate_gram(x: torch.Tensor) -> torch.Tensor:
     return product @ x
 
 
-def _stacks(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters by shape, a shape and its transpose together, in stacks of a bounded size."""
+def _stacks(
+    parameters: list[nn.Parameter], process_group: ProcessGroup | None
+) -> Iterator[tuple[Grid | None, list[nn.Parameter]]]:
+    """The parameters by shape, a shape and its transpose together, in stacks of a bounded size, each with its grid.
+
+    All processes of a grid have the same stacks, whichever gradients they have, for each waits for the others' parts.
+    """
     by_shape: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
-        by_shape[(*sorted(parameter.shape), parameter.device)].append(parameter)
-    stacks = []
-    for alike in by_shape.values():
-        most = max(1, STACK_NUMBERS // max(1, alike[0].numel()))
-        stacks += [alike[first : first + most] for first in range(0, len(alike), most)]
-    return stacks
+        grid = grid_of(parameter, process_group)
+        if parameter.grad is not None or (grid is not None and grid.num_processes > 1):
+            by_shape[(grid, *sorted(parameter.shape), parameter.device)].append(parameter)
+    for (grid, *_), alike in by_shape.items():
+        num_processes = 1 if grid is None else grid.num_processes
+        # A multiple of the processes, so that all of them have as many matrices, in all stacks but the last.
+        most = num_processes * max(1, STACK_NUMBERS // (num_processes * max(1, alike[0].numel())))
+        for first in range(0, len(alike), most):
+            yield grid, alike[first : first + most]
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _gather(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of which `local` is this process's part, sharded like `parameter`."""
-    if not isinstance(parameter, DTensor):
-        return local
+def _gather(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of which `part` is this process's, sharded like `parameter`."""
+    assert isinstance(parameter, DTensor)
     mesh, placements = parameter.device_mesh, parameter.placements
     sharded = DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
     return sharded.full_tensor()
 
 
-def _share(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def _part(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """This process's part of `whole`, sharded like `parameter`; without communication."""
-    if not isinstance(parameter, DTensor):
-        return whole
+    assert isinstance(parameter, DTensor)
     mesh = parameter.device_mesh
     replicated = DTensor.from_local(whole.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return replicated.redistribute(placements=parameter.placements).to_local()

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from .muon import Muon
@@ -72,10 +73,12 @@ def build_muon(
     betas: tuple[float, float],
     epsilon: float,
     dtype: torch.dtype | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Muon:
     """Muon over `hidden_matrices` at `learning_rate`; AdamW over the rest of `parameter_groups` at its own rate.
 
-    `dtype` is the one in which matrices are made orthogonal, see `Muon`.
+    `dtype` is the one in which matrices are made orthogonal, and the processes of `process_group` share that work, see
+    `Muon`.
     """
     matrices = hidden_matrices(model)
     if not matrices:
@@ -89,7 +92,15 @@ def build_muon(
         rest = [parameter for parameter in group["params"] if id(parameter) not in own]
         if rest:
             groups.append({**group, "params": rest, "lr": adam_learning_rate})
-    optimizer = Muon(groups, lr=learning_rate, momentum=momentum, betas=betas, eps=epsilon, dtype=dtype)
+    optimizer = Muon(
+        groups,
+        lr=learning_rate,
+        momentum=momentum,
+        betas=betas,
+        eps=epsilon,
+        dtype=dtype,
+        process_group=process_group,
+    )
     return _remember_learning_rates(optimizer)
 
 

@@ -13,7 +13,7 @@ from hfllm.evaluation.rows import evaluate_rows
 from hfllm.runs.lock import run_lock
 from hfllm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from hfllm.training.devices import describe_sharding, start_accelerator
-from hfllm.training.optimization import build_adamw
+from hfllm.training.optimization import build_adamw, build_muon
 from tests.conftest import make_tiny_config
 
 
@@ -35,31 +35,36 @@ class CountingRows:
         }
 
 
-def build(accelerator: Accelerator, seed: int = 0) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def build(accelerator: Accelerator, name: str, seed: int = 0) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     # 110,080 numbers in each of the large matrices, for ZeRO-3 leaves small ones whole; three cannot share them evenly.
     model = hfllm.GPTForCausalLM(make_tiny_config("modern", intermediate_size=3440, initializer_range=0.1))
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)  # a frozen one among those that are trained
-    optimizer = build_adamw(model, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
+    options = {"learning_rate": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "epsilon": 1e-8}
+    if name == "muon":
+        own = {"adam_learning_rate": 1e-3, "momentum": 0.9, "process_group": torch.distributed.group.WORLD}
+        optimizer = build_muon(model, **options, **own)
+    else:
+        optimizer = build_adamw(model, **options)
     return accelerator.prepare(model, optimizer)
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range, accelerator: Accelerator) -> None:
-    """Each process takes its share of six rows a step."""
+    """Each process takes its share of twelve rows a step."""
     for step in steps:
-        rows = torch.randint(64, (6, 16), generator=torch.Generator().manual_seed(step))
+        rows = torch.randint(64, (12, 16), generator=torch.Generator().manual_seed(step))
         own = rows[accelerator.process_index :: accelerator.num_processes]
         accelerator.backward(model(input_ids=own, labels=own, use_cache=False).loss)
         optimizer.step()
         optimizer.zero_grad()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, name: str) -> None:
     accelerator = start_accelerator(per_device_train_batch_size=2)
     outcome: dict[str, object] = {"sharding": describe_sharding(accelerator)}
     own = folder / "several"
     with run_lock(own, accelerator=accelerator):
-        model, optimizer = build(accelerator, seed=1)
+        model, optimizer = build(accelerator, name, seed=1)
         parts = {"model": model, "optimizer": optimizer, "accelerator": accelerator}
         state = load_checkpoint(latest_checkpoint(folder / "single", accelerator=accelerator), **parts)
         assert state == {"step": 2}
@@ -76,7 +81,7 @@ def main(folder: Path) -> None:
 
         del parts
         model, optimizer = accelerator.free_memory(model, optimizer)
-        model, optimizer = build(accelerator, seed=2)
+        model, optimizer = build(accelerator, name, seed=2)
         parts = {"model": model, "optimizer": optimizer, "accelerator": accelerator}
         save_checkpoint(own / "fresh", state={"step": 0}, **parts)  # an optimizer that has not taken a step
         load_checkpoint(own / "fresh" / "step-00000000", **parts)
@@ -90,4 +95,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -19,23 +19,27 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
 @pytest.mark.parametrize(
-    ("config", "num_processes", "sharding"),
+    ("name", "config", "num_processes", "sharding", "options"),
     [
-        ("ddp.yaml", 2, "DDP"),
-        ("fsdp2.yaml", 2, "FSDP2"),
-        pytest.param("deepspeed_zero2.yaml", 3, "ZeRO-2", marks=needs_deepspeed),
-        pytest.param("deepspeed_zero3.yaml", 3, "ZeRO-3", marks=needs_deepspeed),
+        ("adamw", "ddp.yaml", 2, "DDP", []),
+        ("adamw", "fsdp2.yaml", 2, "FSDP2", []),
+        ("muon", "fsdp2.yaml", 3, "FSDP2", []),
+        ("muon", "hsdp.yaml", 4, "HSDP 2 x 2", ["--parallelism_config_dp_shard_size", 2]),
+        pytest.param("adamw", "deepspeed_zero2.yaml", 3, "ZeRO-2", [], marks=needs_deepspeed),
+        pytest.param("adamw", "deepspeed_zero3.yaml", 3, "ZeRO-3", [], marks=needs_deepspeed),
     ],
 )
-def test_several_processes_resume_what_one_began_and_the_other_way_round(tmp_path, config, num_processes, sharding):
+def test_several_processes_resume_what_one_began_and_the_other_way_round(
+    tmp_path, name, config, num_processes, sharding, options
+):
     accelerator = Accelerator(cpu=True)
-    model, optimizer = checkpointing.build(accelerator)
+    model, optimizer = checkpointing.build(accelerator, name)
     single = {"model": model, "optimizer": optimizer, "accelerator": accelerator}
     checkpointing.train(model, optimizer, range(2), accelerator)
     path = save_checkpoint(tmp_path / "single", state={"step": 2}, **single)
 
     script = str(ROOT / "tests" / "distributed" / "checkpointing.py")
-    finished = run([*command(config, num_processes), script, str(tmp_path)])
+    finished = run([*command(config, num_processes, *options), script, str(tmp_path), name])
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
     # Read by several processes and written again, every file has the same bytes.
@@ -43,7 +47,7 @@ def test_several_processes_resume_what_one_began_and_the_other_way_round(tmp_pat
         assert (path / file).read_bytes() == (tmp_path / "several" / "unchanged" / path.name / file).read_bytes(), file
 
     # Processes that stop and resume end where those that go straight on do, to the last bit.
-    straight, resumed = (tmp_path / "several" / name / "step-00000004" for name in ("straight", "resumed"))
+    straight, resumed = (tmp_path / "several" / leg / "step-00000004" for leg in ("straight", "resumed"))
     for file in FILES:
         assert (straight / file).read_bytes() == (resumed / file).read_bytes(), file
 
@@ -54,9 +58,9 @@ def test_several_processes_resume_what_one_began_and_the_other_way_round(tmp_pat
     # One process ends there too, up to the order of its sums, and evaluates to the same number.
     checkpointing.train(model, optimizer, range(2, 4), accelerator)
     by_several = load_file(straight / "model.safetensors")
-    for name, tensor in model.state_dict().items():
-        if name in by_several:
-            torch.testing.assert_close(by_several[name], tensor, atol=1e-5, rtol=1e-4)
+    for key, tensor in model.state_dict().items():
+        if key in by_several:
+            torch.testing.assert_close(by_several[key], tensor, atol=1e-5, rtol=1e-4)
     load_checkpoint(straight, **single)
     expected = evaluate_rows(model, checkpointing.CountingRows(), batch_size=5, accelerator=accelerator)
     for index in range(num_processes):

@@ -2,13 +2,17 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load
 
 import hfllm
-from hfllm.hub import PushError, push_to_hub
+from hfllm.hub import PushError, TrainingPush, push_to_hub
+from hfllm.training.checkpoint import save_checkpoint
+from tests.cutting import cut
 from tests.recipes.conftest import run_pretrain, small, text_file, tokenizer_folder  # noqa: F401
 
 
@@ -90,3 +94,17 @@ def test_the_page_and_the_card_stand_in_the_runs_folder(run_pretrain, small, cap
     card, page = ((small["output_dir"] / name).read_text() for name in ("README.md", "report.html"))
     assert "model-index" in card and str(small["output_dir"].parent) not in card
     assert page.startswith("<!DOCTYPE html>") and "Bits per byte" in page
+
+
+def test_a_checkpoint_in_pieces_is_pushed_as_one_model(hub, make_run, tmp_path):
+    run = make_run()
+    shutil.copytree(run, tmp_path / "run")
+    model = hfllm.GPTForCausalLM.from_pretrained(run)
+    parts = {"model": model, "optimizer": torch.optim.AdamW(model.parameters()), "accelerator": Accelerator(cpu=True)}
+    checkpoint = cut(save_checkpoint(tmp_path / "run" / "checkpoints", state={"step": 3}, **parts), 4)
+    push = TrainingPush(tmp_path / "run", "me/my-gpt")
+    push.push_checkpoint(checkpoint, model, step=3)
+    push.thread.join()
+    there = load(hub.files("me/my-gpt")["model.safetensors"])
+    assert there.keys() == model.state_dict().keys() - {"lm_head.weight"}
+    assert all(torch.equal(there[name], model.state_dict()[name]) for name in there)

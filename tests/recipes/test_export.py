@@ -7,16 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hfllm
 from hfllm.cli.arguments import parse_arguments
+from hfllm.cli.opening import open_causal_lm
 from hfllm.conversion import to_native
+from hfllm.hub import PushError
+from hfllm.hub.contents import check_model_folder
 from hfllm.runs.lock import run_lock
+from hfllm.training.checkpoint import save_checkpoint
 from tests.conftest import make_tiny_config
 from tests.conversion.test_native import with_random_weights
+from tests.cutting import cut
 from tests.recipes.conftest import load_recipe
 
 
@@ -105,6 +111,55 @@ def test_a_native_model_becomes_ours_and_the_way_back_gives_the_same_weights(exp
     assert all(torch.equal(native[name], again[name]) for name in native)
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["model_type"] == "hfllm_gpt" and "AutoModelForCausalLM" in config["auto_map"]
+
+
+@pytest.fixture
+def in_pieces(make_model, tmp_path):
+    """A checkpoint that a run of three processes would leave, and the model in it."""
+    source = make_model()
+    model = hfllm.GPTForCausalLM.from_pretrained(source)
+    parts = {"model": model, "optimizer": torch.optim.AdamW(model.parameters()), "accelerator": Accelerator(cpu=True)}
+    parts["tokenizer"] = AutoTokenizer.from_pretrained(source)
+    return cut(save_checkpoint(tmp_path / "run" / "checkpoints", state={"step": 5}, **parts), 3), model
+
+
+def test_a_checkpoint_in_pieces_becomes_one_folder_that_opens(export, in_pieces, tmp_path):
+    checkpoint, model = in_pieces
+    printed = export(model=checkpoint, to="whole", output_dir=tmp_path / "out")
+    assert "tensors read back are the same as their pieces" in printed
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], tensor), name
+    assert opened.generation_config.eos_token_id == [1, 4]
+    assert not list((tmp_path / "out").glob("*.shard-*")) and not (tmp_path / "out" / "state.json").exists()
+    assert "nothing to do" in export(model=checkpoint, to="whole", output_dir=tmp_path / "out")
+    export(model=tmp_path / "out", to="qwen3", output_dir=tmp_path / "native")
+
+
+@pytest.mark.fault(4)
+def test_a_damaged_piece_is_not_exported(export, in_pieces, tmp_path):
+    checkpoint, _ = in_pieces
+    file = checkpoint / "model.shard-0002-of-0003.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.shard-0002-of-0003\.safetensors has changed since it was written"):
+        export(model=checkpoint, to="whole", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_what_cannot_be_done_with_pieces_says_how_they_become_whole(export, in_pieces, make_model, tmp_path):
+    checkpoint, _ = in_pieces
+    out = {"output_dir": tmp_path / "out"}
+    with pytest.raises(ValueError, match=r"is in pieces.* Make it whole first, by --to whole"):
+        export(model=checkpoint, to="qwen3", **out)
+    with pytest.raises(ValueError, match="is not in pieces"):
+        export(model=make_model(folder="other"), to="whole", **out)
+    with pytest.raises(ValueError, match="--to whole leaves the weights as they are"):
+        export(model=checkpoint, to="whole", dtype="bfloat16", **out)
+    for refuse in (open_causal_lm, check_model_folder):
+        with pytest.raises((ValueError, PushError), match=r"in pieces.*recipes/export.py --model .*--to whole"):
+            refuse(checkpoint)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -414,7 +414,7 @@ def test_a_run_whose_end_was_cut_off_is_ended_by_the_same_command(run_pretrain, 
     """Killed between its last checkpoint and its model, or while the finished run of fewer steps was extended."""
     run_pretrain(**{**small, "max_steps": 6})
     with monkeypatch.context() as patch:
-        patch.setattr(run_pretrain.recipe, "save_model", lambda *args, **kwargs: 1 / 0)
+        patch.setattr(run_pretrain.recipe.CheckpointSaver, "save_model", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_pretrain(**small)
     assert json.loads((small["output_dir"] / "metrics.json").read_text())["train_steps"] == 6

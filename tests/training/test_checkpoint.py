@@ -25,6 +25,7 @@ from hfllm.runs.identity import check_same_run
 from hfllm.tokenization import train_bpe
 from hfllm.training import checkpoint as checkpoint_module
 from hfllm.training.checkpoint import (
+    consolidate_checkpoint,
     describe_start,
     find_checkpoint,
     find_state,
@@ -33,6 +34,7 @@ from hfllm.training.checkpoint import (
     save_checkpoint,
 )
 from hfllm.training.optimization import build_adamw
+from tests.cutting import cut
 
 
 @pytest.fixture(scope="module")
@@ -495,6 +497,59 @@ def test_loading_a_broken_one_by_name_is_refused(tmp_path, accelerator):
         assert_whole(path, accelerator)
 
 
+# Checkpoints in pieces
+
+
+def test_one_process_resumes_from_pieces_bitwise(tiny_config, tmp_path, accelerator):
+    model, optimizer = build(tiny_config)
+    train(model, optimizer, range(2))
+    state = {"step": 2}
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, state=state, accelerator=accelerator)
+    cut(path, 3)
+    fresh, fresh_optimizer = build(tiny_config, seed=1)
+    assert load_checkpoint(path, model=fresh, optimizer=fresh_optimizer, accelerator=accelerator) == state
+    assert_identical(everything(model, optimizer), everything(fresh, fresh_optimizer))
+
+
+def test_pieces_make_the_folder_that_a_whole_checkpoint_is(tiny_config, tmp_path, accelerator):
+    model, optimizer = build(tiny_config)
+    parts = {"model": model, "optimizer": optimizer, "accelerator": accelerator, "state": {"step": 0}}
+    whole = save_checkpoint(tmp_path / "whole", **parts)
+    consolidate_checkpoint(cut(save_checkpoint(tmp_path / "cut", **parts), 2), tmp_path / "out")
+    others = {"optimizer.safetensors", "state.json", "manifest.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in whole.iterdir()} - others
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (whole / path.name).read_bytes(), path.name
+
+
+def of_another_step(file: Path):
+    other = save_small(file.parents[1] / "other", 7, Accelerator(cpu=True))
+    shutil.copyfile(cut(other, 2) / file.name, file)
+    shutil.rmtree(file.parents[1] / "other")
+
+
+@pytest.mark.fault(3, 4, 5)
+@pytest.mark.parametrize("file", ["model.shard-0002-of-0002.safetensors", "optimizer.shard-0001-of-0002.safetensors"])
+@pytest.mark.parametrize("fault", [*DAMAGES, "is of step 7"])
+def test_a_damaged_piece_is_named_and_the_checkpoint_before_it_is_taken(tmp_path, accelerator, caplog, file, fault):
+    for step in (1, 2):
+        cut(save_small(tmp_path, step, accelerator), 2)
+    {**DAMAGES, "is of step 7": of_another_step}[fault](tmp_path / "step-00000002" / file)
+    assert assert_whole(latest_checkpoint(tmp_path), accelerator) == 1
+    assert re.search(f"{file} {fault}", caplog.text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken-step-00000002", "step-00000001"]
+
+
+@pytest.mark.fault(3)
+def test_pieces_that_are_not_listed_are_missed_too(tmp_path, accelerator, caplog):
+    path = cut(save_small(tmp_path, 1, accelerator), 2)
+    listed = json.loads((path / "manifest.json").read_text())
+    del listed["files"]["optimizer.shard-0002-of-0002.safetensors"]
+    (path / "manifest.json").write_text(json.dumps(listed))
+    assert latest_checkpoint(tmp_path) is None
+    assert "optimizer.shard-0002-of-0002.safetensors" in caplog.text
+
+
 # A full disk
 
 
@@ -513,7 +568,7 @@ def test_a_disk_that_fills_up_meanwhile_loses_the_new_checkpoint_only(tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     save_small(tmp_path, 1, accelerator, keep=1)
-    for module, name in ((manifest, "flush"), (checkpoint_module, "_write_json")):
+    for module, name in ((manifest, "flush"), (checkpoint_module, "_write_text")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fill_up)
             with pytest.raises(

@@ -1,5 +1,7 @@
 """Muon against linear algebra, against numpy by hand, and against itself: stacked or alone, resumed or not."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hfllm.training.checkpoint import load_checkpoint, save_checkpoint
 from hfllm.training.muon import NEWTON_SCHULZ, NUM_ITERATIONS, Muon, orthogonalize
 from hfllm.training.optimization import build_adamw, build_muon, hidden_matrices, scale_learning_rates
 from tests.conftest import make_tiny_config
+from tests.recipes.conftest import load_recipe
 
 
 OPTIONS = {"learning_rate": 0.02, "adam_learning_rate": 0.01, "weight_decay": 0.1, "momentum": 0.9}
@@ -211,6 +214,18 @@ def test_frozen_matrices_are_in_no_group():
 def test_a_model_without_hidden_matrices_is_refused():
     with pytest.raises(ValueError, match=r"Embedding has no trainable nn\.Linear .* optimizer=adamw"):
         build_muon(nn.Embedding(3, 2), **OPTIONS)
+
+
+def test_both_recipes_have_all_processes_of_the_launch_share_the_work(monkeypatch):
+    model, alone = build()
+    assert alone.process_group is None
+    group = object()
+    monkeypatch.setattr(torch.distributed, "group", SimpleNamespace(WORLD=group))
+    values = {"optimizer": "muon", "learning_rate": 0.1, "adam_learning_rate": 0.1, "weight_decay": 0.0, "bf16": False}
+    values |= {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8, "muon_momentum": 0.9}
+    args, accelerator = SimpleNamespace(**values), SimpleNamespace(mixed_precision="no")
+    assert load_recipe("pretrain").build_optimizer(args, model, accelerator).process_group is group
+    assert load_recipe("finetune_instruction").muon(args, model).process_group is group
 
 
 def test_what_is_not_a_matrix_cannot_be_orthogonal():
