@@ -20,6 +20,10 @@ On the GPUs of one machine, each with the whole model (`ddp.yaml`) or each with 
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 recipes/pretrain.py \\
         --max_train_minutes 60 --dataset my.txt --tokenizer out/tokenizer --output_dir out/mine
 
+The text alone, encoded by all cores, as rows to train on later, here or elsewhere (`--dataset out/rows`):
+
+    python recipes/pretrain.py --prepare_only --dataset my.txt --tokenizer out/tokenizer --output_dir out/rows
+
 The same command again resumes an interrupted run. `--help` explains every option. accelerate decides how many devices
 there are, how they share the work and in which precision they compute: by its file, or by options of the launcher, for
 example `accelerate launch --mixed_precision bf16`.
@@ -29,6 +33,8 @@ import dataclasses
 import functools
 import json
 import math
+import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -50,7 +56,7 @@ from hfllm.cli.options import (
 )
 from hfllm.data.inspection import describe_row
 from hfllm.data.packing import Rows
-from hfllm.data.training_text import TrainingText, prepare_text
+from hfllm.data.training_text import TrainingText, prepare_folder, prepare_text
 from hfllm.evaluation.rows import evaluate_rows, join_evaluations, score_rows, time_evaluation
 from hfllm.hub import TrainingPush, write_page_and_card
 from hfllm.model import GPTConfig, GPTForCausalLM
@@ -105,6 +111,15 @@ DEFAULTS |= {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "eval_steps": 1
 DTYPES = {"no": torch.float32, "fp8": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+# With --prepare_only, what to do instead of another option.
+INSTEAD = {
+    "streaming": "A stream is not prepared: leave one of them out.",
+    "dry_run": "Leave one of them out.",
+    "push_to_hub": "The command that pushes rows is printed at the end.",
+    "overwrite_output_dir": "Delete the folder yourself, or choose another --output_dir.",
+}
+
+
 @arguments
 class PretrainArguments(
     groups.TrainingDataset,
@@ -152,6 +167,20 @@ class PretrainArguments(
         section="text",
         help="Read and encode while training, for text larger than the disk.",
         compared=Compared.BY_CONTENT,
+    )
+
+    prepare_only: bool = option(
+        False,
+        section="text",
+        help="Make rows of the text in output_dir, to be used as dataset, and end.",
+        compared=Compared.NOT,
+    )
+    prepare_part: str | None = option(
+        None,
+        section="text",
+        help="With prepare_only, encode one part only, e.g. 0/8 to 7/8 on eight machines; run once more without it.",
+        default_is="the whole text",
+        compared=Compared.NOT,
     )
 
     # Model. Options that a dial (see Sizing) can set are None until then; `resolve` fills in the defaults.
@@ -235,7 +264,7 @@ class PretrainArguments(
     )
 
     # Output
-    output_dir = differs("out/pretrain")
+    output_dir = differs(None, default_is="out/pretrain, or out/rows with prepare_only")
     save_steps = differs(None, default_is=DEFAULTS["save_steps"], compared=Compared.NOT)
     report_to = differs(help="Experiment trackers, by accelerate's names, e.g. tensorboard trackio wandb.")
     dry_run: bool = option(
@@ -264,6 +293,8 @@ class PretrainArguments(
 
     def resolve(self) -> None:
         """Fill in the defaults, except those that a dial decides later (see `size_model_and_run`)."""
+        if self.output_dir is None:
+            self.output_dir = "out/rows" if self.prepare_only else "out/pretrain"
         if self.optimizer is None:
             self.optimizer = "muon" if self.preset == "modern" and self.model is None else "adamw"
         if self.is_sized:
@@ -285,6 +316,13 @@ class PretrainArguments(
         """Validate options that need neither text nor tokenizer."""
         check_numbers(self)
         check_recipe(self)
+        if self.prepare_only:
+            for name in ("streaming", "dry_run", "push_to_hub", "overwrite_output_dir"):
+                if getattr(self, name):
+                    raise ValueError(f"--prepare_only writes rows and ends: it goes not with --{name}. {INSTEAD[name]}")
+        elif self.prepare_part is not None:
+            raise ValueError(f"--prepare_part {self.prepare_part} is for --prepare_only: give it as well.")
+        _ = self.part  # raises if it is none
         if self.is_sized:
             check_dials(vars(self))
         elif self.streaming and self.max_steps is None:
@@ -301,6 +339,19 @@ class PretrainArguments(
             )
         if self.max_steps is not None and not self.is_sized:
             self.height_at(0, self.max_steps)
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """The number and the count of --prepare_part."""
+        if self.prepare_part is None:
+            return None
+        match = re.fullmatch(r"(\d+)/(\d+)", self.prepare_part)
+        if match is None or not int(match[1]) < int(match[2]):
+            raise ValueError(
+                f"--prepare_part {self.prepare_part}: give the part and the number of parts, e.g. 0/8 for the first "
+                "and 7/8 for the last of eight."
+            )
+        return int(match[1]), int(match[2])
 
     @property
     def is_sized(self) -> bool:
@@ -339,6 +390,11 @@ def main(args: PretrainArguments) -> None:
         log_with=args.report_to,
         project_dir=args.output_dir,
     )
+    if args.prepare_only:
+        with leaving_at_once(accelerator):
+            prepare_only(args, accelerator)
+        accelerator.end_training()
+        return
     claim = claim_folder(
         args.output_dir,
         recipe="pretrain",
@@ -413,7 +469,7 @@ class Setup(NamedTuple):
 def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolder, stop_request: StopRequest) -> bool:
     """From text to a saved model; False if a signal stopped the run before its end."""
     # 2. The tokenizer, and checks that do not need the text
-    tokenizer = load_tokenizer(args.tokenizer or args.model or "out/tokenizer")
+    tokenizer = open_tokenizer(args)
     if not args.is_sized:
         build_config(args, tokenizer)
     hub = None
@@ -758,13 +814,54 @@ def present(args: PretrainArguments, setup: Setup, folder: RunFolder) -> None:
             setup.accelerator.print(f"\nOn the Hub: {address}")
 
 
-def load_text(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> TrainingText:
-    own = (groups.TrainingDataset, groups.ValidationDataset, groups.ValidationSplit, groups.TextColumn)
-    reading = values_of(args, *own, groups.DocumentSeparator, groups.BlockSize, groups.Stride, groups.Cache)
+def open_tokenizer(args: PretrainArguments) -> PreTrainedTokenizerBase:
+    return load_tokenizer(args.tokenizer or args.model or "out/tokenizer")
+
+
+TEXT = (
+    *(groups.TrainingDataset, groups.ValidationDataset, groups.ValidationSplit, groups.TextColumn),
+    *(groups.DocumentSeparator, groups.BlockSize, groups.Stride, groups.Cache),
+)
+
+
+def text_options(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Arguments of `prepare_text` and `prepare_folder`."""
+    reading = values_of(args, *TEXT)
     reading["exclude"] = [path for path in (args.output_dir, args.cache_dir) if path is not None]
-    order = {"streaming": args.streaming, "seed": args.seed}
     encoding = {"encode": document_encoder(tokenizer), "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
-    return prepare_text(tokenizer=tokenizer, accelerator=accelerator, **encoding, **reading, **order)
+    return {"tokenizer": tokenizer, **encoding, **reading}
+
+
+def load_text(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> TrainingText:
+    options = text_options(args, tokenizer)
+    return prepare_text(**options, accelerator=accelerator, streaming=args.streaming, seed=args.seed)
+
+
+def prepare_only(args: PretrainArguments, accelerator: Accelerator) -> None:
+    """Make rows of the text in --output_dir, or encode a part of them, and print what to type next."""
+    options = text_options(args, open_tokenizer(args))
+    words = ["python", "recipes/pretrain.py", "--prepare_only"]
+    for name in (*values_of(args, *TEXT, groups.Tokenizer), "model", "output_dir"):
+        value = getattr(args, name)
+        if value != getattr(PretrainArguments, name):
+            words += [f"--{name}", str(value)]
+    command = shlex.join([*words, "--prepare_part"])
+    is_complete = prepare_folder(
+        args.output_dir, **options, accelerator=accelerator, part=args.part, part_command=command
+    )
+    if is_complete:
+        folder = shlex.quote(args.output_dir)
+        training = ["--dataset", args.output_dir, "--tokenizer", f"{args.output_dir}/tokenizer"]
+        training += ["--block_size", str(args.block_size)]
+        for name in ("stride", "validation_fraction"):
+            if getattr(args, name) != getattr(PretrainArguments, name) and args.validation_dataset is None:
+                training += [f"--{name}", str(getattr(args, name))]
+        accelerator.print(
+            f"The rows are in {args.output_dir}; datasets.load_from_disk opens them. To train on them, here or where "
+            f"the folder is copied to:\n    accelerate launch recipes/pretrain.py {shlex.join(training)}\n"
+            f"To push them to the Hub, for --dataset me/rows:\n"
+            f"    hf upload me/rows {folder} --repo-type dataset"
+        )
 
 
 def build_config(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:

@@ -52,12 +52,25 @@ def cached_dataset(
     root = Path(cache_dir).expanduser() if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "hfllm"
     address = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     folder = root / f"{kind}-{address[:40]}"
+    return made_once(folder, write, verify_now=verify_now)
+
+
+def made_once(
+    folder: Path, write: Callable[[Path], dict[str, Any]], *, verify_now: bool = True
+) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """As `cached_dataset`, in a folder of that name."""
     account = _account_if_sound(folder, verify_now, report=True)
     if account is None:
         account = _build(folder, write, verify_now)
     else:
         logger.info("Found %s, made before.", folder)
     return datasets.Dataset.from_file(str(folder / DATA_FILE)), account
+
+
+def find_made(folder: Path) -> tuple[datasets.Dataset, dict[str, Any]] | None:
+    """What `made_once` made in the folder, verified; None if it is not there, or damaged."""
+    account = _account_if_sound(folder, verify_batches=True)
+    return None if account is None else (datasets.Dataset.from_file(str(folder / DATA_FILE)), account)
 
 
 def batch_verifier(dataset: datasets.Dataset) -> Callable[[int], None]:
@@ -67,21 +80,56 @@ def batch_verifier(dataset: datasets.Dataset) -> Callable[[int], None]:
     """
     folder = Path(dataset.cache_files[0]["filename"]).parent
     batches = json.loads((folder / ACCOUNT_FILE).read_text(encoding="utf-8"))["batches"]
-    content = _mapped(folder / DATA_FILE)
+    return verifier(
+        [(folder / DATA_FILE, batches)],
+        f"Cached data in {folder} has changed since it was written",
+        "Delete that folder and start the same command again: it is made again, and a run resumes from its newest "
+        "checkpoint.",
+    )
+
+
+def verifier(files: list[tuple[Path, list[list[Any]]]], problem: str, remedy: str) -> Callable[[int], None]:
+    """A function that verifies a record batch of some files, numbered through all of them, the first time it is read.
+
+    It raises an OSError with `problem` and `remedy` if the batch has not the checksum that `seal_of` noted.
+    """
+    places = [(_mapped(path), batch) for path, batches in files for batch in batches]
     verified: set[int] = set()
 
     def verify(number: int) -> None:
         if number in verified:
             return
-        if not _is_sound(content, batches[number]):
+        if not _is_sound(*places[number]):
             raise OSError(
-                f"Cached data in {folder} has changed since it was written: record batch {number:,} of "
-                f"{len(batches):,} has another checksum. Delete that folder and start the same command again: it is "
-                "made again, and a run resumes from its newest checkpoint. If it happens again, check disk and memory."
+                f"{problem}: record batch {number:,} of {len(places):,} has another checksum. {remedy} If it happens "
+                "again, check disk and memory."
             )
         verified.add(number)
 
     return verify
+
+
+def seal_of(path: Path) -> dict[str, Any]:
+    """Size and checksums of an Arrow stream file, see the head of this module."""
+    content = _mapped(path)
+    batches = []
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.MessageReader.open_stream(source)
+        for message in reader:
+            if message.type == "record batch" and message.body is not None:
+                offset = source.tell() - message.body.size
+                checksum = xxhash.xxh3_64_hexdigest(content[offset : offset + message.body.size])
+                batches.append([offset, message.body.size, checksum])
+    return {"file_bytes": path.stat().st_size, "batches": batches, "frame": _checksum_of_frame(content, batches)}
+
+
+def is_as_sealed(path: Path, seal: dict[str, Any], *, verify_batches: bool) -> bool:
+    """Whether a file has the size and the checksums of its seal; the batches are read only with `verify_batches`."""
+    if path.stat().st_size != seal["file_bytes"]:
+        return False
+    content = _mapped(path)
+    is_sound = seal["frame"] == _checksum_of_frame(content, seal["batches"])
+    return is_sound and (not verify_batches or all(_is_sound(content, batch) for batch in seal["batches"]))
 
 
 def _account_if_sound(folder: Path, verify_batches: bool, *, report: bool = False) -> dict[str, Any] | None:
@@ -92,10 +140,9 @@ def _account_if_sound(folder: Path, verify_batches: bool, *, report: bool = Fals
     try:
         sidecar = json.loads((folder / ACCOUNT_FILE).read_text(encoding="utf-8"))
         is_earlier = "batches" not in sidecar and {"file_bytes", "account"} <= sidecar.keys()
-        if not is_earlier and sidecar["checksum"] == _checksum_of_sidecar(sidecar):
-            path = folder / DATA_FILE
-            if path.stat().st_size == sidecar["file_bytes"] and _is_file_sound(path, sidecar, verify_batches):
-                return sidecar["account"]
+        is_sound = not is_earlier and sidecar["checksum"] == checksum_of_json(sidecar)
+        if is_sound and is_as_sealed(folder / DATA_FILE, sidecar, verify_batches=verify_batches):
+            return sidecar["account"]
     except (FileNotFoundError, NotADirectoryError):
         if not folder.exists():
             return None
@@ -106,14 +153,6 @@ def _account_if_sound(folder: Path, verify_batches: bool, *, report: bool = Fals
         what = "was made by an earlier version" if is_earlier else "is not whole, or has changed since it was written"
         logger.warning("%s %s: it is made again.", folder, what)
     return None
-
-
-def _is_file_sound(path: Path, sidecar: dict[str, Any], verify_batches: bool) -> bool:
-    content = _mapped(path)
-    is_sound = sidecar["frame"] == _checksum_of_frame(content, sidecar["batches"])
-    if is_sound and verify_batches:
-        is_sound = all(_is_sound(content, batch) for batch in sidecar["batches"])
-    return is_sound
 
 
 def _is_sound(content: memoryview, batch: list[Any]) -> bool:
@@ -132,8 +171,9 @@ def _checksum_of_frame(content: memoryview, batches: list[list[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _checksum_of_sidecar(sidecar: dict[str, Any]) -> str:
-    rest = {name: value for name, value in sidecar.items() if name != "checksum"}
+def checksum_of_json(content: dict[str, Any]) -> str:
+    """A checksum of all entries but `checksum`."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
     return xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())
 
 
@@ -187,22 +227,11 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 
 def _seal(temporary: Path, account: dict[str, Any]) -> None:
     """Write the sidecar with size and checksums of the data, and force both files and the folder to disk."""
-    path = temporary / DATA_FILE
-    content = _mapped(path)
-    batches = []
-    with pa.memory_map(str(path)) as source:
-        reader = pa.ipc.MessageReader.open_stream(source)
-        for message in reader:
-            if message.type == "record batch" and message.body is not None:
-                offset = source.tell() - message.body.size
-                checksum = xxhash.xxh3_64_hexdigest(content[offset : offset + message.body.size])
-                batches.append([offset, message.body.size, checksum])
-    sidecar: dict[str, Any] = {"file_bytes": path.stat().st_size, "account": account, "batches": batches}
-    sidecar["frame"] = _checksum_of_frame(content, batches)
-    sidecar["checksum"] = _checksum_of_sidecar(json.loads(json.dumps(sidecar)))
+    sidecar: dict[str, Any] = {"account": account, **seal_of(temporary / DATA_FILE)}
+    sidecar["checksum"] = checksum_of_json(json.loads(json.dumps(sidecar)))
     (temporary / ACCOUNT_FILE).write_text(json.dumps(sidecar, indent=2), encoding="utf-8")
     for path in (temporary / DATA_FILE, temporary / ACCOUNT_FILE, temporary):
-        _fsync(path)
+        fsync(path)
 
 
 def _move_into_place(temporary: Path, folder: Path, account: dict[str, Any], verify_batches: bool) -> dict[str, Any]:
@@ -216,11 +245,11 @@ def _move_into_place(temporary: Path, folder: Path, account: dict[str, Any], ver
         if (made_meanwhile := _account_if_sound(folder, verify_batches)) is not None:
             return made_meanwhile
         raise
-    _fsync(folder.parent)
+    fsync(folder.parent)
     return account
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
         return
     descriptor = os.open(path, os.O_RDONLY)

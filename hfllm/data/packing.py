@@ -54,14 +54,15 @@ class Rows:
     first read, a record batch at a time.
     """
 
-    def __init__(self, dataset: datasets.Dataset, account: dict[str, Any]):
+    def __init__(self, dataset: datasets.Dataset, account: dict[str, Any], verify: Callable[[int], None] | None = None):
+        """`verify` verifies a record batch by its number; by default as the cache noted it."""
         self.dataset = dataset
         self.account = account
         self.num_bytes: int = account["target_bytes"]
         columns = [self._views(name) for name in ("input_ids", "position_ids")]
         self._input_ids, self._position_ids = columns
         self._chunk_starts = np.cumsum([0] + [len(view) for view in self._input_ids])
-        self._verify = batch_verifier(dataset)
+        self._verify = batch_verifier(dataset) if verify is None else verify
         self.block_size = self._input_ids[0].shape[1] - 1
 
     def _views(self, name: str) -> list[np.ndarray]:
@@ -182,27 +183,35 @@ def prepare_rows(
     `encode` turns texts into token ids without special tokens. `key` must identify the documents and the tokenizer.
     Fewer tokens than one row needs are an error unless `allow_short`.
     """
-    bos_token_id = eos_token_id if bos_token_id is None else bos_token_id
-    options = {"block_size": block_size, "stride": stride, "vocab_size": vocab_size}
-    special_ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-    check_options(block_size, stride, vocab_size, special_ids, can_count_bytes=token_bytes is not None)
+    options = complete_options(
+        block_size=block_size,
+        stride=stride,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        vocab_size=vocab_size,
+        can_count_bytes=token_bytes is not None,
+    )
     if len(documents) == 0:
         raise ValueError("There are no documents to make rows of.")
 
     def write(path: Path) -> dict[str, int]:
         account: Counter[str] = Counter()
-        encoded = _encode_documents(documents, encode, account, vocab_size=vocab_size, progress=progress)
-        if stride is None:
-            segments = _packed_stream(encoded, account, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
-        else:
-            assert token_bytes is not None
-            segments = _separate_documents(encoded, account, token_bytes)
-        step = block_size if stride is None else stride
-        rows = cut_rows(segments, account, block_size=block_size, step=step, pad_token_id=pad_token_id)
-        return _write_rows(path, rows, account, block_size=block_size, vocab_size=vocab_size)
+        encoded = encode_documents(documents, encode, account, vocab_size=vocab_size, progress=progress)
+        batches = record_batches(encoded, account, **options, token_bytes=token_bytes)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, row_schema(block_size, vocab_size)) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        return complete_account(account)
 
-    made_from = {"key": key, **options, **special_ids, "format_version": FORMAT_VERSION}
+    made_from = {"key": key, **options, "format_version": FORMAT_VERSION}
     dataset, account = cached_dataset("rows", made_from, write, cache_dir=cache_dir, verify_now=False)
+    check_account(account, block_size=block_size, allow_short=allow_short)
+    return Rows(dataset, account)
+
+
+def check_account(account: dict[str, Any], *, block_size: int, allow_short: bool) -> None:
+    """Refuse documents that make no row, or unless `allow_short` not one full row."""
     num_tokens = account["text_tokens"] + account["special_tokens"]
     if num_tokens <= block_size and not allow_short:
         raise ValueError(
@@ -211,12 +220,21 @@ def prepare_rows(
         )
     if not account["rows"]:
         raise ValueError("No document has two tokens, so there is nothing to predict.")
-    return Rows(dataset, account)
 
 
-def check_options(
-    block_size: int, stride: int | None, vocab_size: int, special_ids: dict[str, int], *, can_count_bytes: bool
-) -> None:
+def complete_options(
+    *,
+    block_size: int,
+    stride: int | None,
+    bos_token_id: int | None,
+    eos_token_id: int,
+    pad_token_id: int,
+    vocab_size: int,
+    can_count_bytes: bool = True,
+) -> dict[str, Any]:
+    """The options of rows, checked; where there is no bos, eos serves as one."""
+    bos_token_id = eos_token_id if bos_token_id is None else bos_token_id
+    special_ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     if block_size < 2:
         raise ValueError(f"block_size={block_size}: a row needs at least 2 tokens.")
     if stride is not None and not 1 <= stride <= block_size:
@@ -231,15 +249,26 @@ def check_options(
             raise ValueError(
                 f"{name}={token_id}: it must be a token id, from 0 to vocab_size - 1 = {vocab_size - 1:,}."
             )
+    return {"block_size": block_size, "stride": stride, "vocab_size": vocab_size, **special_ids}
 
 
-def _encode_documents(
-    documents: datasets.Dataset, encode: Encoder, account: Counter[str], *, vocab_size: int, progress: bool
+def encode_documents(
+    documents: datasets.Dataset,
+    encode: Encoder,
+    account: Counter[str],
+    *,
+    vocab_size: int,
+    last_document: int | None = None,
+    batch_bytes: int | None = None,
+    progress: bool = False,
 ) -> Encoded:
-    """The token ids of the documents' parts, encoded many at a time; the account counts the text."""
-    last_document = None
+    """The token ids of the documents' parts, encoded many at a time; the account counts the text.
+
+    `last_document` is the number of the document before these; they may begin with further parts of it. About
+    `batch_bytes` of text are encoded at a time.
+    """
     with tqdm(desc="Text to rows", unit="B", unit_scale=True, disable=not progress) as bar:
-        for texts, numbers, num_bytes in _batches_of_parts(documents):
+        for texts, numbers, num_bytes in _batches_of_parts(documents, batch_bytes or ENCODE_BYTES):
             encoded = encode_texts(texts, encode, vocab_size=vocab_size)
             token_ids = np.concatenate(encoded)
             begins_document = [number != last for last, number in zip([last_document, *numbers], numbers)]
@@ -266,7 +295,7 @@ def encode_texts(texts: list[str], encode: Encoder, *, vocab_size: int) -> list[
     return encoded
 
 
-def _batches_of_parts(documents: datasets.Dataset) -> Iterator[tuple[list[str], list[int], int]]:
+def _batches_of_parts(documents: datasets.Dataset, batch_bytes: int) -> Iterator[tuple[list[str], list[int], int]]:
     """Texts, their documents' numbers and their bytes: enough at a time to keep the encoder's threads busy."""
     texts: list[str] = []
     numbers: list[int] = []
@@ -275,7 +304,7 @@ def _batches_of_parts(documents: datasets.Dataset) -> Iterator[tuple[list[str], 
         texts += batch["text"].to_pylist()
         numbers += batch["document"].to_pylist()
         num_bytes += pc.sum(pc.binary_length(batch["text"])).as_py()
-        if num_bytes >= ENCODE_BYTES or len(texts) >= ENCODE_PARTS:
+        if num_bytes >= batch_bytes or len(texts) >= ENCODE_PARTS:
             yield texts, numbers, num_bytes
             texts, numbers, num_bytes = [], [], 0
     if texts:
@@ -351,29 +380,57 @@ def cut_rows(segments: Segments, account: Counter[str], *, block_size: int, step
             stream, places, overlap = stream[:0], places[:0], 0
 
 
-def _write_rows(
-    path: Path, rows: RowBatches, account: Counter[str], *, block_size: int, vocab_size: int
-) -> dict[str, int]:
-    """Write the rows as an Arrow stream of few large record batches, and return the account."""
-    width = block_size + 1
+def row_schema(block_size: int, vocab_size: int) -> pa.Schema:
+    """The columns of rows; ids and positions take two bytes where they fit."""
     id_type, position_type = (
-        pa.list_(pa.uint16() if largest < 1 << 16 else pa.int32(), width) for largest in (vocab_size - 1, block_size)
+        pa.list_(pa.uint16() if largest < 1 << 16 else pa.int32(), block_size + 1)
+        for largest in (vocab_size - 1, block_size)
     )
     types = {"input_ids": id_type, "position_ids": position_type, "num_targets": pa.int32(), "overlap": pa.int32()}
-    schema = pa.schema(list(types.items()))
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for token_ids, positions, overlap in _joined(rows, max(1, CHUNK_TOKENS // width)):
-            num_targets = np.count_nonzero(positions[:, 1:], axis=1)
-            lists = [
-                pa.FixedSizeListArray.from_arrays(pa.array(array.ravel(), kind.value_type), type=kind)
-                for array, kind in ((token_ids, id_type), (positions, position_type))
-            ]
-            numbers = [pa.array(array, pa.int32()) for array in (num_targets, overlap)]
-            writer.write_batch(pa.record_batch([*lists, *numbers], schema=schema))
-            account["rows"] += len(token_ids)
-            account["row_targets"] += int(num_targets.sum())
-            account["targets"] += int((num_targets - overlap).sum())
-    account["row_tokens"] = account["rows"] * width
+    return pa.schema(list(types.items()))
+
+
+def record_batches(
+    encoded: Encoded,
+    account: Counter[str],
+    *,
+    block_size: int,
+    stride: int | None,
+    bos_token_id: int,
+    eos_token_id: int,
+    pad_token_id: int,
+    vocab_size: int,
+    token_bytes: Callable[[int], int] | None,
+) -> Iterator[pa.RecordBatch]:
+    """Encoded documents as rows, see `prepare_rows`, in record batches of CHUNK_TOKENS; the account counts them.
+
+    Rows and batches do not depend on how the documents were cut to be encoded.
+    """
+    if stride is None:
+        segments = _packed_stream(encoded, account, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
+    else:
+        assert token_bytes is not None
+        segments = _separate_documents(encoded, account, token_bytes)
+    step = block_size if stride is None else stride
+    rows = cut_rows(segments, account, block_size=block_size, step=step, pad_token_id=pad_token_id)
+    schema = row_schema(block_size, vocab_size)
+    width = block_size + 1
+    for token_ids, positions, overlap in _of_equal_size(rows, max(1, CHUNK_TOKENS // width)):
+        num_targets = np.count_nonzero(positions[:, 1:], axis=1)
+        lists = [
+            pa.FixedSizeListArray.from_arrays(pa.array(array.ravel(), field.type.value_type), type=field.type)
+            for array, field in zip((token_ids, positions), schema)
+        ]
+        numbers = [pa.array(array, pa.int32()) for array in (num_targets, overlap)]
+        account["rows"] += len(token_ids)
+        account["row_tokens"] += token_ids.size
+        account["row_targets"] += int(num_targets.sum())
+        account["targets"] += int((num_targets - overlap).sum())
+        yield pa.record_batch([*lists, *numbers], schema=schema)
+
+
+def complete_account(account: Counter[str]) -> dict[str, int]:
+    """The account of rows that were all written."""
     account["target_bytes"] = account["text_bytes"] - account["boundary_bytes"]
     account["cropped_tokens"] = (
         account["text_tokens"] + account["special_tokens"] - account["boundary_tokens"] - account["targets"]
@@ -382,8 +439,8 @@ def _write_rows(
     return {name: account[name] for name in ACCOUNT}
 
 
-def _joined(rows: RowBatches, num_rows: int) -> RowBatches:
-    """The same rows, at least `num_rows` at a time."""
+def _of_equal_size(rows: RowBatches, num_rows: int) -> RowBatches:
+    """The same rows, `num_rows` at a time; the last ones may be fewer."""
     waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def joined() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -394,9 +451,10 @@ def _joined(rows: RowBatches, num_rows: int) -> RowBatches:
     for some in rows:
         waiting.append(some)
         num_waiting += len(some[2])
-        if num_waiting >= num_rows:
-            yield joined()
-            waiting.clear()
-            num_waiting = 0
-    if waiting:
+        while num_waiting >= num_rows:
+            token_ids, positions, overlap = joined()
+            yield token_ids[:num_rows], positions[:num_rows], overlap[:num_rows]
+            waiting = [(token_ids[num_rows:], positions[num_rows:], overlap[num_rows:])]
+            num_waiting -= num_rows
+    if num_waiting:
         yield joined()

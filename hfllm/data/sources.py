@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 # Not the library itself: its tests, other people's packages, and the record of how this machine's Python was built.
 STDLIB_LEAVES_OUT = re.compile(r"tests?|idle_test|site-packages|dist-packages|__pycache__|config-.*|_sysconfigdata.*")
 RUN_FILE = "arguments.yaml"  # a folder with this file was written by a recipe, and is not read as text
+ROWS_FILE, PLAN_FILE = "rows.json", "preparing.json"  # in a folder of prepared rows, see `prepared`
 OTHER_NUMBERS = ("before",)  # "eval_loss_before" is a number of its own, and no text's named before.jsonl
 SAVED_TO_DISK = ("state.json", "dataset_info.json")  # beside the tables of Dataset.save_to_disk
 
@@ -185,7 +186,7 @@ def files_below(
 
     A file that is named itself may have no ending: it is text. In a folder, files of the known endings are read, and
     links are followed once. Other files, files that are named again, links to what is read already or to nothing, and
-    folders of runs (those in `exclude`, and those that a recipe wrote) are left out and reported.
+    folders of runs (those in `exclude`, and those that a recipe wrote) and of prepared rows are left out and reported.
     """
     excluded = {Path(path).expanduser().resolve() for path in exclude}
     files: list[Path] = []
@@ -207,6 +208,11 @@ def files_below(
             files.append(path)
         elif path.resolve() in excluded:
             raise ValueError(f"The dataset {str(path)!r} is the folder that is written to. Name another folder there.")
+        elif _is_prepared(path):
+            raise ValueError(
+                f"The dataset {str(path)!r} holds prepared rows, and text is wanted here. Only pretraining without "
+                "streaming reads rows, and from one folder."
+            )
         else:
             files += _files_of(path, excluded, ignored)
     if not files:
@@ -265,6 +271,8 @@ def _files_of(folder: Path, excluded: set[Path], ignored: Counter[str]) -> list[
                     ignored["hidden"] += 1
                 elif path.resolve() in excluded or (path / RUN_FILE).exists():
                     ignored[f"folder {str(path)!r}, which a run writes"] += 1
+                elif _is_prepared(path):
+                    ignored[f"folder {str(path)!r}, of prepared rows"] += 1
                 elif path.is_symlink():
                     folders.append(path)
                 else:
@@ -278,6 +286,10 @@ def _files_of(folder: Path, excluded: set[Path], ignored: Counter[str]) -> list[
             targets.add(path.resolve())
             files.append(path)
     return sorted(files, key=lambda path: path.parts)
+
+
+def _is_prepared(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (ROWS_FILE, PLAN_FILE))
 
 
 def _note_unreadable(error: OSError, ignored: Counter[str]) -> None:

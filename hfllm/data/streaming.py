@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from .lanes import ACCOUNT, ChunkOptions, Lane, digest, documents_of, new_account, permutation
-from .packing import Encoder, as_batch, check_options
+from .packing import Encoder, as_batch, complete_options
 from .shards import FORMAT_VERSION as SHARDS_VERSION
 from .shards import Shard, Shards
 
@@ -68,9 +68,15 @@ class RowStream:
         num_lanes: int | None = None,
         prefetch: bool = True,
     ):
-        bos_token_id = eos_token_id if bos_token_id is None else bos_token_id
-        special_ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-        check_options(block_size, None, vocab_size, special_ids, can_count_bytes=False)
+        row_options = complete_options(
+            block_size=block_size,
+            stride=None,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            vocab_size=vocab_size,
+        )
+        del row_options["stride"]
         if on_bad_record not in ("error", "skip"):
             raise ValueError(f"on_bad_record={on_bad_record!r}: it is either 'error' or 'skip'.")
         if chunk_bytes is None:
@@ -84,15 +90,13 @@ class RowStream:
         digests = frozenset[bytes]().union(*map(_first_part_digests, held_out))
         self.options = ChunkOptions(
             encode,
-            block_size=block_size,
-            vocab_size=vocab_size,
-            **special_ids,
+            **row_options,
             seed=seed,
             chunk_bytes=chunk_bytes,
             on_bad_record=on_bad_record,
             held_out=digests,
         )
-        options = {"key": key, "seed": seed, "block_size": block_size, "vocab_size": vocab_size, **special_ids}
+        options = {"key": key, "seed": seed, **row_options}
         options |= {"chunk_bytes": chunk_bytes, "held_out": sha256(b"".join(sorted(digests))).hexdigest()[:16]}
         self.identity = _identity_of(shards) | {f"stream.{name}": value for name, value in options.items()}
         self.position = 0  # of the next row of all processes together

@@ -1,9 +1,10 @@
 """A Hub on the loopback: the protocol that huggingface_hub speaks, in memory, with faults on demand.
 
 It answers what huggingface_hub 2.4 asks when it makes repositories and branches, uploads by the LFS protocol
-(hf_xet switched off) and downloads; git itself, Xet and the web pages are not there. Like the Hub it refuses a commit
-whose parent has moved (412), hides private repositories from strangers (401 RepoNotFound), keeps a file that was
-uploaded even if the commit after it fails, and validates a card's metadata.
+(hf_xet switched off) and downloads; git itself, Xet and the web pages are not there. A dataset's repository is called
+"datasets/owner/name". Like the Hub it refuses a commit whose parent has moved (412), hides private repositories from
+strangers (401 RepoNotFound), keeps a file that was uploaded even if the commit after it fails, and validates a card's
+metadata.
 
     with Hub() as hub:
         hub.fail("POST", "/commit/", status=500)         # the next such request, once
@@ -151,7 +152,11 @@ class Refusal(Exception):
 
 
 def is_large(path: str) -> bool:
-    return path.endswith((".safetensors", ".bin", ".png", ".gguf"))
+    return path.endswith((".safetensors", ".bin", ".png", ".gguf", ".arrow"))
+
+
+def owner_of(repo_id: str) -> str:
+    return repo_id.removeprefix("datasets/").split("/")[0]
 
 
 def git_oid(content: bytes) -> str:
@@ -228,10 +233,11 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
             self.writable(match[1])
             return 200, {"transfer": "basic", "objects": [self.lfs(one) for one in json.loads(body)["objects"]]}, {}
-        if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
+        if match := re.fullmatch(r"/((?:datasets/)?[\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
             return self.resolve(*match.groups())
-        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/([\w-]+)(?:/([^?]+))?)?", path):
-            return self.api(match[1], match[2] or "revision", match[3] or "main", body)
+        if match := re.fullmatch(r"/api/(?:models|(datasets))/([\w.-]+/[\w.-]+)(?:/([\w-]+)(?:/([^?]+))?)?", path):
+            repo_id = f"datasets/{match[2]}" if match[1] else match[2]
+            return self.api(repo_id, match[3] or "revision", match[4] or "main", body)
         raise Refusal(404, f"The double does not know {self.command} {path}")
 
     def api(self, repo_id: str, action: str, rest: str, body: bytes) -> tuple[int, object, dict[str, str]]:
@@ -284,11 +290,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def is_owner(self, repo_id: str) -> bool:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        return self.hub.tokens.get(token) == repo_id.split("/")[0]
+        return self.hub.tokens.get(token) == owner_of(repo_id)
 
     def writable(self, repo_id: str) -> Repository:
         repository = self.readable(repo_id)
-        if self.user() != repo_id.split("/")[0]:
+        if self.user() != owner_of(repo_id):
             raise Refusal(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
         return repository
 
@@ -303,7 +309,8 @@ class Handler(BaseHTTPRequestHandler):
         owner = wanted.get("organization") or user
         if owner != user:
             raise Refusal(403, f"You don't have the rights to create a model under the namespace {owner!r}")
-        repo_id = f"{owner}/{wanted['name']}"
+        prefix = "datasets/" if wanted.get("type") == "dataset" else ""
+        repo_id = f"{prefix}{owner}/{wanted['name']}"
         if repo_id in self.hub.repositories:
             return 409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo_id}"}, {}
         self.hub.create(repo_id, is_private=wanted.get("visibility") == "private" or wanted.get("private", False))
