@@ -1028,7 +1028,7 @@ def rehearse_run(
     else:
         accelerator.print("Trying four steps here; Ctrl-C ends it.", flush=True)
         torch.manual_seed(args.seed)
-        setup = prepare(args, build_model(args, empty.config), text, accelerator, max_steps=max_steps)
+        setup = prepare(args, build_model(args, empty.config, accelerator), text, accelerator, max_steps=max_steps)
         needed = describe_rehearsal(
             try_steps(args, setup),
             max_steps=max_steps,
