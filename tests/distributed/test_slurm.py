@@ -60,7 +60,7 @@ def set_state(cluster: Cluster, node: str, state: str) -> None:
 
 @pytest.mark.fault(10, 13, 30)
 def test_a_job_that_is_told_to_stop_and_then_loses_a_node_ends_with_the_same_weights(cluster, small, tmp_path):
-    first, second, third = cluster.nodes
+    _, second, third = cluster.nodes
     steps = {"max_steps": 60, "eval_steps": 60, "save_steps": 5, "per_device_train_batch_size": 4}
     options = {**small, **steps}
     pretrain("multi_cpu.yaml", 2, {**options, "output_dir": tmp_path / "straight"}, "--mixed_precision", "bf16")
