@@ -19,6 +19,9 @@ EXIT_CODE = 128 + signal.SIGTERM
 # A terminal's Ctrl-C reaches launcher and workers, and the launcher hands it on to the workers: that is one request.
 SECONDS_OF_ONE_REQUEST = 1.0
 
+# Variables that `accelerate launch` and torchrun set for the processes that they start.
+LAUNCHERS = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
+
 
 class StopRequest:
     """Remembers a first SIGTERM or SIGINT (Ctrl-C), for the loop to save and stop; a second one stops at once.
@@ -34,7 +37,7 @@ class StopRequest:
         self.time = 0.0
 
     def __enter__(self) -> "StopRequest":
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # `accelerate launch` is the parent, and not a login shell
+        if LAUNCHERS & os.environ.keys():  # the parent is a launcher, and not a login shell
             signal_at_parents_death(signal.SIGTERM)
         self.previous = {number: signal.signal(number, self._remember) for number in self.numbers}
         return self
