@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"data", "tokenization"},
     "evaluation": {"data", "evaluation"},
     "serving": {"data", "model", "serving", "tokenization"},
-    "training": {"evaluation", "runs", "training"},
+    "training": {"evaluation", "model", "runs", "training"},  # `requirements` counts the memory of the loss
     "fine_tuning": {
         *("adapters", "cli", "data", "evaluation", "fine_tuning", "hub", "report", "runs", "tokenization", "training"),
     },
