@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
         "process": accelerator.process_index,
         "num_processes": accelerator.num_processes,
         "sharding": describe_sharding(accelerator),
-        "grad_norm": clip_gradient(accelerator, model, math.inf),
+        "grad_norm": clip_gradient(accelerator, model, math.inf).item(),
     }
     optimizer.zero_grad()
 
