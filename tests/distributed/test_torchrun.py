@@ -1,4 +1,4 @@
-"""torchrun with --max_restarts: when a process dies, TorchElastic starts all of them again, and the run resumes."""
+"""torchrun: when it is killed, its processes save and stop."""
 
 import signal
 import subprocess
@@ -8,10 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from tests.distributed.launching import ROOT, environment, recipe, run
+from tests.distributed.launching import ROOT, environment, recipe
 
 
 pytestmark = pytest.mark.slow
@@ -25,14 +23,6 @@ def torchrun(options: dict[str, object], *, max_restarts: int) -> list[str]:
 @pytest.fixture(scope="module")
 def options(small) -> dict[str, object]:
     return {**small, "max_steps": 60, "eval_steps": 60, "save_steps": 5, "per_device_train_batch_size": 4}
-
-
-@pytest.fixture(scope="module")
-def straight(options, tmp_path_factory) -> dict[str, torch.Tensor]:
-    folder = tmp_path_factory.mktemp("straight")
-    finished = run(torchrun({**options, "output_dir": folder}, max_restarts=0))
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return load_file(folder / "model.safetensors")
 
 
 def workers_of(launcher: psutil.Process) -> list[psutil.Process]:
@@ -50,28 +40,6 @@ def wait_for_checkpoint(launcher: psutil.Process, output_dir: Path, *, after_ste
         if max(steps, default=0) > after_step:
             return max(steps)
         time.sleep(0.02)
-
-
-@pytest.mark.fault(13)
-def test_a_process_that_dies_is_followed_by_a_start_of_all_that_resumes(options, straight, tmp_path):
-    """Each process once, the second one from the checkpoint of the second start."""
-    output_dir, output = tmp_path / "killed", tmp_path / "output"
-    with output.open("w") as file:
-        words = torchrun({**options, "output_dir": output_dir}, max_restarts=3)
-        launcher = psutil.Popen(words, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
-    try:
-        step = 0
-        for rank in (1, 0):
-            step = wait_for_checkpoint(launcher, output_dir, after_step=step)
-            workers_of(launcher)[rank].kill()
-        assert launcher.wait(timeout=120) == 0, output.read_text()
-    finally:
-        for process in [*launcher.children(recursive=True), launcher] if launcher.is_running() else []:
-            process.kill()
-    assert output.read_text().count("Resuming from step") == 2, output.read_text()
-    found = load_file(output_dir / "model.safetensors")
-    assert found.keys() == straight.keys()
-    assert [name for name in straight if not torch.equal(straight[name], found[name])] == []
 
 
 @pytest.mark.fault(13)
