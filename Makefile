@@ -63,7 +63,7 @@ $(VENV)/.installed-deepspeed: $(VENV)/.installed
 	DS_BUILD_OPS=0 $$pip install --constraint constraints.txt --no-build-isolation deepspeed && touch $@ || \
 	{ rm -rf $(VENV)/deepspeed; echo "pip could not install DeepSpeed (above), so its tests will be skipped."; }
 
-demo: install  ## Train a tokenizer and a small model on Python's own library, then a classifier and a chat (10 to 30 minutes on two cores)
+demo: install  ## Train a tokenizer and a small model on Python's own library, then a classifier and a chat (10 to 20 minutes on two cores)
 	$(BIN)/python recipes/train_tokenizer.py --config recipes/configs/tokenizer_demo.yaml --output_dir out/tokenizer
 	$(LAUNCH) recipes/pretrain.py --config recipes/configs/pretrain_demo.yaml --tokenizer out/tokenizer --output_dir out/demo
 	$(BIN)/python recipes/generate.py --model out/demo --prompt "def read(self, " --temperature 0.7 --num_samples 2
@@ -96,7 +96,7 @@ test: install  ## Lint, and run the default tests: no GPU, no network, a few min
 test-slow: install-interop  ## Run the tests that take minutes, those with other libraries included
 	$(BIN)/python -m pytest -m "slow and not gpu and not hub" --numprocesses 2 --dist loadfile
 
-test-gpu: install  ## Run the tests that need a GPU (three minutes on one)
+test-gpu: install  ## Run the tests that need a GPU (some minutes on one)
 	$(BIN)/python -m pytest -m gpu tests/gpu --numprocesses 4
 
 lint: install  ## Check lint, formatting and types

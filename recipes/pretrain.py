@@ -78,7 +78,14 @@ from hfllm.training.checkpoint import (
     load_checkpoint,
 )
 from hfllm.training.deadline import Deadline
-from hfllm.training.devices import choose_attention, clip_gradient, leaving_at_once, start_accelerator
+from hfllm.training.devices import (
+    check_attention,
+    choose_attention,
+    clip_gradient,
+    dtype_of,
+    leaving_at_once,
+    start_accelerator,
+)
 from hfllm.training.optimization import build_adamw, build_muon, learning_rate_at, scale_learning_rates, skip_unless
 from hfllm.training.rehearsal import Rehearsal, describe_rehearsal, rehearse
 from hfllm.training.requirements import (
@@ -108,7 +115,6 @@ from transformers.utils.logging import disable_progress_bar
 DEFAULT_SHAPE = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6}
 DEFAULTS = {"num_train_epochs": 1.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 DEFAULTS |= {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.1, "eval_steps": 100, "save_steps": 200}
-DTYPES = {"no": torch.float32, "fp8": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # With --prepare_only, what to do instead of another option.
@@ -390,6 +396,7 @@ def main(args: PretrainArguments) -> None:
         log_with=args.report_to,
         project_dir=args.output_dir,
     )
+    check_attention(args.attn_implementation, accelerator.device)
     if args.prepare_only:
         with leaving_at_once(accelerator):
             prepare_only(args, accelerator)
@@ -496,6 +503,7 @@ def pretrain(args: PretrainArguments, accelerator: Accelerator, folder: RunFolde
     described = {"accelerator": accelerator, "max_steps": max_steps, "num_rows": num_rows, **batch}
     if args.dry_run:
         empty = build_empty(config)
+        set_attention(args, empty, accelerator)
         accelerator.print(describe_run(empty, **described))
         rehearse_run(args, empty, text, accelerator, max_steps=max_steps, rows_per_step=rows_per_step)
         text.close()
@@ -884,12 +892,17 @@ def build_model(args: PretrainArguments, config: PreTrainedConfig, accelerator: 
         model = open_causal_lm(args.model, dtype=torch.float32)
     else:
         model = GPTForCausalLM(config)
-    model.set_attn_implementation(args.attn_implementation or choose_attention(model, accelerator.device))
+    set_attention(args, model, accelerator)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if args.torch_compile:
         compile_model(model)
     return model
+
+
+def set_attention(args: PretrainArguments, model: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Set the attention that was asked for, or the fastest one for packed documents on this device."""
+    model.set_attn_implementation(args.attn_implementation or choose_attention(model, accelerator.device))
 
 
 def build_optimizer(args: PretrainArguments, model: PreTrainedModel, accelerator: Accelerator) -> torch.optim.Optimizer:
@@ -1006,7 +1019,7 @@ def rehearse_run(
         seed=args.seed,
         accelerator=accelerator,
     )
-    dtype = DTYPES[accelerator.mixed_precision]
+    dtype = dtype_of(accelerator)
     one_pass = Pass(args.per_device_train_batch_size, args.block_size, dtype, args.gradient_checkpointing)
     activations = count_on_cards(empty.config, one_pass)
     accelerator.print(f"\n{describe_requirements(empty, activations, one_pass)}\n", flush=True)
@@ -1017,10 +1030,8 @@ def rehearse_run(
         mfu = args.mfu or USUAL_MFU
         source = f"{mfu:.0%} (--mfu) of {peak / 1e12:,.4g} TFLOP/s "
         source += "(--peak_tflops)" if is_given else "(measured here; for another device give --peak_tflops)"
-        num_tokens, flops = (
-            max_steps * rows_per_step * args.block_size,
-            flops_per_token(empty, block_size=args.block_size),
-        )
+        num_tokens = max_steps * rows_per_step * args.block_size
+        flops = flops_per_token(empty, block_size=args.block_size)
         accelerator.print(describe_rate(num_tokens, flops, flops_per_second=mfu * peak, source=source))
     if missing:
         needed, free = (f"{num_bytes / 2**30:,.1f} GiB" for num_bytes in missing)

@@ -468,9 +468,9 @@ class Compile:
 class Attention:
     """model"""
 
-    attn_implementation: str | None = option(
+    attn_implementation: Literal["sdpa", "eager", "flex_attention"] | None = option(
         None,
-        help="Attention by transformers' name: sdpa, eager, flex_attention, flash_attention_2.",
+        help="Attention by transformers' name; flex_attention trains on a GPU only.",
         default_is="the fastest for packed documents on the device",
         compared=Compared.NOT,
     )

@@ -17,7 +17,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import zero
 
@@ -25,6 +25,7 @@ from . import zero
 # How long processes wait for each other before they fail. The first one prepares the text for all, and NCCL's default
 # of ten minutes is too short for a large text.
 TIMEOUT = datetime.timedelta(hours=2)
+ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop")  # their names in configs
 
 
 def start_accelerator(
@@ -283,9 +284,29 @@ def choose_attention(model: PreTrainedModel, device: torch.device) -> str:
     With a mask of packed documents, SDPA has only its slower kernels, and computes what the mask hides; flex attention
     (https://arxiv.org/abs/2412.05496) leaves out blocks that are hidden. It has no dropout.
     """
-    has_dropout = getattr(model.config, "attention_dropout", 0) or getattr(model.config, "attn_pdrop", 0)
-    takes_blocks = getattr(model, "_supports_flex_attn", False) and not has_dropout
+    takes_blocks = getattr(model, "_supports_flex_attn", False) and not has_attention_dropout(model.config)
     return "flex_attention" if device.type == "cuda" and takes_blocks else model.config._attn_implementation
+
+
+def check_attention(name: str | None, device: torch.device) -> None:
+    """Refuse an attention that was asked for and cannot train on the device.
+
+    Raises:
+        ValueError: flex attention on a CPU, where torch has no backward pass for it.
+    """
+    if name == "flex_attention" and device.type == "cpu":
+        raise ValueError(
+            "attn_implementation=flex_attention has no backward pass on a CPU. Leave it out, or give sdpa."
+        )
+
+
+def has_attention_dropout(config: PreTrainedConfig) -> bool:
+    return any(getattr(config, name, 0) for name in ATTENTION_DROPOUTS)
+
+
+def dtype_of(accelerator: Accelerator) -> torch.dtype:
+    """The dtype in which products are computed; of fp8 the one that is around it."""
+    return {"no": torch.float32, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.bfloat16)
 
 
 def keep_freed_memory(keep: bool = True) -> None:

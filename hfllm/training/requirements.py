@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..model.kernels_gpt import linear_cross_entropy
-from .devices import describe_sharding
+from .devices import ATTENTION_DROPOUTS, describe_sharding, has_attention_dropout
 from .optimization import hidden_matrices
 from .rehearsal import SavedForBackward
 from .throughput import loss_options
@@ -32,7 +32,6 @@ NUM_DEVICES = 8  # of the plans that share a model
 USUAL_MFU = 0.4
 # On a CPU, a process took 764 MB beyond its imports where its tensors need 570: libraries and the allocator's rest.
 HOST_FACTOR = 1.5
-ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop")  # their names in configs
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 # DeepSpeed's defaults for ZeRO-3, in numbers: gathered parameters (stage3_max_live_parameters) and the gradients that
 # are sent together (reduce_bucket_size).
@@ -169,8 +168,7 @@ def count_activations(config: PreTrainedConfig, one_pass: Pass, *, is_sharded: b
 
     The model's own code runs with one block and with two, and each further block adds as much as the second. It is the
     code for accelerators, not our routines for CPUs, but attention is a CPU's, which holds all scores if it has dropout
-    (see `count_on_cards`). A sharded model computes in the pass's dtype throughout, and has all logits at
-    once.
+    (see `count_on_cards`). A sharded model computes in the pass's dtype throughout, and has all logits at once.
     """
     config, num_blocks, counts = copy.deepcopy(config), config.num_hidden_layers, []
     for config.num_hidden_layers in (1, 2):
@@ -195,7 +193,8 @@ def _count(config: PreTrainedConfig, one_pass: Pass, is_sharded: bool) -> tuple[
     """What the forward pass keeps, and the peak of forward and backward."""
     num_rows, block_size, dtype, gradient_checkpointing = one_pass
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype if is_sharded else torch.float32).train()
+        own = {"dtype": dtype if is_sharded else torch.float32, "attn_implementation": "sdpa"}
+        model = AutoModelForCausalLM.from_config(config, **own).train()
         if gradient_checkpointing:
             model.activation_checkpointing_enable()
         rows = torch.zeros(num_rows, block_size, dtype=torch.long)
@@ -291,7 +290,7 @@ def missing_memory(
     plan, device = plan_of(accelerator), accelerator.device
     on_host = device.type in ("cpu", "mps")
     own = activations[plan.is_sharded]
-    if on_host and any(getattr(model.config, name, 0) for name in ATTENTION_DROPOUTS):
+    if on_host and has_attention_dropout(model.config):
         own = count_activations(model.config, one_pass, is_sharded=plan.is_sharded)
     need = require(model, own, plan=plan, optimizer=optimizer, dtype=one_pass.dtype).total
     weights = 4 * model.num_parameters()  # each process makes them whole, on the host

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..evaluation.rows import Evaluation
-from .devices import describe_sharding
+from .devices import describe_sharding, dtype_of
 from .throughput import data_sheet_flops, multiplies_fast, peak_flops, peak_memory_bytes, share_of_peak
 
 
@@ -62,7 +62,7 @@ def final_metrics(
     run computes; if the device has no fast products in it, peak and share are None (see `share_of_peak`).
     """
     result = Evaluation(**state["evaluation"])
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    dtype = dtype_of(accelerator)
     peak = peak_flops(accelerator.device, dtype) if multiplies_fast(accelerator.device, dtype) else None
     sheet = data_sheet_flops(accelerator.device, dtype)
     flops_per_second = tokens_per_second and tokens_per_second * flops_per_token / accelerator.num_processes

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -70,11 +71,8 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype = torch.float32) -
 DATA_SHEET_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
 }
 
 
@@ -83,7 +81,9 @@ def data_sheet_flops(device: torch.device | str, dtype: torch.dtype) -> float | 
     if torch.device(device).type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in DATA_SHEET_FLOPS.items() if name.startswith(known)), None)
+    is_other = " NVL" in name  # slower, and under the same names
+    known = (peak for known, peak in DATA_SHEET_FLOPS.items() if re.match(rf"{known}\b", name) and not is_other)
+    return next(known, None)
 
 
 def compile_model(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 #
 # Leaves in the folder: tests.txt (what each test says), training.json and training_nanochat.json, decoding_1.json,
 # decoding_64.json (recipes/benchmark.py on a model of 124 million parameters in bf16), and machine.json. It takes the
-# Python of the environment that is active, and eight minutes on an H100.
+# Python of the environment that is active.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:?the folder to write into}

@@ -11,7 +11,13 @@ from accelerate.state import AcceleratorState
 
 import hfllm
 from hfllm.training import devices
-from hfllm.training.devices import check_precision, choose_attention, clip_gradient, start_accelerator
+from hfllm.training.devices import (
+    check_attention,
+    check_precision,
+    choose_attention,
+    clip_gradient,
+    start_accelerator,
+)
 from tests.conftest import make_tiny_config
 from tests.recipes.conftest import load_recipe
 
@@ -199,3 +205,10 @@ def test_attention_by_blocks_is_chosen_on_a_gpu_only_and_without_dropout():
     assert choose_attention(model, torch.device("cpu")) == "sdpa"
     model.config.attention_dropout = 0.1
     assert choose_attention(model, torch.device("cuda")) == "sdpa"
+
+
+def test_flex_attention_is_refused_on_a_cpu_before_anything_is_read():
+    with pytest.raises(ValueError, match="no backward pass on a CPU"):
+        check_attention("flex_attention", torch.device("cpu"))
+    for name, device in ((None, "cpu"), ("sdpa", "cpu"), ("flex_attention", "cuda")):
+        check_attention(name, torch.device(device))

@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfllm.training.throughput import (
     ThroughputMeter,
+    data_sheet_flops,
     flops_per_token,
     multiplies_fast,
     peak_flops,
@@ -135,3 +136,20 @@ def test_without_warm_up_the_first_step_counts():
     clock.now += 2
     meter.step(10)
     assert meter.read() == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA A1000", None),
+    ],
+)
+def test_the_data_sheets_peak_is_that_of_the_very_card(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert data_sheet_flops("cuda", torch.bfloat16) == peak
+    assert data_sheet_flops("cuda", torch.float32) is None and data_sheet_flops("cpu", torch.bfloat16) is None
