@@ -84,7 +84,8 @@ def test_names_labels_and_questions_are_text_on_a_card(copied):
     assert ModelCard.load(copied / "README.md").text == text
 
 
-def test_a_chats_card_shows_messages_and_what_it_was_fine_tuned_on(copied):
+def test_a_chats_card_shows_messages_and_what_it_was_fine_tuned_on(copied, monkeypatch):
+    monkeypatch.chdir(copied)  # where out/demo is no folder, as it is after `make demo`
     arguments = {"model": "out/demo", "dataset": "stdlib", "train_on_prompt": False, "sample_prompt": "import "}
     (copied / "arguments.yaml").write_text(json.dumps(arguments))
     (copied / "metrics.json").write_text(json.dumps({"dataset": "stdlib"}))
