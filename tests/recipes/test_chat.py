@@ -523,6 +523,10 @@ def served_page(folder: Path, port: int, *options: str) -> Iterator[ReplyWriter]
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
+        deadline = time.monotonic() + SECONDS
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < deadline, "the page's server does not start"
+            time.sleep(0.05)
         yield writer
     finally:
         server.should_exit = server.force_exit = True
@@ -614,6 +618,7 @@ def test_an_error_is_shown_and_the_next_message_is_answered(talker, port, browse
                 page.wait_for_error(message)
                 page.wait_for_the_end()
                 page.click(".toast-close")
+            page.wait.until(lambda _, page=page: page.replies() == [])  # a message that failed leaves none
             assert page.ask("Say one") == "One."
             browser.execute_script("localStorage.clear()")
 
